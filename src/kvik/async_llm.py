@@ -1,0 +1,189 @@
+"""`AsyncLLM`: the asyncio face of the engine. One thread steps the engine; coroutines await their own outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from kvik.config import EngineConfig
+from kvik.core.request import Request
+from kvik.errors import RequestError, WorkerError
+from kvik.llm_engine import LLMEngine, Message, Prompt
+from kvik.log import logger
+from kvik.mailbox import Mailbox
+from kvik.outputs import RequestOutput
+from kvik.sampling_params import SamplingParams
+
+__all__ = ["AsyncLLM"]
+
+
+class _Stream:
+    """What one caller waits for. The engine thread puts, the caller's event loop takes."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
+        self._lock = threading.Lock()
+        self._mailbox = Mailbox()
+        self._error: BaseException | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, item: RequestOutput | BaseException) -> None:
+        with self._lock:
+            if isinstance(item, BaseException):
+                self._error = item
+            else:
+                self._mailbox.put(item)
+        try:
+            self._loop.call_soon_threadsafe(self._ready.set)
+        except RuntimeError:  # the caller's loop is closed: nobody waits any more
+            logger.debug("an output came after its event loop was closed")
+
+    async def take(self) -> RequestOutput:
+        while True:
+            await self._ready.wait()
+            self._ready.clear()
+            with self._lock:
+                output, error = self._mailbox.take(), self._error
+            if output is not None:
+                return output
+            if error is not None:
+                raise error
+
+
+class AsyncLLM:
+    """Many concurrent requests on one engine.
+
+        async with AsyncLLM("demo") as llm:
+            async for output in llm.generate("Once upon a time", SamplingParams(max_tokens=30)):
+                print(output.delta, end="")
+
+    Cancelling the task that iterates, or closing the iterator, aborts the request: its KV blocks are free after the
+    next step. `options` are the fields of EngineConfig.
+    """
+
+    def __init__(self, model: str | EngineConfig, **options: Any) -> None:
+        self.llm_engine = LLMEngine(model, **options)
+        self._streams: dict[str, _Stream] = {}
+        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended: BaseException | None = None
+        self._lock = threading.Lock()  # guards _ended against a command that comes while the thread ends
+        self._thread = threading.Thread(target=self._run, name="kvik-engine", daemon=True)
+        self._thread.start()
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Yield the request's output whenever it has grown; the last one is `finished`.
+
+        Raises RequestError for a request that could never run, WorkerError if the engine fails or is closed.
+        """
+        engine = self.llm_engine
+        options: dict[str, Any] = {"request_id": request_id, "priority": priority, "cache_salt": cache_salt}
+        request = await asyncio.to_thread(engine.make_request, prompt, sampling_params, **options)
+        stream = _Stream(asyncio.get_running_loop())
+        self._send(lambda: self._start(request, prompt, stream))
+        try:
+            while True:
+                output = await stream.take()
+                yield output
+                if output.finished:
+                    return
+        finally:
+            with contextlib.suppress(WorkerError):
+                self._send(lambda: self._end(request.request_id, stream))
+
+    async def chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any
+    ) -> AsyncGenerator[RequestOutput, None]:
+        """Like `generate`, for a conversation. template_options as in `LLM.chat`."""
+        prompt = await asyncio.to_thread(self.llm_engine.render_chat, messages, **template_options)
+        async with contextlib.aclosing(self.generate(prompt, sampling_params)) as outputs:
+            async for output in outputs:
+                yield output
+
+    def abort(self, request_id: str) -> None:
+        """End a request. Unknown and finished ids are ignored. May be called from any thread."""
+        self._send(lambda: self.llm_engine.abort(request_id))
+
+    def close(self) -> None:
+        """End every request with an error, stop the thread and free the engine. May be called twice."""
+        with self._lock:
+            self._commands.put(None)
+        self._thread.join()
+        self.llm_engine.close()
+
+    async def __aenter__(self) -> AsyncLLM:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.to_thread(self.close)
+
+    # The engine's thread
+
+    def _run(self) -> None:
+        error: BaseException = WorkerError("the engine was closed")
+        try:
+            while self._obey():
+                if self.llm_engine.has_unfinished():
+                    self._deliver(self.llm_engine.step())
+        except BaseException as failure:  # noqa: BLE001  whatever it was, callers must not wait for ever
+            logger.exception("the engine failed")
+            error = WorkerError(f"the engine failed: {failure!r}; start a new one")
+        with self._lock:
+            self._ended = error
+        while not self._commands.empty():
+            command = self._commands.get()
+            if command is not None:
+                command()
+        for stream in self._streams.values():
+            stream.put(error)
+
+    def _obey(self) -> bool:
+        """Run the commands that came, waiting for one when there is nothing else to do; False to stop."""
+        while not (self._commands.empty() and self.llm_engine.has_unfinished()):
+            command = self._commands.get()
+            if command is None:
+                return False
+            command()
+        return True
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
+        for output in outputs:
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+                if output.finished:
+                    del self._streams[output.request_id]
+
+    def _start(self, request: Request, prompt: Prompt, stream: _Stream) -> None:
+        try:
+            self.llm_engine.submit(request, prompt)
+        except RequestError as error:
+            stream.put(error)
+        else:
+            self._streams[request.request_id] = stream
+
+    def _end(self, request_id: str, stream: _Stream) -> None:
+        """Abort a request whose caller has gone, unless it is finished or the id is by now another caller's."""
+        if self._streams.get(request_id) is stream:
+            del self._streams[request_id]
+            self.llm_engine.abort(request_id)
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self._lock:
+            if self._ended is not None:
+                raise self._ended
+            self._commands.put(command)

@@ -1,0 +1,99 @@
+"""The loop: schedule -> execute -> update -> emit. Joins a Scheduler and an Executor, in token ids only."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+from kvik.core.plan import StepPlan
+from kvik.core.request import Request
+from kvik.core.scheduler import Scheduler
+from kvik.distributed.executor import Executor
+from kvik.metrics import EngineStats, StepStats
+from kvik.outputs import FinishReason, SequenceOutput
+from kvik.tracing import NO_TRACE, NoTrace
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """Runs requests to their ends. Not thread-safe: one thread calls it."""
+
+    def __init__(self, scheduler: Scheduler, executor: Executor, tracer: NoTrace = NO_TRACE) -> None:
+        self.scheduler = scheduler
+        self.executor = executor
+        self.stats = EngineStats()
+        self._tracer = tracer
+        self._submitted: deque[tuple[StepPlan, float, float]] = deque()
+
+    def step(self) -> list[SequenceOutput]:
+        """Advance every running sequence by one step and return what is new, terminal outputs included."""
+        while len(self._submitted) <= self.scheduler.config.run_ahead and self._submit():
+            pass
+        if self._submitted:
+            self._collect()
+        return self.scheduler.drain()
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError for one that could never run."""
+        self.scheduler.add(request)
+
+    def finish(self, request_id: str, reason: FinishReason, index: int | None = None) -> None:
+        """End a request or one completion of it; its terminal output comes with the next step."""
+        self.scheduler.finish(request_id, reason, index)
+
+    def has_unfinished(self) -> bool:
+        return self.scheduler.has_unfinished()
+
+    def reset(self) -> None:
+        """Abort everything, also after an exception (Ctrl-C, say) left a step unfinished."""
+        self.executor.reset()
+        self._submitted.clear()
+        self.scheduler.abandon()
+
+    def close(self) -> None:
+        self.executor.close()
+
+    def _submit(self) -> bool:
+        """Plan and start one step; False when there is nothing to compute now."""
+        begin = time.perf_counter()
+        with self._tracer.span("schedule"):
+            plan = self.scheduler.schedule()
+        if plan is None:
+            return False
+        planned = time.perf_counter()
+        self.executor.submit(plan)
+        self._submitted.append((plan, planned - begin, time.perf_counter() - planned))
+        return True
+
+    def _collect(self) -> None:
+        """Wait for the oldest step and take in its result."""
+        begin = time.perf_counter()
+        result = self.executor.collect()
+        plan, schedule_time, submit_time = self._submitted.popleft()
+        collected = time.perf_counter()
+        with self._tracer.span("update"):
+            self.scheduler.update(result)
+        execute_time = submit_time + collected - begin
+        self._record(plan, schedule_time, execute_time, time.perf_counter() - collected)
+
+    def _record(self, plan: StepPlan, schedule_time: float, execute_time: float, update_time: float) -> None:
+        num_decode = sum(1 for chunk in plan.chunks if chunk.is_decode)
+        kv = self.scheduler.kv
+        step = StepStats(
+            step_id=plan.step_id,
+            num_prefill_tokens=plan.num_tokens - num_decode,
+            num_decode_tokens=num_decode,
+            num_sequences=len(plan.chunks),
+            num_running=self.scheduler.num_running,
+            num_waiting=self.scheduler.num_waiting,
+            num_blocks_used=kv.num_used,
+            num_blocks=kv.num_blocks,
+            schedule_time=schedule_time,
+            execute_time=execute_time,
+            update_time=update_time,
+        )
+        self.stats.add(step)
+        self._tracer.counter("tokens", prefill=step.num_prefill_tokens, decode=step.num_decode_tokens)
+        self._tracer.counter("kv blocks", used=step.num_blocks_used)
+        self._tracer.counter("sequences", running=step.num_running, waiting=step.num_waiting)

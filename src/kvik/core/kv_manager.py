@@ -1,0 +1,128 @@
+"""Which sequence holds which KV blocks. The one owner of block ids, reference counts and prefix keys.
+
+    tokens      0 ........ b ........ 2b ........ 3b .. n
+    blocks      [ full, cached ][ full, cached ][ full  ][ partial ]
+                 shared with others, read only     private, written
+
+A block becomes findable by others only through `commit`, once its tokens are confirmed and the step that computed them
+has completed; a partial block is never shared, so no block that others can see is ever written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from kvik.core.block_pool import BlockPool
+from kvik.core.prefix_cache import PrefixCache, block_key, root_key
+from kvik.core.request import Sequence
+
+__all__ = ["KVManager"]
+
+
+class KVManager:
+    """Grants, shares, commits and frees the KV blocks of sequences."""
+
+    def __init__(self, num_blocks: int, block_size: int, enable_prefix_caching: bool) -> None:
+        self.block_size = block_size
+        self.enable_prefix_caching = enable_prefix_caching
+        self.pool = BlockPool(num_blocks)
+        self.cache = PrefixCache()
+
+    @property
+    def num_blocks(self) -> int:
+        return self.pool.num_blocks
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that can be granted now, cached ones that nobody uses included."""
+        return self.pool.num_free
+
+    @property
+    def num_used(self) -> int:
+        return self.pool.num_blocks - self.pool.num_free
+
+    def blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.block_size)
+
+    def match(self, seq: Sequence) -> list[int]:
+        """Cached blocks of the longest known prefix; always leaves at least the last token to compute."""
+        if not self.enable_prefix_caching:
+            return []
+        found: list[int] = []
+        parent = root_key(seq.request.cache_salt)
+        for index in range((len(seq.token_ids) - 1) // self.block_size):
+            key = self._key(seq, index)
+            block_id = self.cache.find(key, parent, self._tokens(seq, index))
+            if block_id is None:
+                break
+            found.append(block_id)
+            parent = key
+        return found
+
+    def admit(self, seq: Sequence, cached: list[int], headroom: int) -> bool:
+        """Give a sequence without blocks its `cached` blocks and new ones for all its tokens.
+
+        False, and nothing changes, unless `headroom` blocks stay free.
+        """
+        assert not seq.block_ids
+        revived = sum(1 for block_id in cached if self.pool.ref_count(block_id) == 0)
+        num_new = self.blocks_for(len(seq.token_ids)) - len(cached)
+        if num_new + revived + headroom > self.pool.num_free:
+            return False
+        for block_id in cached:
+            self.pool.share(block_id)
+        seq.block_ids = cached + [self._take() for _ in range(num_new)]
+        return True
+
+    def grow(self, seq: Sequence, num_tokens: int) -> tuple[int, ...] | None:
+        """Extend a sequence's blocks to hold `num_tokens`: the new ids, or None (nothing changed) if too few."""
+        num_new = self.blocks_for(num_tokens) - len(seq.block_ids)
+        if num_new <= 0:
+            return ()
+        if num_new > self.pool.num_free:
+            return None
+        new = tuple(self._take() for _ in range(num_new))
+        seq.block_ids.extend(new)
+        return new
+
+    def commit(self, seq: Sequence, start: int, end: int) -> None:
+        """Make the blocks that filled up while computing tokens [start, end) findable by other sequences."""
+        if not self.enable_prefix_caching:
+            return
+        for index in range(start // self.block_size, end // self.block_size):
+            parent = self._key(seq, index - 1) if index else root_key(seq.request.cache_salt)
+            self.cache.insert(seq.block_ids[index], self._key(seq, index), parent, self._tokens(seq, index))
+
+    def free(self, block_ids: Iterable[int]) -> None:
+        """Let go of a sequence's blocks, its last one first, so that long prefixes are evicted from their end."""
+        for block_id in reversed(tuple(block_ids)):
+            self.pool.release(block_id, reusable=block_id in self.cache)
+
+    def check_invariants(self, sequences: Iterable[Sequence], unreturned: Iterable[int] = ()) -> None:
+        """References are exactly those of `sequences` and of `unreturned` blocks that await the end of a step."""
+        self.pool.check_invariants()
+        self.cache.check_invariants()
+        counts = [0] * self.num_blocks
+        for block_id in unreturned:
+            counts[block_id] += 1
+        for seq in sequences:
+            assert len(set(seq.block_ids)) == len(seq.block_ids), "a sequence holds a block twice"
+            for block_id in seq.block_ids:
+                counts[block_id] += 1
+        assert counts == [self.pool.ref_count(i) for i in range(self.num_blocks)], "reference counts are wrong"
+        assert all(count <= 1 or i in self.cache for i, count in enumerate(counts)), "a private block has two holders"
+
+    def _take(self) -> int:
+        block_id = self.pool.take()
+        self.cache.evict(block_id)
+        return block_id
+
+    def _tokens(self, seq: Sequence, index: int) -> tuple[int, ...]:
+        return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
+
+    def _key(self, seq: Sequence, index: int) -> bytes:
+        """Key of a full block of confirmed tokens; computed once per sequence and block."""
+        while len(seq.block_keys) <= index:
+            parent = seq.block_keys[-1] if seq.block_keys else root_key(seq.request.cache_salt)
+            seq.block_keys.append(block_key(parent, self._tokens(seq, len(seq.block_keys))))
+        return seq.block_keys[index]

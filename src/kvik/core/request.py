@@ -1,0 +1,136 @@
+"""A request as the user sent it (frozen) and the sequences that the scheduler makes of it (mutable).
+
+`Request` may be read by everyone. `Sequence` belongs to the scheduler alone: nobody else writes to it.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from kvik.outputs import TokenLogprobs
+from kvik.sampling_params import SamplingParams
+
+__all__ = ["Request", "Sequence", "SequenceStatus"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """One generation request in token ids: everything the engine needs, nothing of text.
+
+    `eos_token_ids` is the union of the model's end-of-sequence ids; `bad_words_ids` are the token sequences of
+    `params.bad_words`; `seed` is the seed of completion 0 (completion i uses seed + i); times are `time.monotonic()`.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams
+    seed: int
+    eos_token_ids: tuple[int, ...] = ()
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()
+    priority: int = 0
+    cache_salt: str = ""
+    arrival_time: float = 0.0
+    max_total_tokens: int | None = None
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """Every token id that ends a sequence of this request."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return frozenset(eos) | frozenset(self.params.stop_token_ids)
+
+
+class SequenceStatus(enum.Enum):
+    """Where a sequence is: WAITING (also after preemption), RUNNING (owns a row and blocks), FINISHED."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion of a request, owned by the scheduler.
+
+    token_ids       prompt + confirmed output
+    num_computed    tokens whose KV has been planned (steps in flight included)
+    num_in_flight   sampled tokens that were planned but whose values have not come back
+    epoch           raised by preemption: results of an older epoch are dropped
+    last_step_id    last step that touches the row or blocks; they are freed once it has completed
+    num_cached      prompt tokens whose KV came from the prefix cache when the sequence first ran
+    """
+
+    request: Request
+    index: int
+    order: int
+    seed: int
+    max_total_tokens: int
+    stop_token_ids: frozenset[int]
+    token_ids: list[int]
+    status: SequenceStatus = SequenceStatus.WAITING
+    row: int = -1
+    block_ids: list[int] = field(default_factory=list)
+    block_keys: list[bytes] = field(default_factory=list)
+    num_computed: int = 0
+    num_in_flight: int = 0
+    num_cached: int = 0
+    num_preemptions: int = 0
+    epoch: int = 0
+    last_step_id: int = -1
+    scheduled_time: float | None = None
+    first_token_time: float | None = None
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        """Length once everything in flight has come back."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens that must be computed before the next one can be sampled."""
+        return self.num_tokens - self.num_computed
+
+    @property
+    def can_advance(self) -> bool:
+        """Whether a next step has something to compute: not when the tokens in flight reach the length limit."""
+        return self.num_remaining > 0 and self.num_tokens < self.max_total_tokens
+
+    @property
+    def finished(self) -> bool:
+        return self.status is SequenceStatus.FINISHED
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt must be computed in full, without cached blocks, for its log-probabilities."""
+        return self.request.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0
+
+    def start(self, row: int, num_cached: int, now: float) -> None:
+        """Run in `row`, with the KV of the first `num_cached` tokens already there."""
+        self.status = SequenceStatus.RUNNING
+        self.row = row
+        self.num_computed = num_cached
+        if self.scheduled_time is None:
+            self.scheduled_time = now
+            self.num_cached = num_cached
+
+    def preempt(self) -> None:
+        """Wait again; what was computed or is in flight is forgotten, what was confirmed is kept."""
+        self.status = SequenceStatus.WAITING
+        self.epoch += 1
+        self.num_preemptions += 1
+        self.num_computed = self.num_in_flight = 0
+        self.prompt_logprobs = []
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
+        """Log-probabilities of the prompt that have not been delivered yet."""
+        taken, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+        return taken

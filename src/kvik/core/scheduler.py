@@ -1,0 +1,408 @@
+"""Decides what each step computes, and turns step results into outputs. Owns the queues and every Sequence.
+
+Unit of work: {sequence: number of tokens} under a token budget. Decodes come first, then chunks of prompts, so that a
+long prompt never stops the others. Nothing here knows of tensors.
+
+A sequence's tokens, and how far each count reaches (b: confirmed, s: sampled in a step that is still in flight):
+
+    token_ids   b b b b b b b b b b b b               len(token_ids)
+    in flight                           s             num_tokens = len(token_ids) + num_in_flight
+    KV planned  |---------------------|               num_computed; the next step computes [num_computed, num_tokens)
+
+Because lengths advance without knowing tokens, step n+1 can be planned before the result of step n is known. A stop
+token is then found one step late: the surplus token is dropped, and row and blocks are freed once the last step that
+uses them has completed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvik.config import SchedulerConfig
+from kvik.core.kv_manager import KVManager
+from kvik.core.plan import Chunk, RowInit, RowResult, StepPlan, StepResult
+from kvik.core.policy import SequenceQueue
+from kvik.core.request import Request, Sequence, SequenceStatus
+from kvik.errors import RequestError
+from kvik.outputs import FinishReason, RequestMetrics, SequenceOutput, TokenLogprobs
+
+__all__ = ["Scheduler"]
+
+
+@dataclass(frozen=True, slots=True)
+class _InFlight:
+    """A submitted plan and, for each of its chunks, the sequence as it was then."""
+
+    plan: StepPlan
+    sequences: tuple[tuple[Sequence, int], ...]  # (sequence, its epoch)
+
+
+@dataclass(frozen=True, slots=True)
+class _Held:
+    """A row and blocks that a step in flight may still write."""
+
+    step_id: int
+    row: int
+    block_ids: tuple[int, ...]
+
+
+class Scheduler:
+    """Admission, continuous batching with chunked prefill, preemption by recompute, and the one `finish` path."""
+
+    def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
+        self.config = config
+        self.kv = KVManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
+        self._clock = clock
+        self._live: dict[str, dict[int, Sequence]] = {}
+        self._running = SequenceQueue(config.policy)
+        self._resuming = SequenceQueue(config.policy)  # preempted: before everything that waits
+        self._waiting = SequenceQueue(config.policy)
+        self._followers: dict[str, list[Sequence]] = {}  # completions that will share the KV of the first one's prompt
+        self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
+        self._in_flight: deque[_InFlight] = deque()
+        self._held: list[_Held] = []
+        self._outputs: list[SequenceOutput] = []
+        self._orders = itertools.count()
+        self._next_step_id = 0
+        self._completed_step_id = -1
+
+    # Requests
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises RequestError, with both numbers, for one that could never run."""
+        limit = self.check(request)
+        sequences = [
+            Sequence(
+                request=request,
+                index=index,
+                order=next(self._orders),
+                seed=request.seed + index,
+                max_total_tokens=limit,
+                stop_token_ids=request.stop_token_ids,
+                token_ids=list(request.prompt_token_ids),
+            )
+            for index in range(request.params.n)
+        ]
+        self._live[request.request_id] = {seq.index: seq for seq in sequences}
+        self._waiting.add(sequences[0])
+        self._followers[request.request_id] = sequences[1:]
+        if not self.kv.enable_prefix_caching:
+            self._release_followers(request.request_id)
+
+    def check(self, request: Request) -> int:
+        """Prompt + output length at which the request ends. Raises RequestError for one that could never run."""
+        num_prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
+        if request.request_id in self._live:
+            raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request", "request_id")
+        if num_prompt == 0:
+            raise RequestError("the prompt has no tokens; give at least one", "prompt")
+        context = self.config.max_model_len
+        if num_prompt >= context:
+            raise RequestError(
+                f"the prompt has {num_prompt} tokens; with one token of output that is more than the context of"
+                f" {context} tokens (max_model_len)",
+                "prompt",
+            )
+        total = context if wanted is None else num_prompt + wanted
+        if total > context:
+            raise RequestError(
+                f"prompt {num_prompt} + max_tokens {wanted} = {total} tokens is more than the context of {context}"
+                f" (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
+                "max_tokens",
+            )
+        needed = self.kv.blocks_for(total - 1)
+        if needed > self.kv.num_blocks:
+            raise RequestError(
+                f"the request may need {needed} KV blocks of {self.kv.block_size} tokens and there are"
+                f" {self.kv.num_blocks}; shorten the prompt or max_tokens, or raise kv_cache_memory",
+                "max_tokens",
+            )
+        return total
+
+    def finish(self, request_id: str, reason: FinishReason, index: int | None = None) -> None:
+        """End a request, or one completion of it, from outside (abort, stop string). Unknown ids are ignored."""
+        for seq in list(self._live.get(request_id, {}).values()):
+            if index is None or seq.index == index:
+                self._finish(seq, reason)
+
+    def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
+        """End every unfinished request."""
+        for seq in [seq for completions in self._live.values() for seq in completions.values()]:
+            self._finish(seq, reason, error=error)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take a running sequence's row and blocks; it resumes, before new ones, by computing its tokens again."""
+        self._release(seq)
+        seq.preempt()
+        self._resuming.add(seq)
+
+    def drain(self) -> list[SequenceOutput]:
+        """Outputs that have not been delivered yet."""
+        outputs, self._outputs = self._outputs, []
+        return outputs
+
+    # State
+
+    @property
+    def running(self) -> tuple[Sequence, ...]:
+        return tuple(self._running)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting) + len(self._resuming) + sum(map(len, self._followers.values()))
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        return len(self._in_flight)
+
+    def has_unfinished(self) -> bool:
+        """Whether a sequence is live, a step is in flight, or an output was not delivered."""
+        return bool(self._live or self._in_flight or self._outputs)
+
+    def check_invariants(self) -> None:
+        """Blocks, rows and queues are consistent. Cheap enough to be called after every operation in tests."""
+        self.kv.check_invariants(self._running, [block_id for held in self._held for block_id in held.block_ids])
+        rows = [seq.row for seq in self._running] + [held.row for held in self._held] + self._free_rows
+        assert sorted(rows) == list(range(self.config.max_num_seqs)), "a row is lost or has two owners"
+        live = {id(seq) for completions in self._live.values() for seq in completions.values()}
+        waiting = [*self._waiting, *self._resuming, *(seq for rest in self._followers.values() for seq in rest)]
+        queued = [id(seq) for seq in [*self._running, *waiting]]
+        assert len(queued) == len(live) and set(queued) == live, "a sequence is lost or queued twice"
+        for seq in self._running:
+            assert seq.status is SequenceStatus.RUNNING
+            assert seq.num_computed <= seq.num_tokens <= seq.max_total_tokens
+            assert seq.num_computed <= len(seq.block_ids) * self.kv.block_size
+        assert all(seq.status is SequenceStatus.WAITING and seq.row == -1 and not seq.block_ids for seq in waiting)
+
+    # One step
+
+    def schedule(self) -> StepPlan | None:
+        """Plan a step, or None when nothing can be computed before a step in flight has completed."""
+        scheduled: list[tuple[Sequence, Chunk]] = []
+        joined: list[RowInit] = []
+        budget = self.config.max_num_batched_tokens
+        num_resuming = len(self._resuming)
+        decodes = [seq for seq in self._running if seq.num_remaining == 1]
+        prefills = [seq for seq in self._running if seq.num_remaining > 1]
+        for seq in decodes + prefills:
+            if budget and seq.can_advance and (new_block_ids := self._grow(seq)) is not None:
+                scheduled.append((seq, self._advance(seq, budget, new_block_ids)))
+                budget -= scheduled[-1][1].num_tokens
+        while budget and len(self._resuming) <= num_resuming and (admitted := self._admit()) is not None:
+            num_resuming = len(self._resuming)
+            joined.append(self._row_init(admitted))
+            scheduled.append((admitted, self._advance(admitted, budget, tuple(admitted.block_ids))))
+            budget -= scheduled[-1][1].num_tokens
+        if not scheduled:
+            return None
+        plan = StepPlan(self._next_step_id, tuple(joined), tuple(chunk for _, chunk in scheduled))
+        self._in_flight.append(_InFlight(plan, tuple((seq, seq.epoch) for seq, _ in scheduled)))
+        self._next_step_id += 1
+        return plan
+
+    def update(self, result: StepResult) -> None:
+        """Take in the result of the oldest step in flight: confirm tokens, commit blocks, end sequences that stop."""
+        step = self._in_flight.popleft()
+        assert step.plan.step_id == result.step_id, "results come in the order of their plans"
+        self._completed_step_id = result.step_id
+        for (seq, epoch), chunk, row in zip(step.sequences, step.plan.chunks, result.rows, strict=True):
+            if not seq.finished and seq.epoch == epoch:
+                self._confirm(seq, chunk, row)
+        self._return_held()
+
+    def abandon(self) -> None:
+        """End everything after a step was interrupted. The caller made sure that the executor runs nothing any more."""
+        self.finish_all(FinishReason.ABORT)
+        self._completed_step_id = self._next_step_id - 1
+        self._in_flight.clear()
+        self._return_held()
+
+    # Planning
+
+    def _grow(self, seq: Sequence) -> tuple[int, ...] | None:
+        """Blocks for the sequence's tokens, preempting the last in line if need be; None if it must wait or had to go.
+
+        Decodes are visited in queue order and prompts got all their blocks on admission, so the last in line is never
+        one that this step already computes.
+        """
+        if seq.status is not SequenceStatus.RUNNING:
+            return None
+        while (new_block_ids := self.kv.grow(seq, seq.num_tokens)) is None:
+            if self._held:
+                return None
+            victim = self._running.last
+            self.preempt(victim)
+            if victim is seq:
+                return None
+        return new_block_ids
+
+    def _admit(self) -> Sequence | None:
+        """Give the next waiting sequence a row and blocks. Stops at the first that does not fit: none is overtaken."""
+        queue = self._resuming if self._resuming else self._waiting
+        if not queue or not self._free_rows:
+            return None
+        seq = queue.first
+        cached = [] if seq.wants_prompt_logprobs else self.kv.match(seq)
+        if not self.kv.admit(seq, cached, headroom=len(self._running)):
+            return None
+        queue.remove(seq)
+        seq.start(row=self._free_rows.pop(), num_cached=len(cached) * self.kv.block_size, now=self._clock())
+        self._running.add(seq)
+        return seq
+
+    def _advance(self, seq: Sequence, budget: int, new_block_ids: tuple[int, ...]) -> Chunk:
+        """Account for computing as many of the sequence's remaining tokens as the budget allows."""
+        num_tokens = min(seq.num_remaining, budget)
+        chunk = Chunk(
+            row=seq.row,
+            start=seq.num_computed,
+            num_tokens=num_tokens,
+            sample=num_tokens == seq.num_remaining,
+            new_block_ids=new_block_ids,
+            prompt_logprobs=seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt_tokens - 1,
+        )
+        seq.num_computed = chunk.end
+        seq.num_in_flight += chunk.sample
+        seq.last_step_id = self._next_step_id
+        return chunk
+
+    def _row_init(self, seq: Sequence) -> RowInit:
+        return RowInit(
+            row=seq.row,
+            token_ids=tuple(seq.token_ids),
+            num_prompt_tokens=seq.num_prompt_tokens,
+            params=seq.request.params,
+            seed=seq.seed,
+            stop_token_ids=tuple(sorted(seq.stop_token_ids)),
+            bad_words_ids=seq.request.bad_words_ids,
+        )
+
+    # Results
+
+    def _confirm(self, seq: Sequence, chunk: Chunk, row: RowResult) -> None:
+        """Apply one chunk's result to its sequence."""
+        self.kv.commit(seq, chunk.start, chunk.end)
+        if chunk.end >= seq.num_prompt_tokens:
+            self._release_followers(seq.request.request_id)
+        if row.error is not None:
+            self._finish(seq, FinishReason.ERROR, error=row.error)
+            return
+        seq.num_in_flight -= chunk.sample
+        if chunk.prompt_logprobs:
+            seq.prompt_logprobs.extend(row.prompt_logprobs)
+        if not row.token_ids:
+            return
+        reason: FinishReason | None = None
+        num_new = 0
+        for token_id in row.token_ids:
+            seq.token_ids.append(token_id)
+            num_new += 1
+            if (reason := self._stop_reason(seq)) is not None:
+                break
+        seq.first_token_time = seq.first_token_time or self._clock()
+        new, logprobs = row.token_ids[:num_new], row.logprobs[:num_new]
+        if reason is None:
+            self._outputs.append(self._output(seq, new, logprobs))
+        else:
+            self._finish(seq, reason, new, logprobs)
+
+    def _stop_reason(self, seq: Sequence) -> FinishReason | None:
+        """Whether the last token ends the sequence."""
+        if seq.token_ids[-1] in seq.stop_token_ids and seq.num_output_tokens > seq.request.params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(seq.token_ids) >= seq.max_total_tokens else None
+
+    def _finish(
+        self,
+        seq: Sequence,
+        reason: FinishReason,
+        new: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+        error: str | None = None,
+    ) -> None:
+        """The one way in which a sequence ends: frees its row and blocks and delivers a terminal output."""
+        request_id = seq.request.request_id
+        if seq.status is SequenceStatus.RUNNING:
+            self._release(seq)
+        else:
+            self._unqueue(seq)
+        seq.status = SequenceStatus.FINISHED
+        completions = self._live[request_id]
+        del completions[seq.index]
+        if not completions:
+            del self._live[request_id]
+        if seq.index == 0:
+            self._release_followers(request_id)
+        self._outputs.append(self._output(seq, new, logprobs, reason, error))
+
+    def _output(
+        self,
+        seq: Sequence,
+        new: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None = None,
+        error: str | None = None,
+    ) -> SequenceOutput:
+        stopped = reason is FinishReason.STOP and bool(new)
+        return SequenceOutput(
+            request_id=seq.request.request_id,
+            index=seq.index,
+            new_token_ids=new,
+            logprobs=logprobs,
+            prompt_logprobs=seq.take_prompt_logprobs(),
+            finish_reason=reason,
+            stop_token_id=new[-1] if stopped else None,
+            error=error,
+            num_cached_tokens=seq.num_cached,
+            metrics=self._metrics(seq),
+        )
+
+    def _metrics(self, seq: Sequence) -> RequestMetrics:
+        now, arrived = self._clock(), seq.request.arrival_time
+        first, scheduled = seq.first_token_time, seq.scheduled_time
+        later = seq.num_output_tokens - 1
+        return RequestMetrics(
+            queue_time=None if scheduled is None else scheduled - arrived,
+            time_to_first_token=None if first is None else first - arrived,
+            time_per_output_token=None if first is None or later < 1 else (now - first) / later,
+            total_time=now - arrived,
+            num_preemptions=seq.num_preemptions,
+        )
+
+    # Rows, blocks and queues
+
+    def _release(self, seq: Sequence) -> None:
+        """Take a running sequence's row and blocks; they are reusable once no step in flight can write them."""
+        self._running.remove(seq)
+        self._held.append(_Held(seq.last_step_id, seq.row, tuple(seq.block_ids)))
+        seq.row, seq.block_ids = -1, []
+        self._return_held()
+
+    def _return_held(self) -> None:
+        """Free the rows and blocks whose last step has completed."""
+        waiting = [held for held in self._held if held.step_id > self._completed_step_id]
+        for held in self._held:
+            if held.step_id <= self._completed_step_id:
+                self._free_rows.append(held.row)
+                self.kv.free(held.block_ids)
+        self._held = waiting
+
+    def _release_followers(self, request_id: str) -> None:
+        """Queue the other completions of a request: the first one's prompt is in the cache, or never will be."""
+        for seq in self._followers.pop(request_id, []):
+            self._waiting.add(seq)
+
+    def _unqueue(self, seq: Sequence) -> None:
+        followers = self._followers.get(seq.request.request_id, [])
+        if seq in followers:
+            followers.remove(seq)
+        else:
+            (self._resuming if seq.num_preemptions else self._waiting).remove(seq)

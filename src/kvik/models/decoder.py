@@ -1,0 +1,143 @@
+"""The one decoder: every supported architecture is this block with other numbers in its spec.
+
+The block is written once, in the fused operations of `kvik.kernels.api`. Weights are plain tensors in small dataclasses
+(q, k and v stacked, gate and up stacked), so that whoever quantises, shards or prepacks them does it from outside.
+The decoder owns its weights and RoPE table; the KV cache and the batch are arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvik.attention.base import AttentionBackend, ForwardBatch, KVLayer
+from kvik.kernels.api import LinearWeight, Ops
+from kvik.layers.rope import RopeTable
+from kvik.models.spec import DecoderSpec
+
+__all__ = ["Decoder", "DecoderWeights", "LayerWeights", "allocate_weights"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerWeights:
+    """The tensors of one block."""
+
+    attention_norm: Tensor  # [hidden_size]
+    qkv: LinearWeight  # [q_size + 2 * kv_size, hidden_size]: query, key, value rows
+    q_norm: Tensor | None  # [head_dim]
+    k_norm: Tensor | None  # [head_dim]
+    o: LinearWeight  # [hidden_size, q_size]
+    mlp_norm: Tensor  # [hidden_size]
+    gate_up: LinearWeight  # [2 * intermediate_size, hidden_size]: gate, up rows
+    down: LinearWeight  # [hidden_size, intermediate_size]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DecoderWeights:
+    """All tensors of a model. With tied embeddings `lm_head.weight` is `embedding` itself."""
+
+    embedding: Tensor  # [vocab_size, hidden_size]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Tensor  # [hidden_size]
+    lm_head: LinearWeight  # [vocab_size, hidden_size]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor once."""
+        yield self.embedding
+        for layer in self.layers:
+            yield from (layer.attention_norm, layer.mlp_norm)
+            yield from (norm for norm in (layer.q_norm, layer.k_norm) if norm is not None)
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+                yield linear.weight
+                if linear.bias is not None:
+                    yield linear.bias
+        yield self.final_norm
+        if self.lm_head.weight is not self.embedding:
+            yield self.lm_head.weight
+
+
+class Decoder:
+    """A decoder-only language model over a paged KV cache."""
+
+    def __init__(
+        self,
+        spec: DecoderSpec,
+        weights: DecoderWeights,
+        rope: RopeTable,
+        ops: Ops,
+        attention: AttentionBackend,
+    ) -> None:
+        self.spec = spec
+        self.weights = weights
+        self.rope = rope
+        self.ops = ops
+        self.attention = attention
+        self._scale = spec.head_dim**-0.5
+
+    def forward(self, batch: ForwardBatch, kv: Sequence[KVLayer]) -> Tensor:
+        """Compute the batch's tokens, write their keys and values to `kv` (one entry per layer).
+
+        Returns the hidden states after the final norm of the tokens at `batch.logit_indices`: [num_rows, hidden_size].
+        """
+        cos, sin = self.rope.cos_sin(batch.positions, batch.rope_lens)  # [num_tokens, head_dim / 2]
+        hidden = self.ops.embedding(batch.input_ids, self.weights.embedding)  # [num_tokens, hidden_size]
+        for layer, cache, window in zip(self.weights.layers, kv, self.spec.windows, strict=True):
+            hidden = self._attention(layer, hidden, cos, sin, batch, cache, window)
+            hidden = self._mlp(layer, hidden)
+        rows = hidden.index_select(0, batch.logit_indices)
+        return self.ops.rms_norm(rows, self.weights.final_norm, self.spec.rms_norm_eps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32."""
+        return self.ops.linear(hidden, self.weights.lm_head).float()
+
+    def _attention(
+        self,
+        w: LayerWeights,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        batch: ForwardBatch,
+        cache: KVLayer,
+        window: int | None,
+    ) -> Tensor:
+        eps = self.spec.rms_norm_eps
+        qkv = self.ops.norm_linear(hidden, w.attention_norm, eps, w.qkv)  # [num_tokens, q_size + 2 * kv_size]
+        q = self.ops.qk_norm_rope_store(qkv, cos, sin, batch.slots, cache.k, cache.v, w.q_norm, w.k_norm, eps)
+        context = self.attention.forward(q, cache, batch, scale=self._scale, window=window)
+        return self.ops.linear_add(context.flatten(1), w.o, hidden)
+
+    def _mlp(self, w: LayerWeights, hidden: Tensor) -> Tensor:
+        inner = self.ops.norm_linear_swiglu(hidden, w.mlp_norm, self.spec.rms_norm_eps, w.gate_up)
+        return self.ops.linear_add(inner, w.down, hidden)  # [num_tokens, hidden_size]
+
+
+def allocate_weights(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
+    """Uninitialised tensors of every shape that `spec` names, `spec.weight_bytes(dtype)` bytes in all."""
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    def linear(out_features: int, in_features: int, bias: bool) -> LinearWeight:
+        return LinearWeight(empty(out_features, in_features), empty(out_features) if bias else None)
+
+    hidden = spec.hidden_size
+    embedding = empty(spec.vocab_size, hidden)
+    layers = tuple(
+        LayerWeights(
+            attention_norm=empty(hidden),
+            qkv=linear(spec.q_size + 2 * spec.kv_size, hidden, spec.qkv_bias),
+            q_norm=empty(spec.head_dim) if spec.qk_norm else None,
+            k_norm=empty(spec.head_dim) if spec.qk_norm else None,
+            o=linear(hidden, spec.q_size, spec.o_bias),
+            mlp_norm=empty(hidden),
+            gate_up=linear(2 * spec.intermediate_size, hidden, spec.mlp_bias),
+            down=linear(hidden, spec.intermediate_size, spec.mlp_bias),
+        )
+        for _ in range(spec.num_layers)
+    )
+    lm_head = LinearWeight(embedding) if spec.tie_word_embeddings else linear(spec.vocab_size, hidden, False)
+    return DecoderWeights(embedding, layers, empty(hidden), lm_head)

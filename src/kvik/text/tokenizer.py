@@ -1,0 +1,224 @@
+"""Text to token ids and back, for every tokenizer that the `tokenizers` library can hold.
+
+`Tokenizer` reads a local model folder: tokenizer.json directly, older formats (tokenizer.model, vocab files) through
+transformers where the extra is installed. Token ids are those of transformers 5, except that a BOS which the text
+already starts with is not added again. Immutable after loading, so threads may share it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, pre_tokenizers
+
+from kvik.errors import ModelLoadError, RequestError
+from kvik.text.detokenizer import Vocabulary
+from kvik.text.tokenizer_files import TokenizerFiles
+
+__all__ = ["Tokenizer"]
+
+_OLD_FILES = ("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
+
+
+class Tokenizer:
+    """A tokenizer of the `tokenizers` library with what a model folder says about special tokens and templates.
+
+    Attributes: `backend` (tokenizers.Tokenizer), `special_tokens` ({'bos_token': '<s>', ...}), `chat_templates` by
+    name, `bos_token_id`, `pad_token_id`, `eos_token_ids` (every id that ends a sequence, ascending),
+    `special_token_ids`, `vocab_size` (largest id + 1, added tokens included), `vocabulary` (for detokenisers).
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        *,
+        special_tokens: Mapping[str, str] | None = None,
+        eos_token_ids: Iterable[int] = (),
+        chat_templates: Mapping[str, str] | None = None,
+    ) -> None:
+        backend.no_truncation()
+        backend.no_padding()
+        self.backend = backend
+        self.special_tokens = dict(special_tokens or {})
+        self.chat_templates = dict(chat_templates or {})
+        self.bos_token_id = self._special_id("bos_token")
+        self.pad_token_id = self._special_id("pad_token")
+        eos = self._special_id("eos_token")
+        self.eos_token_ids = tuple(sorted({*eos_token_ids, *(() if eos is None else (eos,))}))
+        added = backend.get_added_tokens_decoder()
+        self.special_token_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.vocabulary = Vocabulary(backend, self.special_token_ids)
+
+    @classmethod
+    def from_folder(cls, path: Path, *, config: dict[str, Any] | None = None) -> Tokenizer:
+        """The tokenizer of a local model folder; no network. `config` is its config.json if it was read already.
+
+        Raises ModelLoadError if files are missing or broken, or need the extra `kvik[transformers]`.
+        """
+        path = Path(path)
+        files = TokenizerFiles.read(path, config)
+        special_tokens = files.special_tokens
+        if (path / "tokenizer.json").is_file():
+            backend = _read_backend(path / "tokenizer.json")
+            _add_tokens(backend, files)
+            _apply_class(backend, files)
+        else:
+            backend, found = _convert(path)
+            special_tokens = {**found, **special_tokens}
+        return cls(
+            backend,
+            special_tokens=special_tokens,
+            eos_token_ids=files.eos_ids,
+            chat_templates=files.chat_templates,
+        )
+
+    def _special_id(self, name: str) -> int | None:
+        text = self.special_tokens.get(name)
+        token_id: int | None = None if text is None else self.backend.token_to_id(text)
+        return token_id
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`. Raises RequestError for text that cannot be UTF-8 (a lone surrogate)."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise _bad_text(text) from error
+        return self._one_bos(text, ids) if add_special_tokens else ids
+
+    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """`encode` for several texts at once, on several threads."""
+        try:
+            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        except TypeError as error:
+            raise next((_bad_text(text) for text in texts if not _encodable(text)), _bad_text(texts)) from error
+        ids: list[list[int]] = [encoding.ids for encoding in encodings]
+        return [self._one_bos(text, row) for text, row in zip(texts, ids, strict=True)] if add_special_tokens else ids
+
+    def _one_bos(self, text: str, ids: list[int]) -> list[int]:
+        bos = self.special_tokens.get("bos_token")
+        doubled = bos is not None and text.startswith(bos) and ids[:2] == [self.bos_token_id] * 2
+        return ids[1:] if doubled else ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """The text of `ids`: exactly what a detokeniser emits for them, piece by piece."""
+        return self.vocabulary.decode(ids, skip_special_tokens)
+
+    def id_to_token(self, token_id: int) -> str | None:
+        """The token as it is written in the vocabulary, None for an id that names none."""
+        token: str | None = self.backend.id_to_token(token_id)
+        return token
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The UTF-8 bytes that a token contributes inside a text; perhaps only part of a character."""
+        return self.vocabulary.token_bytes(token_id)
+
+    def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
+        """The id sequences that spell `words` at the start of a text, after a space, and inside a line."""
+        found: dict[tuple[int, ...], None] = {}
+        newline = self.encode("\n", add_special_tokens=False)
+        for word in words:
+            for text in (word, " " + word.lstrip(" ")):
+                found[tuple(self.encode(text, add_special_tokens=False))] = None
+            # Sentencepiece puts a space before a text; after a newline it does not, which gives the bare word.
+            after = self.encode("\n" + word, add_special_tokens=False)
+            if newline and after[: len(newline)] == newline:
+                found[tuple(after[len(newline) :])] = None
+        return tuple(ids for ids in found if ids)
+
+
+def _encodable(text: object) -> bool:
+    if not isinstance(text, str):
+        return False
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bad_text(text: object) -> RequestError:
+    if not isinstance(text, str):
+        return RequestError(f"a text must be a string, got {type(text).__name__}", "prompt")
+    at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), 0)
+    return RequestError(
+        f"the text holds half a surrogate pair (U+{ord(text[at]):04X}) at character {at}, which no UTF-8 can hold; "
+        "send the whole character",
+        "prompt",
+    )
+
+
+def _read_backend(path: Path) -> Any:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises plain Exception for whatever it cannot read
+        raise ModelLoadError(f"cannot use {path}: {error}; download it again, or update `tokenizers`") from error
+
+
+def _add_tokens(backend: Any, files: TokenizerFiles) -> None:
+    """Add the tokens that only tokenizer_config.json knows; those in the vocabulary keep their ids."""
+    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    for token in files.added_tokens:
+        if known.get(token.content) is None or (token.special and not known[token.content]):
+            add = backend.add_special_tokens if token.special else backend.add_tokens
+            add([token])
+            known[token.content] = token.special
+
+
+def _apply_class(backend: Any, files: TokenizerFiles) -> None:
+    """Do to tokenizer.json what the tokenizer class named in the folder does in transformers 5.
+
+    Only two classes differ from the file: LlamaTokenizer has its own rule for the leading space, and an explicit
+    `add_prefix_space` overrides a byte-level pre-tokenizer. `add_bos_token` and `add_eos_token` are already part of
+    tokenizer.json's post-processor, which rules.
+    """
+    prefix_space = files.settings.get("add_prefix_space")
+    states = [part.__getstate__() for part in (backend.pre_tokenizer, backend.decoder) if part is not None]
+    byte_level = any(b'"ByteLevel"' in state for state in states)
+    model_type = files.config.get("model_type") or ""
+    is_llama = (files.tokenizer_class, model_type) in {
+        ("LlamaTokenizer", ""),
+        ("LlamaTokenizer", "llama"),
+        ("", "llama"),
+    }
+    if is_llama and not byte_level and type(backend.model).__name__ == "BPE":
+        prefix = prefix_space is None or bool(prefix_space)
+        scheme = "never" if not prefix else "always" if files.settings.get("legacy") else "first"
+        strip = [decoders.Strip(content=" ", left=1)] if prefix else []
+        steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+        backend.normalizer = None
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False)
+        backend.decoder = decoders.Sequence(steps)
+    elif byte_level and isinstance(prefix_space, bool) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        state = json.loads(backend.pre_tokenizer.__getstate__())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=state["use_regex"])
+
+
+def _convert(path: Path) -> tuple[Any, dict[str, str]]:
+    """A backend and its named special tokens from files older than tokenizer.json, made by transformers."""
+    old = next((name for name in _OLD_FILES if (path / name).is_file()), None)
+    if old is None:
+        raise ModelLoadError(
+            f"{path} has no tokenizer.json and no {', '.join(_OLD_FILES)}: there is no tokenizer in it"
+        )
+    hint = f"{path} has {old} but no tokenizer.json"
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        raise ModelLoadError(
+            f"{hint}; converting it needs transformers and sentencepiece: pip install 'kvik[transformers]'"
+        ) from error
+    try:
+        made = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise ModelLoadError(
+            f"{hint} and transformers cannot convert it: {error}; pip install 'kvik[transformers]' "
+            "or add a tokenizer.json"
+        ) from error
+    if not getattr(made, "is_fast", False):
+        raise ModelLoadError(f"{hint}, and {type(made).__name__} has no fast form; add a tokenizer.json to the folder")
+    return made.backend_tokenizer, dict(made.special_tokens_map)
