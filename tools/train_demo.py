@@ -436,10 +436,9 @@ def bits_per_character(nll: float, data: Data) -> float:
     return nll * (len(data.held_out) - 1) / math.log(2) / data.held_out_characters
 
 
-def learning_rate(step: int, total: int, peak: float) -> float:
-    """Linear warm-up over 2 % of the run, then linear decay to zero."""
-    warm_up = max(1, total // 50)
-    return peak * min((step + 1) / warm_up, (total - step) / (total - warm_up))
+def learning_rate(progress: float, peak: float) -> float:
+    """Linear warm-up over the first 2 % of the run, then linear decay to zero; progress is in [0, 1]."""
+    return peak * min(progress / 0.02, (1 - progress) / 0.98)
 
 
 def make_optimizers(model: StoryModel, args: argparse.Namespace) -> tuple[Muon, torch.optim.AdamW]:
@@ -458,20 +457,28 @@ def make_optimizers(model: StoryModel, args: argparse.Namespace) -> tuple[Muon, 
 
 
 class Log:
-    """loss.csv and one printed line per evaluation."""
+    """loss.csv, and the same on the screen: one line per evaluation."""
 
-    def __init__(self, path: Path, data: Data) -> None:
-        self.data, self.start = data, time.monotonic()
+    def __init__(self, path: Path, data: Data, batch_tokens: int, context: int) -> None:
+        self.data, self.batch_tokens, self.context = data, batch_tokens, context
+        self.start, self.last_step = time.monotonic(), 0
         self.file = path.open("w", newline="")
         self.writer = csv.writer(self.file, lineterminator="\n")
         self.writer.writerow(["step", "epoch", "train_loss", "held_out_nats_per_token", "held_out_bits_per_character"])
 
-    def write(self, step: int, epoch: float, train_loss: float, nll: float) -> None:
-        bpc = bits_per_character(nll, self.data)
+    def write(self, step: int, losses: Tensor, model: StoryModel) -> None:
+        """`losses` is the sum of the steps' losses since the last call; it is set to zero."""
+        if step == self.last_step:
+            return
+        train_loss = losses.item() / (step - self.last_step)
+        self.last_step = step
+        losses.zero_()
+        nll = held_out_nll(model, self.data, self.context)
+        bpc, epoch = bits_per_character(nll, self.data), step * self.batch_tokens / self.data.num_train_tokens
         self.writer.writerow([step, f"{epoch:.2f}", f"{train_loss:.4f}", f"{nll:.4f}", f"{bpc:.4f}"])
         self.file.flush()
         seconds = time.monotonic() - self.start
-        rate = epoch * self.data.num_train_tokens / seconds / 1e6
+        rate = step * self.batch_tokens / seconds / 1e6
         print(
             f"step {step} epoch {epoch:.2f} train {train_loss:.4f} held-out {nll:.4f} bpc {bpc:.4f}"
             f" | {seconds:.0f} s, {rate:.2f} M tokens/s",
@@ -488,41 +495,40 @@ def requested_shape(args: argparse.Namespace, vocab_size: int) -> Shape:
         num_attention_heads=args.heads,
         num_key_value_heads=args.kv_heads,
         head_dim=args.head_dim,
-        max_position_embeddings=max(args.context, args.final_context),
+        max_position_embeddings=args.context,
     )
     return shape.filled(args.max_bytes)
 
 
 def run_steps(model: StoryModel, data: Data, args: argparse.Namespace, log: Log) -> None:
-    """The whole schedule: `context` for most steps, `final_context` for the last `final_share` of them."""
+    """Steps until `epochs` are done or `max_minutes` are over; the schedule follows whichever is nearer its end."""
     device = model.norm.weight.device
     teacher = load_model(args.teacher, device, model.dtype) if args.teacher else None
     loss_of = loss_function(model, teacher, args.teacher_share)
     muon, adam = make_optimizers(model, args)
     total = int(args.epochs * data.num_train_tokens / args.batch_tokens)
-    if args.batch_tokens > data.num_train_tokens // 2 or total == 0:
-        raise SystemExit(f"too little text: {data.num_train_tokens} tokens, {args.batch_tokens} of them a batch")
-    switch = total - int(total * args.final_share)
-    short = batches(data, args.context, args.batch_tokens, device, args.seed)
-    long = batches(data, args.final_context, args.batch_tokens, device, args.seed + 1)
-    recent = torch.zeros((), device=device)
     every = max(1, total // args.evaluations)
-    for step in range(total):
-        lr = learning_rate(step, total, args.learning_rate)
-        loss = loss_of(next(short if step < switch else long))
+    stream = batches(data, args.context, args.batch_tokens, device, args.seed)
+    losses = torch.zeros((), device=device)  # summed since the last evaluation
+    step, started = 0, math.inf
+    while (progress := max(step / total, (time.monotonic() - started) / (60 * args.max_minutes))) < 1:
+        loss = loss_of(next(stream))
         torch.autograd.backward(loss)
+        losses += loss.detach()
+        lr = learning_rate(progress, args.learning_rate)
+        muon.step(lr, args.weight_decay)
         for group in adam.param_groups:
             group["lr"] = lr
-        muon.step(lr, args.weight_decay)
         adam.step()
         adam.zero_grad(set_to_none=True)
-        recent += loss.detach()
-        if (step + 1) % every == 0 or step + 1 == total:
-            epoch = (step + 1) * args.batch_tokens / data.num_train_tokens
-            nll = held_out_nll(model, data, args.context if step < switch else args.final_context)
-            log.write(step + 1, epoch, recent.item() / ((step % every) + 1), nll)
-            recent.zero_()
+        step += 1
+        if step == 10:
+            started = time.monotonic()  # compilation is over
+        if step % every == 0:
+            log.write(step, losses, model)
             save_model(model, args.out)
+    log.write(step, losses, model)
+    save_model(model, args.out)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -530,11 +536,13 @@ def train(args: argparse.Namespace) -> None:
     torch.set_float32_matmul_precision("high")
     data, device = load_data(args.data), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    if args.batch_tokens > data.num_train_tokens // 2:
+        raise SystemExit(f"too little text: {data.num_train_tokens} tokens for batches of {args.batch_tokens}")
     shape = requested_shape(args, data.vocab_size)
     model = StoryModel(shape, dtype, args.dropout).to(device).train()
     args.out.mkdir(parents=True, exist_ok=True)
     print(f"{shape.num_parameters} parameters, {shape}", flush=True)
-    run_steps(model, data, args, Log(args.out / "loss.csv", data))
+    run_steps(model, data, args, Log(args.out / "loss.csv", data, args.batch_tokens, args.context))
     nll = held_out_nll(load_model(args.out, device, dtype), data, shape.max_position_embeddings)
     size = (args.out / "model.safetensors").stat().st_size
     bpc = bits_per_character(nll, data)
@@ -664,19 +672,18 @@ def add_train_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-bytes", type=int, default=12_000_000, help="size limit of the bf16 file")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--heads", type=int, default=8)
-    parser.add_argument("--kv-heads", type=int, default=4)
-    parser.add_argument("--head-dim", type=int, default=32)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--kv-heads", type=int, default=2)
+    parser.add_argument("--head-dim", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=40.0)
-    parser.add_argument("--batch-tokens", type=int, default=65536)
-    parser.add_argument("--context", type=int, default=512)
-    parser.add_argument("--final-context", type=int, default=2048)
-    parser.add_argument("--final-share", type=float, default=0.25, help="share of the steps run at --final-context")
+    parser.add_argument("--max-minutes", type=float, default=1e9, help="end the schedule earlier, after this time")
+    parser.add_argument("--batch-tokens", type=int, default=32768)
+    parser.add_argument("--context", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=5e-3)
-    parser.add_argument("--weight-decay", type=float, default=0.1)
+    parser.add_argument("--weight-decay", type=float, default=0.2)
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--teacher", type=Path, help="run folder of a model with the same tokenizer to learn from")
-    parser.add_argument("--teacher-share", type=float, default=0.5, help="weight of the teacher's term in the loss")
+    parser.add_argument("--teacher-share", type=float, default=0.9, help="weight of the teacher's term in the loss")
     parser.add_argument("--evaluations", type=int, default=60, help="times to evaluate and save on the way")
     parser.add_argument("--seed", type=int, default=1)
 

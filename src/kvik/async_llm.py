@@ -45,14 +45,14 @@ class _Stream:
 
     async def take(self) -> RequestOutput:
         while True:
-            await self._ready.wait()
-            self._ready.clear()
             with self._lock:
                 output, error = self._mailbox.take(), self._error
             if output is not None:
                 return output
             if error is not None:
                 raise error
+            await self._ready.wait()
+            self._ready.clear()
 
 
 class AsyncLLM:

@@ -17,6 +17,7 @@ LogitsProcessor = Callable[[list[int], Any], Any]
 
 MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
+MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 128
 
 
@@ -133,6 +134,9 @@ class SamplingParams:
     def _check_lists(self) -> None:
         if len(self.stop) > MAX_STOP_STRINGS:
             raise RequestError(f"stop has {len(self.stop)} strings; at most {MAX_STOP_STRINGS} are allowed", "stop")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_LENGTH:
+            raise RequestError(f"a stop string has {longest} characters; at most {MAX_STOP_LENGTH} are allowed", "stop")
         if self.allowed_token_ids == ():
             raise RequestError("allowed_token_ids is empty: no token could be generated", "allowed_token_ids")
         for processor in self.logits_processors:

@@ -20,9 +20,19 @@ CORPUS = [
 ] * 4
 
 TEXTS = [
-    "Hello world", " leading and  double  spaces ", "你好世界，天气", "👨‍👩‍👧‍👦 family 🏳️‍🌈 flag 🇩🇰", "e\u0301 combining a\u0308\u0332",
-    "tabs\tand\nnewlines\r\n\n", "naïve café", "", " ", "x", "zero\u200bwidth \u202eright-to-left", "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈",
-]  # fmt: skip
+    "Hello world",
+    " leading and  double  spaces ",
+    "你好世界，天气",
+    "👨‍👩‍👧‍👦 family 🏳️‍🌈 flag 🇩🇰",
+    "e\u0301 combining a\u0308\u0332",
+    "tabs\tand\nnewlines\r\n\n",
+    "naïve café",
+    "",
+    " ",
+    "x",
+    "zero\u200bwidth \u202eright-to-left",
+    "𝔘𝔫𝔦𝔠𝔬𝔡𝔢 𐍈",
+]
 
 BYTE_TOKENS = [f"<0x{byte:02X}>" for byte in range(256)]
 CHATML = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -34,10 +44,13 @@ def _byte_level_json() -> str:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=420, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), special_tokens=list(CHATML), show_progress=False
+        vocab_size=420,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(CHATML),
+        show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    backend.add_tokens(["<think>", "</think>", "café"])
+    backend.add_tokens(["<think>", "</think>", "｜端｜"])
     return str(backend.to_str())
 
 
@@ -75,7 +88,9 @@ def _unigram_json() -> str:
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
-    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False)
+    trainer = trainers.UnigramTrainer(
+        vocab_size=200, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
     backend.train_from_iterator(CORPUS, trainer)
     return str(backend.to_str())
 
@@ -129,7 +144,7 @@ def no_decoder() -> Any:
 def byte_level_in_sequence() -> Any:
     """A byte-level decoder among others, which only the window detokeniser can handle."""
     backend = byte_level()
-    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("zq", "")])
+    backend.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Replace("\U000fffff", "")])
     return backend
 
 

@@ -23,12 +23,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvik.config import SchedulerConfig
+from kvik.core.emit import sequence_output
 from kvik.core.kv_manager import KVManager
 from kvik.core.plan import Chunk, RowInit, RowResult, StepPlan, StepResult
 from kvik.core.policy import SequenceQueue
 from kvik.core.request import Request, Sequence, SequenceStatus
 from kvik.errors import RequestError
-from kvik.outputs import FinishReason, RequestMetrics, SequenceOutput, TokenLogprobs
+from kvik.outputs import FinishReason, SequenceOutput, TokenLogprobs
 
 __all__ = ["Scheduler"]
 
@@ -310,7 +311,7 @@ class Scheduler:
         seq.first_token_time = seq.first_token_time or self._clock()
         new, logprobs = row.token_ids[:num_new], row.logprobs[:num_new]
         if reason is None:
-            self._outputs.append(self._output(seq, new, logprobs))
+            self._outputs.append(sequence_output(seq, self._clock(), new, logprobs))
         else:
             self._finish(seq, reason, new, logprobs)
 
@@ -341,41 +342,7 @@ class Scheduler:
             del self._live[request_id]
         if seq.index == 0:
             self._release_followers(request_id)
-        self._outputs.append(self._output(seq, new, logprobs, reason, error))
-
-    def _output(
-        self,
-        seq: Sequence,
-        new: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...],
-        reason: FinishReason | None = None,
-        error: str | None = None,
-    ) -> SequenceOutput:
-        stopped = reason is FinishReason.STOP and bool(new)
-        return SequenceOutput(
-            request_id=seq.request.request_id,
-            index=seq.index,
-            new_token_ids=new,
-            logprobs=logprobs,
-            prompt_logprobs=seq.take_prompt_logprobs(),
-            finish_reason=reason,
-            stop_token_id=new[-1] if stopped else None,
-            error=error,
-            num_cached_tokens=seq.num_cached,
-            metrics=self._metrics(seq),
-        )
-
-    def _metrics(self, seq: Sequence) -> RequestMetrics:
-        now, arrived = self._clock(), seq.request.arrival_time
-        first, scheduled = seq.first_token_time, seq.scheduled_time
-        later = seq.num_output_tokens - 1
-        return RequestMetrics(
-            queue_time=None if scheduled is None else scheduled - arrived,
-            time_to_first_token=None if first is None else first - arrived,
-            time_per_output_token=None if first is None or later < 1 else (now - first) / later,
-            total_time=now - arrived,
-            num_preemptions=seq.num_preemptions,
-        )
+        self._outputs.append(sequence_output(seq, self._clock(), new, logprobs, reason, error))
 
     # Rows, blocks and queues
 

@@ -82,9 +82,8 @@ def _near_folders(name: str) -> str:
     path = Path(name).expanduser()
     if not path.parent.is_dir():
         return f" (nor {path.parent})"
-    siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir())
-    near = did_you_mean(path.name, siblings)
-    return near or (f"; {path.parent} has {', '.join(siblings[:5])}" if siblings else "")
+    siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith("."))
+    return did_you_mean(path.name, siblings) or (f"; {path.parent} has {', '.join(siblings[:5])}" if siblings else "")
 
 
 def _bundled(name: str) -> Path:
@@ -96,7 +95,10 @@ def _bundled(name: str) -> Path:
 
 def _hugging_face(name: str, revision: str | None, load_format: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    # The first base is the error of whichever HTTP library this huggingface_hub uses; hf_xet raises RuntimeError.
+    http_error: type[Exception] = HfHubHTTPError.__bases__[0]
 
     def fetch(*patterns: str) -> Path:
         allow = [*_TEXT_FILES, *patterns]
@@ -104,8 +106,7 @@ def _hugging_face(name: str, revision: str | None, load_format: str) -> Path:
 
     try:
         path = _fetch_weights(fetch, load_format)
-    # The first base of HfHubHTTPError is the error of whichever HTTP library this huggingface_hub uses.
-    except (HfHubHTTPError.__bases__[0], OSError, ValueError) as error:
+    except (http_error, OSError, HFValidationError, RuntimeError) as error:
         raise ModelLoadError(_hub_message(name, revision, error)) from error
     return _checked_folder(path)
 
@@ -131,14 +132,16 @@ def _hub_message(name: str, revision: str | None, error: Exception) -> str:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"model {name!r} has no revision {revision!r}"
     if isinstance(error, errors.RepositoryNotFoundError):
-        local = f"nor a local folder{_near_folders(name) or did_you_mean(name, BUNDLED_MODELS)}"
-        return f"{name!r} is neither a Hugging Face model {local}; if it is private, set HF_TOKEN"
+        nearby = [str(p) for p in Path(name).parent.glob("*") if p.is_dir()]
+        hint = did_you_mean(name, [*BUNDLED_MODELS, *nearby])
+        return f"{name!r} is neither a Hugging Face model nor a local folder{hint}; if it is private, set HF_TOKEN"
     if isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         return (
             f"{where} is not in the local cache and cannot be downloaded: no connection, or HF_HUB_OFFLINE is set; "
             "connect, set HF_ENDPOINT to a mirror, or give a local folder"
         )
-    return f"downloading {where} failed: {error}; try again, or give a local folder"
+    reason = (str(error) or type(error).__name__).splitlines()[0]
+    return f"downloading {where} failed: {reason}; try again, or give a local folder"
 
 
 def _modelscope(name: str, revision: str | None) -> Path:

@@ -52,10 +52,6 @@ class ModelRunner:
         )
         return StepResult(plan.step_id, rows)
 
-    def close(self) -> None:
-        """Let go of the model and the KV pool."""
-        del self._model, self._kv_pool, self._table
-
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[int, RowSample]:
         """Sample the rows whose sequences end in this step, and append the tokens to the table."""
         rows = batch.sampling_rows

@@ -5,6 +5,7 @@ Token ids that lie outside the vocabulary are dropped here: they can neither be 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -38,24 +39,22 @@ class RowSampling:
     @classmethod
     def from_init(cls, init: RowInit, vocab_size: int, device: torch.device | str = "cpu") -> RowSampling:
         """The sampling state of a sequence that takes a row; its tensors live on `device`."""
-        params = init.params
+        params, allowed = init.params, init.params.allowed_token_ids
         biases = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
         words = [word for word in init.bad_words_ids if word and max(word) < vocab_size]
+        banned = [word[0] for word in words if len(word) == 1]
 
-        def ids(values: tuple[int, ...] | list[int]) -> Tensor | None:
-            known = sorted({value for value in values if value < vocab_size})
-            return torch.tensor(known, dtype=torch.int64, device=device) if known else None
+        def ids(values: Iterable[int]) -> Tensor:
+            return torch.tensor([value for value in values if value < vocab_size], dtype=torch.int64, device=device)
 
-        allowed = params.allowed_token_ids
-        none = torch.empty(0, dtype=torch.int64, device=device)
         return cls(
             params=params,
             seed=init.seed,
             num_prompt_tokens=init.num_prompt_tokens,
             stop_ids=ids(init.stop_token_ids) if params.min_tokens else None,
-            banned_ids=ids([word[0] for word in words if len(word) == 1]),
-            allowed_ids=None if allowed is None else ids(allowed) if min(allowed) < vocab_size else none,
-            bias_ids=torch.tensor([token for token, _ in biases], device=device) if biases else None,
+            banned_ids=ids(banned) if banned else None,
+            allowed_ids=None if allowed is None else ids(allowed),
+            bias_ids=ids(token for token, _ in biases) if biases else None,
             bias=torch.tensor([bias for _, bias in biases], dtype=torch.float32, device=device) if biases else None,
             bad_words=tuple(word for word in words if len(word) > 1),
             edits=_edits(params) or bool(words),

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvik.errors import RequestError
 from kvik.outputs import TokenLogprobs
-from kvik.sampling.filters import survivors, top_k_bound
+from kvik.sampling.filters import keep, survivors, top_k_bound
 from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.philox import NOISE_MAX, gumbel_noise, gumbel_row, split_seed
 from kvik.sampling.processors import process
@@ -26,7 +26,7 @@ from kvik.sampling.row import RowSampling
 
 __all__ = ["RowSample", "Sampler"]
 
-MANY = 1024  # candidates from which on it pays to draw the best HEAD first and to drop those that cannot win any more
+MANY = 4096  # candidates from which on it pays to draw the best HEAD first and to drop those that cannot win any more
 HEAD = 64
 
 
@@ -53,15 +53,10 @@ class _Draw:
         """The token with the highest score plus noise; the lowest id where several are equal."""
         return int(self.ids[(self.scores + noise).argmax()].item())
 
-    def head(self) -> _Draw:
-        """The same draw among a few of its best candidates."""
-        best = (self.scores >= top_k_bound(self.scores, HEAD)).nonzero().squeeze(-1)[:MANY]
-        return replace(self, ids=self.ids[best], scores=self.scores[best])
-
-    def beyond(self, floor: float) -> _Draw:
-        """The same draw among the candidates whose score reaches `floor`."""
-        kept = self.scores >= floor
-        return replace(self, ids=self.ids[kept], scores=self.scores[kept])
+    def among(self, floor: float, limit: int | None = None) -> _Draw:
+        """The same draw among the candidates whose score reaches `floor`, or the first `limit` of them."""
+        ids, scores = keep(self.ids, self.scores, floor)
+        return replace(self, ids=ids[:limit], scores=scores[:limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +68,9 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
         """The next token of each row from `logits` [rows, vocab_size] of any float dtype, which are left unchanged.
 
-        `token_ids[i]` (int64, one-dimensional) are the tokens of row i so far, prompt and output: their number is the
-        position of the token drawn. A row that cannot be sampled gets an error and leaves the others alone.
+        `token_ids[i]` (int64, one-dimensional, on the device of `logits`) are the tokens of row i so far, prompt and
+        output: their number is the position of the token drawn. A row that cannot be sampled gets an error and leaves
+        the others alone.
         """
         assert logits.shape == (len(rows), self.vocab_size) and len(token_ids) == len(rows)
         if all(row.params.greedy and not row.edits for row in rows):
@@ -84,34 +80,23 @@ class Sampler:
         return _with_logprobs(samples, logits, rows)
 
     def _sample_rows(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
-        samples: list[RowSample] = []
-        draws: list[_Draw] = []
-        for index, (row, tokens) in enumerate(zip(rows, token_ids, strict=True)):
-            try:
-                picked = self._prepare(index, logits[index].float(), row, tokens)
-            except RequestError as error:
-                samples.append(RowSample(-1, error=str(error)))
-                continue
-            samples.append(RowSample(picked if isinstance(picked, int) else -1))
-            if isinstance(picked, _Draw):
-                draws.append(picked)
-        draws = _narrow(draws)
-        for draw, noise in zip(draws, self._noise(draws), strict=True):
-            samples[draw.index] = RowSample(draw.winner(noise))
-        return samples
+        picks = [self._pick(i, logits[i].float(), row, token_ids[i]) for i, row in enumerate(rows)]
+        draws = _narrow([pick for pick in picks if isinstance(pick, _Draw)])
+        winners = {draw.index: draw.winner(noise) for draw, noise in zip(draws, self._noise(draws), strict=True)}
+        return [RowSample(winners[pick.index]) if isinstance(pick, _Draw) else pick for pick in picks]
 
-    def _prepare(self, index: int, logits: Tensor, row: RowSampling, tokens: Tensor) -> int | _Draw:
-        """The token of one row, or its draw where noise decides."""
-        if row.edits:
-            logits = process(logits, row, tokens)
-        peak = logits.amax().item()
-        _check_peak(peak)
+    def _pick(self, index: int, logits: Tensor, row: RowSampling, tokens: Tensor) -> RowSample | _Draw:
+        """The sample of one row, or its draw where noise decides."""
+        try:
+            logits = process(logits, row, tokens) if row.edits else logits
+            peak = logits.amax().item()
+            _check_peak(peak)
+        except RequestError as error:
+            return RowSample(-1, error=str(error))
         if row.params.greedy:
-            return int(logits.argmax().item())
+            return RowSample(int(logits.argmax().item()))
         ids, scores = survivors(logits, peak, row.params)
-        if ids.numel() == 1:
-            return int(ids.item())
-        return _Draw(index, row.seed, tokens.numel(), ids, scores)
+        return _Draw(index, row.seed, tokens.numel(), ids, scores) if ids.numel() > 1 else RowSample(int(ids.item()))
 
     def _noise(self, draws: list[_Draw]) -> list[Tensor]:
         """Noise of every draw, [n] each: whole rows where many candidates are left, else one batch over all rows."""
@@ -120,22 +105,18 @@ class Sampler:
         found = dict(zip((draw.index for draw in sparse), _sparse_noise(sparse), strict=True))
         for draw in draws:
             if draw.index not in found:
-                row_noise = gumbel_row(draw.seed, draw.position, self.vocab_size, draw.ids.device)
-                found[draw.index] = row_noise if draw.ids.numel() == self.vocab_size else row_noise[draw.ids]
+                noise = gumbel_row(draw.seed, draw.position, self.vocab_size, draw.ids.device)  # [vocab_size]
+                found[draw.index] = noise.index_select(0, draw.ids)
         return [found[draw.index] for draw in draws]
 
 
 def _narrow(draws: list[_Draw]) -> list[_Draw]:
     """Drop the candidates of large draws that even the largest noise could not lift above one that is drawn already."""
-    heads = [draw.head() if draw.ids.numel() > MANY else None for draw in draws]
-    noises = iter(_sparse_noise([head for head in heads if head is not None]))
-    narrowed: list[_Draw] = []
-    for draw, head in zip(draws, heads, strict=True):
-        if head is None:
-            narrowed.append(draw)
-        else:
-            reached = (head.scores + next(noises)).amax().item()
-            narrowed.append(draw.beyond(reached - NOISE_MAX))
+    large = [i for i, draw in enumerate(draws) if draw.ids.numel() > MANY]
+    heads = [draws[i].among(top_k_bound(draws[i].scores, HEAD), MANY) for i in large]
+    narrowed = list(draws)
+    for i, head, noise in zip(large, heads, _sparse_noise(heads), strict=True):
+        narrowed[i] = draws[i].among((head.scores + noise).amax().item() - NOISE_MAX)
     return narrowed
 
 

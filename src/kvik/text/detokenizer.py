@@ -78,12 +78,12 @@ class Vocabulary:
     def detokenizer(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokeniser. After a `context` (a prompt) the text goes on instead of starting."""
         skipped = self._special_token_ids if skip_special_tokens else _NOTHING
-        before = [token_id for token_id in context[-_MAX_PENDING_TOKENS:] if token_id not in skipped]
+        kept = [token_id for token_id in context if token_id not in skipped and self.has(token_id)]
         if self._style is _Style.BYTES:
             return _ByteDetokenizer(self, skipped)
         if self._style is _Style.PIECES:
-            return _PieceDetokenizer(self, skipped, starts=not before)
-        return _WindowDetokenizer(self, skipped, before[-1:])
+            return _PieceDetokenizer(self, skipped, starts=not kept)
+        return _WindowDetokenizer(self, skipped, kept[-1:])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence: the sum of what `detokenizer` emits for it."""
@@ -99,6 +99,10 @@ class Vocabulary:
         """The UTF-8 bytes of a token inside a text; perhaps only a part of a character."""
         piece = self.piece(token_id)
         return piece if isinstance(piece, bytes) else piece.encode("utf-8")
+
+    def has(self, token_id: int) -> bool:
+        """Whether the id names a token; a model's output layer may be larger than its vocabulary."""
+        return self._backend.id_to_token(token_id) is not None
 
     def join(self, ids: list[int]) -> str:
         """What the library makes of `ids` as a complete text."""
@@ -237,7 +241,7 @@ class _WindowDetokenizer:
         self._pending: list[int] = []
 
     def add(self, token_id: int) -> str:
-        if token_id in self._skipped:
+        if token_id in self._skipped or not self._vocabulary.has(token_id):
             return ""
         self._pending.append(token_id)
         text = self._new_text()

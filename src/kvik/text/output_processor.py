@@ -21,6 +21,8 @@ from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["OutputProcessor", "Processed"]
 
+_NO_METRICS = RequestMetrics()
+
 
 class Processed(NamedTuple):
     """What became of some engine outputs; (request_id, index) in `to_finish` must end with FinishReason.STOP."""
@@ -127,7 +129,7 @@ class _OpenRequest:
 
     def snapshot(self, clock: Callable[[], float]) -> RequestOutput:
         """The request as it is now; its deltas start over."""
-        request, num_tokens = self.request, sum(completion.num_tokens for completion in self.completions)
+        request, num_tokens = self.request, sum([completion.num_tokens for completion in self.completions])
         with_prompt_logprobs = request.params.prompt_logprobs is not None
         return RequestOutput(
             request_id=request.request_id,
@@ -141,11 +143,11 @@ class _OpenRequest:
                 cached_tokens=self._num_cached_tokens,
             ),
             prompt_logprobs=(None, *self._prompt_logprobs) if with_prompt_logprobs else None,
-            metrics=self._metrics or self._own_metrics(clock(), num_tokens),
+            metrics=self._metrics or (self._own_metrics(clock(), num_tokens) if self.finished else _NO_METRICS),
         )
 
     def _own_metrics(self, now: float, num_tokens: int) -> RequestMetrics:
-        """Timings as seen here, until the engine sends its own with a terminal output."""
+        """Timings as seen here, for a request that a stop string ended: the engine's come with a terminal output."""
         arrival, first = self.request.arrival_time, self._first_token_time
         if first is None:
             return RequestMetrics(total_time=now - arrival)

@@ -7,6 +7,7 @@ already starts with is not added again. Immutable after loading, so threads may 
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -67,6 +68,10 @@ class Tokenizer:
             backend = _read_backend(path / "tokenizer.json")
             _add_tokens(backend, files)
             _apply_class(backend, files)
+            assumed = files.assumed_special_tokens
+            special_tokens.update(
+                {name: text for name, text in assumed.items() if backend.token_to_id(text) is not None}
+            )
         else:
             backend, found = _convert(path)
             special_tokens = {**found, **special_tokens}
@@ -119,6 +124,9 @@ class Tokenizer:
 
     def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The id sequences that spell `words` at the start of a text, after a space, and inside a line."""
+        words = tuple(words)
+        if not words:
+            return ()
         found: dict[tuple[int, ...], None] = {}
         newline = self.encode("\n", add_special_tokens=False)
         for word in words:
@@ -160,31 +168,26 @@ def _read_backend(path: Path) -> Any:
 
 
 def _add_tokens(backend: Any, files: TokenizerFiles) -> None:
-    """Add the tokens that only tokenizer_config.json knows; those in the vocabulary keep their ids."""
-    known = {token.content: token.special for token in backend.get_added_tokens_decoder().values()}
+    """Add the tokens that only tokenizer_config.json knows; for those it has, tokenizer.json rules."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
     for token in files.added_tokens:
-        if known.get(token.content) is None or (token.special and not known[token.content]):
+        if token.content not in known:
+            known.add(token.content)
             add = backend.add_special_tokens if token.special else backend.add_tokens
             add([token])
-            known[token.content] = token.special
 
 
 def _apply_class(backend: Any, files: TokenizerFiles) -> None:
     """Do to tokenizer.json what the tokenizer class named in the folder does in transformers 5.
 
-    Only two classes differ from the file: LlamaTokenizer has its own rule for the leading space, and an explicit
-    `add_prefix_space` overrides a byte-level pre-tokenizer. `add_bos_token` and `add_eos_token` are already part of
-    tokenizer.json's post-processor, which rules.
+    Two things differ from the file: LlamaTokenizer, for Llama models, has its own rule for the leading space, and an
+    explicit `add_prefix_space` overrides a byte-level pre-tokenizer. `add_bos_token` and `add_eos_token` are
+    already part of tokenizer.json's post-processor, which rules.
     """
     prefix_space = files.settings.get("add_prefix_space")
     states = [part.__getstate__() for part in (backend.pre_tokenizer, backend.decoder) if part is not None]
     byte_level = any(b'"ByteLevel"' in state for state in states)
-    model_type = files.config.get("model_type") or ""
-    is_llama = (files.tokenizer_class, model_type) in {
-        ("LlamaTokenizer", ""),
-        ("LlamaTokenizer", "llama"),
-        ("", "llama"),
-    }
+    is_llama = files.tokenizer_class == "LlamaTokenizer" and files.config.get("model_type", "llama") == "llama"
     if is_llama and not byte_level and type(backend.model).__name__ == "BPE":
         prefix = prefix_space is None or bool(prefix_space)
         scheme = "never" if not prefix else "always" if files.settings.get("legacy") else "first"
@@ -207,18 +210,17 @@ def _convert(path: Path) -> tuple[Any, dict[str, str]]:
         )
     hint = f"{path} has {old} but no tokenizer.json"
     try:
+        for name in ("google.protobuf", "sentencepiece"):  # transformers reports their absence in a roundabout way
+            importlib.import_module(name)
         from transformers import AutoTokenizer
     except ImportError as error:
         raise ModelLoadError(
-            f"{hint}; converting it needs transformers and sentencepiece: pip install 'kvik[transformers]'"
+            f"{hint}; converting it needs transformers, sentencepiece and protobuf: pip install 'kvik[transformers]'"
         ) from error
     try:
         made = AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
     except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
-        raise ModelLoadError(
-            f"{hint} and transformers cannot convert it: {error}; pip install 'kvik[transformers]' "
-            "or add a tokenizer.json"
-        ) from error
+        raise ModelLoadError(f"{hint} and transformers cannot convert it: {error}; add a tokenizer.json") from error
     if not getattr(made, "is_fast", False):
         raise ModelLoadError(f"{hint}, and {type(made).__name__} has no fast form; add a tokenizer.json to the folder")
     return made.backend_tokenizer, dict(made.special_tokens_map)

@@ -22,7 +22,7 @@ __all__ = ["TokenizerFiles", "read_json"]
 _CLASS_DEFAULTS: dict[str, dict[str, str]] = {
     "LlamaTokenizer": {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
-    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "pad_token"), "<|endoftext|>"),
+    "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
 
 
@@ -89,9 +89,13 @@ class TokenizerFiles:
         extra = self.settings.get("extra_special_tokens")
         if isinstance(extra, dict):
             named.update({name: _content(value) for name, value in extra.items()})
-        found = {name: text for name, text in named.items() if text is not None}
+        return {name: text for name, text in named.items() if text is not None}
+
+    @property
+    def assumed_special_tokens(self) -> dict[str, str]:
+        """Special tokens that the folder does not name but its tokenizer class has, if they are in the vocabulary."""
         defaults = _CLASS_DEFAULTS.get(self.tokenizer_class, {})
-        return {**{name: text for name, text in defaults.items() if name not in self.settings}, **found}
+        return {name: text for name, text in defaults.items() if name not in self.settings}
 
     @property
     def added_tokens(self) -> list[AddedToken]:

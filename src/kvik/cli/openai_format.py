@@ -1,0 +1,263 @@
+"""The OpenAI format: request bodies to prompts and SamplingParams, outputs to response bodies.
+
+The fields are those of /v1/completions and /v1/chat/completions and every SamplingParams field of text form. What asks
+for something that Kvik does not do is refused by name; null, a neutral value ("best_of": 1) and fields that only
+describe the caller ("user") ask for nothing.
+"""
+
+from __future__ import annotations
+
+import codecs
+import dataclasses
+import time
+import uuid
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from kvik import __version__
+from kvik.errors import KvikError, RequestError, did_you_mean
+from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from kvik.sampling_params import SamplingParams
+from kvik.settings import SAMPLING, Pair
+
+if TYPE_CHECKING:
+    from kvik.llm_engine import LLMEngine, Prompt
+    from kvik.text.tokenizer import Tokenizer
+
+__all__ = ["OpenAIRequest", "error_body", "parse_body", "response_body"]
+
+COMPLETION_MAX_TOKENS = 16
+MAX_TOP_LOGPROBS = 20
+LOWEST_LOGPROB = -9999.0  # OpenAI's, since JSON has no minus infinity
+_SAMPLING = frozenset(SAMPLING.options) - {"echo", "logprobs", "prompt_logprobs"}
+_TEMPLATE = ("add_generation_prompt", "chat_template_kwargs", "continue_final_message")
+_BOOLEANS = ("add_generation_prompt", "continue_final_message", "echo", "stream")
+_OTHERS = MappingProxyType(
+    {
+        True: frozenset({"messages", "logprobs", "top_logprobs", "max_completion_tokens", *_TEMPLATE}),
+        False: frozenset({"prompt", "logprobs", "echo"}),
+    }
+)
+_DESCRIPTIVE = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
+_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
+    {
+        "best_of": (1,),
+        "modalities": (["text"],),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "store": (False,),
+        "suffix": ("",),
+        "tool_choice": ("none",),
+        "tools": ([],),
+    }
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class OpenAIRequest:
+    """A checked body. `inputs` are prompts (strings or lists of token ids), or the one list of messages of a chat."""
+
+    chat: bool
+    model: str | None
+    inputs: tuple[Any, ...]
+    template_options: Mapping[str, Any]
+    params: SamplingParams
+    stream: bool
+
+    def prompts(self, engine: LLMEngine) -> list[Prompt]:
+        """What the engine is given, one item per input. Raises RequestError where the chat template refuses."""
+        if not self.chat:
+            return list(self.inputs)
+        return [engine.render_chat(messages, **self.template_options) for messages in self.inputs]
+
+
+def parse_body(
+    body: Mapping[str, Any], *, chat: bool, base: SamplingParams, overrides: Mapping[str, Any]
+) -> OpenAIRequest:
+    """Check a body. Values that it leaves out come from `overrides`, then OpenAI's max_tokens, then `base`.
+
+    Raises RequestError, with the field in `.param`, for whatever is unknown, unsupported or malformed.
+    """
+    fields = {name: value for name, value in body.items() if value is not None}
+    for name, value in fields.items():
+        _check_field(name, value, chat)
+    values = {"max_tokens": None if chat else COMPLETION_MAX_TOKENS, **overrides}
+    values.update((name, value) for name, value in fields.items() if name in _SAMPLING)
+    values.update(_chat_values(fields) if chat else _completion_values(fields))
+    return OpenAIRequest(
+        chat=chat,
+        model=fields.get("model"),
+        inputs=_inputs(fields, chat),
+        template_options={name: fields[name] for name in _TEMPLATE if name in fields},
+        params=dataclasses.replace(base, **values),
+        stream=fields.get("stream", False),
+    )
+
+
+def _check_field(name: str, value: Any, chat: bool) -> None:
+    """Raise RequestError unless the field is known here and its JSON type is right, or it asks for nothing."""
+    if name in _SAMPLING:
+        _check_type(name, value)
+    elif name == "model":
+        _expect(name, isinstance(value, str), "a string", value)
+    elif name == "stream" or (name in _BOOLEANS and name in _OTHERS[chat]) or (chat and name == "logprobs"):
+        _expect(name, isinstance(value, bool), "true or false", value)
+    elif name not in _OTHERS[chat] and name not in _DESCRIPTIVE and value not in _NEUTRAL.get(name, ()):
+        if name in _NEUTRAL:
+            raise RequestError(f"{name} is not supported; leave it out", name)
+        near = did_you_mean(name, [*_SAMPLING, *_OTHERS[chat], "model", "stream"])
+        raise RequestError(f"{name!r} is not a field that Kvik supports here{near}", name)
+
+
+def _check_type(name: str, value: Any) -> None:
+    option = SAMPLING.options[name]
+    if option.kind is bool:
+        _expect(name, isinstance(value, bool), "true or false", value)
+    elif option.kind is Pair:
+        _expect(name, isinstance(value, dict), "an object of token ids and biases", value)
+    elif option.many:
+        is_text = option.kind is str and isinstance(value, str)
+        _expect(name, is_text or isinstance(value, list), "a list", value)
+
+
+def _expect(name: str, fine: bool, what: str, value: Any) -> None:
+    if not fine:
+        raise RequestError(f"{name} must be {what}, got {value!r}", name)
+
+
+def _completion_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    num_top, echo = fields.get("logprobs"), fields.get("echo", False)
+    return {"echo": echo, "logprobs": num_top, "prompt_logprobs": num_top if echo else None}
+
+
+def _chat_values(fields: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    num_top = fields.get("top_logprobs", 0)
+    good = isinstance(num_top, int) and not isinstance(num_top, bool) and 0 <= num_top <= MAX_TOP_LOGPROBS
+    _expect("top_logprobs", good, f"an integer in [0, {MAX_TOP_LOGPROBS}]", num_top)
+    if fields.get("logprobs"):
+        values["logprobs"] = num_top
+    elif "top_logprobs" in fields:
+        raise RequestError("top_logprobs needs logprobs: true", "top_logprobs")
+    if "max_completion_tokens" in fields:
+        limit = fields["max_completion_tokens"]
+        if fields.get("max_tokens", limit) != limit:
+            raise RequestError("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
+        values["max_tokens"] = limit
+    return values
+
+
+def _inputs(fields: Mapping[str, Any], chat: bool) -> tuple[Any, ...]:
+    """The prompts of a completion (one or a list of texts or of token id lists), or the one conversation of a chat."""
+    name = "messages" if chat else "prompt"
+    if name not in fields:
+        raise RequestError(f"{name} is required", name)
+    value = fields[name]
+    if chat or isinstance(value, str):
+        return (value,)
+    _expect(name, isinstance(value, list) and bool(value), "a text, a list of token ids, or a list of either", value)
+    prompts = value if isinstance(value[0], (str, list)) else [value]
+    for prompt in prompts:
+        _expect(name, isinstance(prompt, (str, list)), "a text, a list of token ids, or a list of either", prompt)
+    return tuple(prompts)
+
+
+# Responses
+
+
+def error_body(error: KvikError) -> dict[str, Any]:
+    """The body of an error response."""
+    kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
+    param = error.param if isinstance(error, RequestError) else None
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": None}}
+
+
+def response_body(
+    request: OpenAIRequest, outputs: Sequence[RequestOutput], tokenizer: Tokenizer, model: str
+) -> dict[str, Any]:
+    """The body of a successful response: one finished output per input; choice index = input * n + completion."""
+    choice = _chat_choice if request.chat else _completion_choice
+    choices = [choice(output, completion, tokenizer) for output in outputs for completion in output.outputs]
+    prompt, generated, cached = (
+        sum(getattr(output.usage, name) for output in outputs)
+        for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
+    )
+    return {
+        "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
+        "object": "chat.completion" if request.chat else "text_completion",
+        "created": int(time.time()),
+        "model": model,
+        "choices": [{"index": index, **fields} for index, fields in enumerate(choices)],
+        "usage": {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": cached},
+        },
+        "system_fingerprint": f"kvik-{__version__}",
+    }
+
+
+def _chat_choice(output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        logprobs = {"content": [_chat_logprob(item, tokenizer) for item in completion.logprobs], "refusal": None}
+    message = {"role": "assistant", "content": completion.text, "refusal": None}
+    return {"message": message, "logprobs": logprobs, **_ending(completion)}
+
+
+def _completion_choice(output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+    logprobs = None
+    if completion.logprobs is not None:
+        items: list[tuple[int, TokenLogprobs | None]] = [(item.token_id, item) for item in completion.logprobs]
+        if output.prompt_logprobs is not None:
+            items = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=True), *items]
+        logprobs = _legacy_logprobs(items, tokenizer)
+    return {"text": completion.text, "logprobs": logprobs, **_ending(completion)}
+
+
+def _ending(completion: CompletionOutput) -> dict[str, Any]:
+    reason = None if completion.finish_reason is None else str(completion.finish_reason)
+    return {"finish_reason": reason, "stop_reason": completion.stop_reason}
+
+
+def _chat_logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    def entry(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
+
+    top = [entry(token_id, logprob) for token_id, logprob in item.top]
+    return {**entry(item.token_id, item.logprob), "top_logprobs": top}
+
+
+def _legacy_logprobs(items: Sequence[tuple[int, TokenLogprobs | None]], tokenizer: Tokenizer) -> dict[str, Any]:
+    """The four parallel lists of /v1/completions. Offsets count characters, also where tokens split one."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    offsets, length = [], 0
+    for token_id, _ in items:
+        offsets.append(length)
+        length += len(decoder.decode(tokenizer.token_bytes(token_id)))
+
+    def top(item: TokenLogprobs) -> dict[str, float]:
+        return {_legacy_token(token_id, tokenizer): _finite(logprob) for token_id, logprob in item.top}
+
+    return {
+        "tokens": [_legacy_token(token_id, tokenizer) for token_id, _ in items],
+        "token_logprobs": [None if item is None else _finite(item.logprob) for _, item in items],
+        "top_logprobs": [None if item is None else top(item) for _, item in items],
+        "text_offset": offsets,
+    }
+
+
+def _legacy_token(token_id: int, tokenizer: Tokenizer) -> str:
+    """A token's text; its bytes where it is part of a character, so that keys of top_logprobs differ."""
+    data = tokenizer.token_bytes(token_id)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, LOWEST_LOGPROB)

@@ -1,0 +1,108 @@
+// What the scheduler (pool.cpp) knows of an instruction set: one table of functions, each computing one work item.
+//
+// An op runs as one or more stages; a stage is a number of independent items that any worker may take. Whatever a
+// stage computes depends only on the item, so neither the number of workers nor their order changes a bit of it.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+
+#include "kvik_cpu.h"
+
+namespace kvik {
+
+constexpr int kPanel = 32;   // outputs of a packed panel
+constexpr int kMaxTile = 12;  // rows of activations that a microkernel call takes
+constexpr int kChunk = 256;   // tokens of context in one item of decode attention (four times that past kLongContext)
+constexpr int kLongContext = 16384;
+constexpr int kKeyTile = 64;  // keys per inner step of prefill attention
+constexpr int kQueryRows = 192;  // rows (queries x heads of a group) of one item of prefill attention
+
+// Memory of one thread or one run, grown on demand and 64-byte aligned.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch();
+  void* get(size_t bytes);
+
+ private:
+  void* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+// Rows of activations cut into tiles of nearly equal size, at most kMaxTile.
+struct Tiling {
+  int rows = 0, tiles = 0, base = 0, extra = 0;
+  static Tiling of(int rows) {
+    Tiling t;
+    t.rows = rows;
+    t.tiles = (rows + kMaxTile - 1) / kMaxTile;
+    if (t.tiles) t.base = rows / t.tiles, t.extra = rows % t.tiles;
+    return t;
+  }
+  int start(int tile) const { return tile * base + (tile < extra ? tile : extra); }
+  int size(int tile) const { return base + (tile < extra ? 1 : 0); }
+};
+
+// How the queries of one sequence are split into items: chunks of context for one query, tiles of queries for several.
+struct SequencePlan {
+  int first_item, parts;  // items = parts * num_kv_heads
+  int first_part;         // decode: index of the first chunk of context
+  int chunk;              // decode: tokens per chunk; prefill: queries per tile
+  int64_t partial;        // decode: offset of the sequence's partial results, in floats
+};
+
+struct Job {
+  const KvikOp* op = nullptr;
+  const KvikStep* step = nullptr;
+  int stage = 0, rows = 0;
+  Tiling tiling;
+  int tiles_per_item = 0;      // LINEAR, GEMM stage: tiles of rows that one item multiplies with one panel
+  uint8_t* activations = nullptr;  // LINEAR: packed tiles, tile_bytes apart
+  int64_t tile_bytes = 0;
+  const SequencePlan* sequences = nullptr;  // ATTENTION
+  float* partials = nullptr;
+  std::atomic<int>* arrivals = nullptr;  // ATTENTION: [num_seqs * num_kv_heads]
+  void* query = nullptr;                 // ROPE_STORE writes, ATTENTION reads: [tokens, heads, head_dim] of the KV type
+};
+
+using ItemFn = void (*)(const Job& job, int item, Scratch& scratch);
+
+struct Kernels {
+  ItemFn embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax;
+  void (*read)(const void* data, int64_t bytes);
+};
+
+// Levels, lowest first. A build for another architecture has the generic one only.
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kNumIsas = 5 };
+const Kernels& kernels_generic();
+#if defined(__x86_64__) || defined(_M_X64)
+#define KVIK_X86 1
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+const Kernels& kernels_avx512_vnni();
+const Kernels& kernels_avx512_bf16();
+#endif
+const Kernels& kernels_for(int isa);
+
+// packing.cpp: items are panels.
+void pack_panel(const KvikOp& op, int panel);
+void pack_panel_quantized(const KvikOp& op, int panel);
+void unpack_panel(const KvikOp& op, int panel);
+void unpack_panel_quantized(const KvikOp& op, int panel);
+
+// Which row of the unpacked weight is at `lane` of `panel`: -1 for padding. With swiglu, 16 gate rows then 16 up rows.
+inline int packed_row(const KvikLinear& w, int panel, int lane) {
+  if (!w.swiglu) {
+    int row = panel * kPanel + lane;
+    return row < w.n ? row : -1;
+  }
+  int half = w.n / 2, row = panel * (kPanel / 2) + lane % (kPanel / 2);
+  if (row >= half) return -1;
+  return lane < kPanel / 2 ? row : half + row;
+}
+
+}  // namespace kvik

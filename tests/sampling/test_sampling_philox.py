@@ -1,0 +1,110 @@
+"""Philox against published vectors and a plain-integer reference; the noise against the Gumbel law."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from kvik.sampling.philox import (
+    NOISE_MAX,
+    NOISE_RANGE,
+    gumbel_noise,
+    gumbel_row,
+    philox4x32,
+    split_seed,
+    uniform,
+)
+
+WORD = st.integers(0, 2**32 - 1)
+
+# kat_vectors of Random123 1.14: counter, key, answer
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+def reference(counter: tuple[int, ...], key: tuple[int, ...]) -> tuple[int, ...]:
+    """Philox4x32-10 with Python integers, as the paper writes it."""
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        even, odd = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = (odd >> 32) ^ c1 ^ k0, odd % 2**32, (even >> 32) ^ c3 ^ k1, even % 2**32
+        k0, k1 = (k0 + 0x9E3779B9) % 2**32, (k1 + 0xBB67AE85) % 2**32
+    return c0, c1, c2, c3
+
+
+@pytest.mark.parametrize(("counter", "key", "answer"), KNOWN_ANSWERS)
+@pytest.mark.parametrize("width", [1, 7, 40_000])
+def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], answer: tuple[int, ...], width: int) -> None:
+    words = philox4x32(torch.tensor(counter).unsqueeze(1).repeat(1, width), torch.tensor(key).unsqueeze(1))
+    assert torch.equal(words, torch.tensor(answer).unsqueeze(1).expand(4, width))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORD, WORD, WORD, WORD, WORD, WORD), min_size=1, max_size=9))
+def test_equals_integer_reference(cases: list[tuple[int, ...]]) -> None:
+    columns = torch.tensor(cases).t()  # [6, n]
+    expected = [reference(case[:4], case[4:]) for case in cases]
+    assert philox4x32(columns[:4], columns[4:]).t().tolist() == [list(words) for words in expected]
+
+
+def test_seed_words_and_counter_layout() -> None:
+    assert split_seed(2**40 + 5) == (5, 256)
+    assert split_seed(2**64 + 1) == (1, 0)
+    seed, position, token_id = 2**40 + 5, 77, 4 * 123 + 2
+    bits = reference((123, position, 0, 0), (5, 256))[2]
+    expected = -math.log(-math.log(((bits >> 9) + 0.5) / 2**23))
+    noise = gumbel_row(seed, position, 1000)
+    assert noise[token_id].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_uniform_is_open_and_exact() -> None:
+    ends = uniform(torch.tensor([0, 511, 512, 2**32 - 1]))
+    assert ends.tolist() == [2.0**-24, 2.0**-24, 1.5 * 2.0**-23, 1 - 2.0**-24]
+
+
+def test_noise_bounds() -> None:
+    noise = -(-uniform(torch.tensor([0, 2**32 - 1])).log()).log()
+    low, high = noise.tolist()
+    assert high < NOISE_MAX
+    assert high - low < NOISE_RANGE
+
+
+@pytest.mark.parametrize("vocab_size", [1, 3, 4, 5, 1003, 40_001])
+def test_single_entries_equal_the_row_bitwise(vocab_size: int) -> None:
+    seed, position = 2**61 + 12_345, 999
+    row = gumbel_row(seed, position, vocab_size)
+    ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))[:997]
+    key = torch.tensor(split_seed(seed)).unsqueeze(1)
+    for part in (ids, ids[:1], ids[:17]):
+        assert torch.equal(gumbel_noise(key, torch.full_like(part, position), part), row[part])
+
+
+def test_every_uniform_keeps_its_logarithm_wherever_it_stands() -> None:
+    """The noise of an entry must not depend on its neighbours: vector and scalar code paths have to agree."""
+    values = uniform(torch.arange(0, 2**32, 512 * 11))
+    whole = values.log()
+    for start, size in [(0, 1), (1, 3), (5, 17), (100, 1001), (7, 33_001)]:
+        assert torch.equal(values[start : start + size].clone().log(), whole[start : start + size])
+
+
+def test_noise_is_gumbel_and_independent_over_entries_positions_and_seeds() -> None:
+    base = gumbel_row(seed=1, position=10, vocab_size=50_000)
+    assert stats.kstest(base.numpy(), "gumbel_r").pvalue > 1e-3
+    for other in (gumbel_row(1, 11, 50_000), gumbel_row(2, 10, 50_000), gumbel_row(1 + 2**32, 10, 50_000)):
+        assert abs(stats.pearsonr(base.numpy(), other.numpy()).statistic) < 0.02
+    assert abs(stats.pearsonr(base[:-1].numpy(), base[1:].numpy()).statistic) < 0.02
+    over_positions = torch.stack([gumbel_row(3, position, 4)[1] for position in range(2000)])
+    assert stats.kstest(over_positions.numpy(), "gumbel_r").pvalue > 1e-3
+    assert abs(stats.pearsonr(over_positions[:-1].numpy(), over_positions[1:].numpy()).statistic) < 0.08
