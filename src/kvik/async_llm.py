@@ -13,11 +13,12 @@ from typing import Any
 from kvik.config import EngineConfig
 from kvik.core.request import Request
 from kvik.errors import RequestError, WorkerError
-from kvik.llm_engine import LLMEngine, Message, Prompt
+from kvik.llm_engine import LLMEngine
 from kvik.log import logger
 from kvik.mailbox import Mailbox
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
+from kvik.text.frontend import Message, Prompt
 
 __all__ = ["AsyncLLM"]
 

@@ -12,11 +12,12 @@ from tqdm import tqdm
 
 from kvik.config import EngineConfig
 from kvik.errors import RequestError
-from kvik.llm_engine import ChatPrompt, LLMEngine, Message, Prompt
+from kvik.llm_engine import LLMEngine
 from kvik.mailbox import Mailbox
 from kvik.metrics import EngineStats
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
+from kvik.text.frontend import ChatPrompt, Message, Prompt
 from kvik.text.tokenizer import Tokenizer
 from kvik.tracing import NO_TRACE, NoTrace
 

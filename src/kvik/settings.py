@@ -2,8 +2,9 @@
 
 Everything is made from the fields of the option dataclasses, so there is no second list. An engine option is
 `max_num_seqs` at the top level of the file, KVIK_MAX_NUM_SEQS in the environment and --max-num-seqs as a flag; a
-sampling option is `temperature` in the file's section `sampling`, KVIK_SAMPLING_TEMPERATURE, and --temperature. The
-file (YAML, or JSON where its name ends in .json) is named by --config or KVIK_CONFIG.
+sampling option is `temperature` in the file's section `sampling`, KVIK_SAMPLING_TEMPERATURE, and --temperature; a
+server option is `port` in the section `server`, KVIK_SERVER_PORT, and --port. The file (YAML, or JSON where its name
+ends in .json) is named by --config or KVIK_CONFIG.
 """
 
 from __future__ import annotations
@@ -20,8 +21,12 @@ from typing import Any, Generic, TypeVar
 from kvik.config import EngineConfig
 from kvik.errors import ConfigError, RequestError, did_you_mean
 from kvik.sampling_params import SamplingParams
+from kvik.server_config import ServerConfig
 
-__all__ = ["CONFIG_VARIABLE", "ENGINE", "SAMPLING", "Option", "Setting", "Settings", "Table", "load_settings"]
+__all__ = [
+    "CONFIG_VARIABLE", "ENGINE", "SAMPLING", "SERVER", "Option", "Setting", "Settings", "Table", "load_server_settings",
+    "load_settings",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -194,6 +199,8 @@ ENGINE: Table[EngineConfig] = _table(EngineConfig, "engine", None, _PREFIX, "aut
 SAMPLING: Table[SamplingParams] = _table(
     SamplingParams, "sampling", "sampling", f"{_PREFIX}SAMPLING_", "none", frozenset()
 )
+SERVER: Table[ServerConfig] = _table(ServerConfig, "server", "server", f"{_PREFIX}SERVER_", "none", frozenset())
+_TABLES: tuple[Table[Any], ...] = (ENGINE, SAMPLING, SERVER)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -260,20 +267,28 @@ def load_settings(
     `flags` are values from the command line by (table name, option name); `config_file` wins over KVIK_CONFIG. Raises
     ConfigError for unknown or malformed options, naming the file or variable.
     """
+    merged = _merge(flags, environ, config_file)
+    return _pick(ENGINE, merged), _pick(SAMPLING, merged)
+
+
+def load_server_settings(
+    flags: Flags, environ: Mapping[str, str], config_file: str | None = None
+) -> Settings[ServerConfig]:
+    """Settings of the HTTP server, by the same rules."""
+    return _pick(SERVER, _merge(flags, environ, config_file))
+
+
+def _merge(flags: Flags, environ: Mapping[str, str], config_file: str | None) -> Flags:
     file = config_file or environ.get(CONFIG_VARIABLE)
-    layers = (_read_file(Path(file)) if file else {}, _read_environment(environ), flags)
-    merged: dict[tuple[str, str], Setting] = {}
-    for layer in layers:
-        merged.update(layer)
+    return {**(_read_file(Path(file)) if file else {}), **_read_environment(environ), **flags}
 
-    def of(table: str) -> dict[str, Setting]:
-        return {name: setting for (owner, name), setting in merged.items() if owner == table}
 
-    return Settings(ENGINE, of("engine")), Settings(SAMPLING, of("sampling"))
+def _pick(table: Table[T], merged: Flags) -> Settings[T]:
+    return Settings(table, {name: setting for (owner, name), setting in merged.items() if owner == table.name})
 
 
 def _read_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], Setting]:
-    known = {o.variable: (table, o) for table in (ENGINE, SAMPLING) for o in table.options.values()}
+    known = {o.variable: (table, o) for table in _TABLES for o in table.options.values()}
     found = {}
     for variable in sorted(environ):
         if not variable.startswith(_PREFIX) or variable == CONFIG_VARIABLE:
@@ -288,11 +303,12 @@ def _read_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], Setti
 
 def _read_file(path: Path) -> dict[tuple[str, str], Setting]:
     content = dict(_parse_file(path))
-    sampling = content.pop(SAMPLING.section, None) or {}
-    if not isinstance(sampling, dict):
-        raise ConfigError(f"{path}: {SAMPLING.section} must hold options, got {sampling!r}")
     found = {}
-    for table, values, prefix in ((ENGINE, content, ""), (SAMPLING, sampling, f"{SAMPLING.section}.")):
+    for table in reversed(_TABLES):  # the engine's options are what is left outside of the sections
+        prefix = f"{table.section}." if table.section else ""
+        values = (content.pop(table.section, None) or {}) if table.section else content
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {table.section} must hold options, got {values!r}")
         for name, raw in values.items():
             option = table.find(str(name), str(path))
             found[table.name, option.name] = Setting(option.read(raw, f"{path}: {prefix}{name}"), str(path))

@@ -40,7 +40,7 @@ class Tracer(NoTrace):
         self._start = time.perf_counter()
 
     def _event(self, kind: str, name: str, at: float, **more: object) -> None:
-        thread = threading.get_ident() & 0xFFFF
+        thread = threading.get_native_id()
         self._events.append({"ph": kind, "name": name, "ts": at * 1e6, "pid": os.getpid(), "tid": thread, **more})
 
     @contextmanager

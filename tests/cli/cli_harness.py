@@ -59,12 +59,18 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._master, text.encode())
 
-    def expect(self, text: str) -> str:
-        """Wait until `text` appears, and take the screen up to there."""
+    def expect(self, text: str, again: str = "") -> str:
+        """Wait until `text` appears, and take the screen up to there. `again` is typed anew while nothing comes.
+
+        Readline looks for Ctrl-C only while it waits for a key, and does not see one that came just before.
+        """
         end = time.monotonic() + PATIENCE
         while text not in self.screen:
-            ready, _, _ = select.select([self._master], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"{text!r} did not come; there is {self.screen[-2000:]!r}"
+            ready, _, _ = select.select([self._master], [], [], 2.0)
+            assert time.monotonic() < end, f"{text!r} did not come; there is {self.screen[-2000:]!r}"
+            if not ready:
+                self.type(again)
+                continue
             try:
                 data = os.read(self._master, 65536)
             except OSError:  # the command has ended
@@ -76,7 +82,7 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit code. What is still printed is read, so that the command is not held up."""
-        while True:
+        while select.select([self._master], [], [], PATIENCE)[0]:
             try:
                 if not os.read(self._master, 65536):
                     break

@@ -120,11 +120,12 @@ def test_keys_on_a_terminal(long_model: str, tmp_path: Path) -> None:
     assert "Traceback" not in terminal.expect("stopped]")
     terminal.expect("> ")
     terminal.type("half a li\x03")
-    terminal.expect("> ")
+    terminal.expect("> ", again="\x03")
     terminal.type("/set max_tokens 3\n")
     terminal.expect("max_tokens = 3")
     terminal.type("again\n")
     terminal.expect("3 tokens")
+    terminal.expect("> ")
     terminal.type("\x04")
     assert terminal.wait() == 0
     history = (tmp_path / "state" / "kvik" / "chat_history").read_text()

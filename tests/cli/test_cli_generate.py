@@ -1,4 +1,4 @@
-"""`kvik generate`: streaming, several prompts, JSON, statistics, traces, interruption and outputs that cannot be written."""
+"""`kvik generate`: streaming, several prompts, JSON, speeds, traces, Ctrl-C, and outputs that cannot be written."""
 
 from __future__ import annotations
 

@@ -338,9 +338,9 @@ class World:
     def _check_cached_content(self) -> None:
         """Whatever others may find in the cache is in memory, complete and under the right tokens."""
         memory, size = self.executor._memory, self.config.block_size
-        for block_id, entry in self.scheduler.kv.cache._entry_of.items():
+        for block_id, (_, tokens) in self.scheduler.kv.cache._keys.items():
             found = tuple(memory[block_id, slot][0] for slot in range(size))
-            assert found == entry.tokens, f"block {block_id} is findable under tokens that it does not hold"
+            assert found == tokens, f"block {block_id} is findable under tokens that it does not hold"
 
 
 def random_config(rng: random.Random) -> SchedulerConfig:

@@ -9,6 +9,7 @@ import pytest
 from markdown_blocks import PAGES, ROOT, Section, run_section, sections
 
 from kvik.log import logger
+from kvik.runtime.platform import CpuPlatform
 
 ALL = [section for page in PAGES if page.exists() for section in sections(page)]
 RUNNING = [section for section in ALL if any(block.runs for block in section.blocks)]
@@ -17,6 +18,7 @@ RUNNING = [section for section in ALL if any(block.runs for block in section.blo
 @pytest.mark.parametrize("section", RUNNING, ids=lambda section: section.name)
 def test_examples_run(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(CpuPlatform, "num_cores", 1)  # threads that wait for each other are slow on a busy machine
     monkeypatch.setattr(logger, "handlers", list(logger.handlers))
     monkeypatch.setattr(logger, "level", logger.level)
     run_section(section)

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_models import make_tiny
 
 from kvik.errors import ModelLoadError
 from kvik.models import hub
 from kvik.models.hub import load_config, load_generation_config, resolve_model
-from tiny_models import make_tiny
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,11 @@ def test_a_local_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("~/tiny-qwen") == model
     assert load_config(model)["model_type"] == "qwen3"
     assert load_generation_config(model)["eos_token_id"] == 0
+
+
+def test_a_local_folder_has_no_revisions(model: Path) -> None:
+    with pytest.raises(ModelLoadError, match=r"tiny-qwen is local and has no revisions; leave revision='v1' out"):
+        resolve_model(str(model), "v1")
 
 
 def test_a_local_folder_needs_no_network_library(model: Path) -> None:

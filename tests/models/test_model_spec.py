@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_models import ARCHITECTURES, make_tiny
 
 from kvik.attention.registry import select_backend
 from kvik.errors import ModelLoadError
@@ -14,7 +15,6 @@ from kvik.kernels.reference import ReferenceOps
 from kvik.models.hub import load_config
 from kvik.models.loader import checkpoint_dtype, load_model
 from kvik.models.registry import build_spec
-from tiny_models import ARCHITECTURES, make_tiny
 
 
 def config(architecture: str, **fields: Any) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from parity_driver import PagedDriver, load_decoder, load_hf
-
 from tiny_models import ARCHITECTURES, TINY_VOCAB_SIZE, make_tiny
 
 NUM_TOKENS = 64

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from parity_driver import PagedDriver, load_decoder, load_hf, relative_error
-
 from tiny_models import TINY_VOCAB_SIZE, make_tiny
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -22,10 +22,8 @@ from kvik.attention.base import ForwardBatch, KVLayer
 
 __all__ = ["CpuAttention"]
 
-_TILE_QUERIES, _MIN_TILE_QUERIES = (
-    64,
-    8,
-)  # measured best of 32..256 at 1k to 4k keys, for 2 and 7 query heads per key head
+_TILE_QUERIES = 64  # measured best of 32..256 at 1k to 4k keys, for 2 and 7 query heads per key head
+_MIN_TILE_QUERIES = 8
 _TILE_SCORES = 4 << 20  # elements of a score tile, so that it stays in a last-level cache
 _GROUP_BYTES = 4 << 20  # of gathered keys; larger groups leave the cache between the gather and the product
 _EXACT_SCORE = 8.0  # 16-bit scores below this are rounded by less than 2^-6

@@ -180,7 +180,7 @@ class _Batch:
             raise RequestError("stream must be false in a batch: results are written when they are finished", "stream")
         job = _Job(line.custom_id, request, [])
         try:
-            for prompt in request.prompts(self._engine):
+            for prompt in request.prompts(self._engine.frontend):
                 job.request_ids.append(self._engine.add_request(prompt, request.params, stream=False))
         except RequestError:
             for request_id in job.request_ids:

@@ -100,6 +100,8 @@ class ResultFile:
     def __init__(self, path: Path) -> None:
         """Open `path` and read what is done. Raises ConfigError if it is not a result file or cannot be written."""
         self.done = Done()
+        if path.exists() and not path.is_file():
+            raise ConfigError(f"{path} is not a regular file; results are kept in one, so that a run can go on")
         try:
             path.touch()
             self._file: BinaryIO = path.open("r+b")

@@ -112,8 +112,8 @@ def render_config(options: EngineOptions, *, sampling: bool) -> str:
 
 def _model_defaults(options: EngineOptions) -> SamplingParams:
     """What the model's generation_config.json recommends, if the model is on this machine."""
-    from kvik.llm_engine import default_sampling_params
     from kvik.models.hub import BUNDLED_MODELS, load_generation_config, resolve_model
+    from kvik.text.frontend import default_sampling_params
 
     model = options.engine.make().model
     if model in BUNDLED_MODELS or Path(model).expanduser().is_dir():

@@ -22,7 +22,7 @@ from kvik.sampling_params import SamplingParams
 from kvik.settings import SAMPLING, Pair
 
 if TYPE_CHECKING:
-    from kvik.llm_engine import LLMEngine, Prompt
+    from kvik.text.frontend import Frontend, Prompt
     from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["OpenAIRequest", "error_body", "parse_body", "response_body"]
@@ -65,11 +65,11 @@ class OpenAIRequest:
     params: SamplingParams
     stream: bool
 
-    def prompts(self, engine: LLMEngine) -> list[Prompt]:
+    def prompts(self, frontend: Frontend) -> list[Prompt]:
         """What the engine is given, one item per input. Raises RequestError where the chat template refuses."""
         if not self.chat:
             return list(self.inputs)
-        return [engine.render_chat(messages, **self.template_options) for messages in self.inputs]
+        return [frontend.render_chat(messages, **self.template_options) for messages in self.inputs]
 
 
 def parse_body(

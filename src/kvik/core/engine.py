@@ -32,6 +32,10 @@ class Engine:
             pass
         if self._submitted:
             self._collect()
+        return self.drain()
+
+    def drain(self) -> list[SequenceOutput]:
+        """Outputs that came without a step, such as the ends of requests that were finished from outside."""
         return self.scheduler.drain()
 
     def add(self, request: Request) -> None:

@@ -1,4 +1,4 @@
-"""Which sequence holds which KV blocks. The one owner of block ids, reference counts and prefix keys.
+"""Which sequence holds which KV blocks. The one owner of block ids, reference counts and the prefix cache.
 
     tokens      0 ........ b ........ 2b ........ 3b .. n
     blocks      [ full, cached ][ full, cached ][ full  ][ partial ]
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from kvik.core.block_pool import BlockPool
-from kvik.core.prefix_cache import PrefixCache, block_key, root_key
+from kvik.core.prefix_cache import CachedBlock, PrefixCache
 from kvik.core.request import Sequence
 
 __all__ = ["KVManager"]
@@ -44,34 +44,32 @@ class KVManager:
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 
-    def match(self, seq: Sequence) -> list[int]:
+    def match(self, seq: Sequence) -> list[CachedBlock]:
         """Cached blocks of the longest known prefix; always leaves at least the last token to compute."""
-        if not self.enable_prefix_caching:
-            return []
-        found: list[int] = []
-        parent = root_key(seq.request.cache_salt)
-        for index in range((len(seq.token_ids) - 1) // self.block_size):
-            key = self._key(seq, index)
-            block_id = self.cache.find(key, parent, self._tokens(seq, index))
-            if block_id is None:
+        found: list[CachedBlock] = []
+        parent: int | str = seq.request.cache_salt
+        for index in range((len(seq.token_ids) - 1) // self.block_size if self.enable_prefix_caching else 0):
+            block = self.cache.find(parent, self._tokens(seq, index))
+            if block is None:
                 break
-            found.append(block_id)
-            parent = key
+            found.append(block)
+            parent = block.prefix_id
         return found
 
-    def admit(self, seq: Sequence, cached: list[int], headroom: int) -> bool:
+    def admit(self, seq: Sequence, cached: list[CachedBlock], headroom: int) -> bool:
         """Give a sequence without blocks its `cached` blocks and new ones for all its tokens.
 
         False, and nothing changes, unless `headroom` blocks stay free.
         """
         assert not seq.block_ids
-        revived = sum(1 for block_id in cached if self.pool.ref_count(block_id) == 0)
+        revived = sum(1 for block in cached if self.pool.ref_count(block.block_id) == 0)
         num_new = self.blocks_for(len(seq.token_ids)) - len(cached)
         if num_new + revived + headroom > self.pool.num_free:
             return False
-        for block_id in cached:
-            self.pool.share(block_id)
-        seq.block_ids = cached + [self._take() for _ in range(num_new)]
+        for block in cached:
+            self.pool.share(block.block_id)
+        seq.block_ids = [block.block_id for block in cached] + [self._take() for _ in range(num_new)]
+        seq.prefix_ids = [block.prefix_id for block in cached]
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> tuple[int, ...] | None:
@@ -85,13 +83,13 @@ class KVManager:
         seq.block_ids.extend(new)
         return new
 
-    def commit(self, seq: Sequence, start: int, end: int) -> None:
-        """Make the blocks that filled up while computing tokens [start, end) findable by other sequences."""
+    def commit(self, seq: Sequence, num_tokens: int) -> None:
+        """Make the sequence's blocks that are full within its first `num_tokens` findable by other sequences."""
         if not self.enable_prefix_caching:
             return
-        for index in range(start // self.block_size, end // self.block_size):
-            parent = self._key(seq, index - 1) if index else root_key(seq.request.cache_salt)
-            self.cache.insert(seq.block_ids[index], self._key(seq, index), parent, self._tokens(seq, index))
+        for index in range(len(seq.prefix_ids), num_tokens // self.block_size):
+            parent = seq.prefix_ids[-1] if seq.prefix_ids else seq.request.cache_salt
+            seq.prefix_ids.append(self.cache.insert(seq.block_ids[index], parent, self._tokens(seq, index)))
 
     def free(self, block_ids: Iterable[int]) -> None:
         """Let go of a sequence's blocks, its last one first, so that long prefixes are evicted from their end."""
@@ -119,10 +117,3 @@ class KVManager:
 
     def _tokens(self, seq: Sequence, index: int) -> tuple[int, ...]:
         return tuple(seq.token_ids[index * self.block_size : (index + 1) * self.block_size])
-
-    def _key(self, seq: Sequence, index: int) -> bytes:
-        """Key of a full block of confirmed tokens; computed once per sequence and block."""
-        while len(seq.block_keys) <= index:
-            parent = seq.block_keys[-1] if seq.block_keys else root_key(seq.request.cache_salt)
-            seq.block_keys.append(block_key(parent, self._tokens(seq, len(seq.block_keys))))
-        return seq.block_keys[index]

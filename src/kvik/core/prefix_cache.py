@@ -1,66 +1,63 @@
-"""Which KV block holds which tokens: content of full blocks, addressed by a chained hash. Owned by KVManager.
+"""Which KV block holds which tokens: content of full blocks, found by the prefix they end. Owned by KVManager.
 
-The key of a block hashes its tokens and the key of the block before it, so that equal keys mean equal prefixes. A hit
-is confirmed by comparing tokens and parent key, so a hash collision can never return another prompt's KV.
+    salt "" --[5 9 2 2]--> prefix 0 --[7 1 1 3]--> prefix 1 --[4 4 8 0]--> prefix 3
+                                    --[6 6 2 9]--> prefix 2
+
+Each cached block ends one prefix, which has an id of its own that is never used again. The key of a block is the id of
+the prefix before it (for a first block, the salt) and its tokens. The hash table compares keys, so a hit is always the
+same tokens after the same prefix: there is no hash whose collision could return another prompt's KV.
 """
 
 from __future__ import annotations
 
-from array import array
-from hashlib import blake2b
+import itertools
 from typing import NamedTuple
 
-__all__ = ["PrefixCache", "block_key", "root_key"]
+__all__ = ["CachedBlock", "PrefixCache"]
+
+_Key = tuple[int | str, tuple[int, ...]]
 
 
-def root_key(salt: str) -> bytes:
-    """Parent key of a first block. Sequences with different salts never share blocks."""
-    return b"root:" + salt.encode()
+class CachedBlock(NamedTuple):
+    """A block and the id of the prefix that ends with it."""
 
-
-def block_key(parent: bytes, tokens: tuple[int, ...]) -> bytes:
-    """16-byte key of a full block: blake2b over the parent's key and the token ids."""
-    return blake2b(array("q", tokens).tobytes(), digest_size=16, key=blake2b(parent, digest_size=16).digest()).digest()
-
-
-class _Entry(NamedTuple):
-    key: bytes
-    parent: bytes
-    tokens: tuple[int, ...]
+    block_id: int
+    prefix_id: int
 
 
 class PrefixCache:
-    """A two-way map between block keys and block ids, at most one block per key."""
+    """A two-way map between (previous prefix, tokens) and block ids, at most one block per key."""
 
     def __init__(self) -> None:
-        self._block_of: dict[bytes, int] = {}
-        self._entry_of: dict[int, _Entry] = {}
+        self._blocks: dict[_Key, CachedBlock] = {}
+        self._keys: dict[int, _Key] = {}
+        self._prefix_ids = itertools.count()
 
     def __len__(self) -> int:
-        return len(self._block_of)
+        return len(self._blocks)
 
     def __contains__(self, block_id: int) -> bool:
-        return block_id in self._entry_of
+        return block_id in self._keys
 
-    def find(self, key: bytes, parent: bytes, tokens: tuple[int, ...]) -> int | None:
+    def find(self, parent: int | str, tokens: tuple[int, ...]) -> CachedBlock | None:
         """The block that holds `tokens` after the prefix `parent`, or None."""
-        block_id = self._block_of.get(key)
-        if block_id is None or self._entry_of[block_id] != (key, parent, tokens):
-            return None
-        return block_id
+        return self._blocks.get((parent, tokens))
 
-    def insert(self, block_id: int, key: bytes, parent: bytes, tokens: tuple[int, ...]) -> None:
-        """Make a block findable. A no-op when another block already has the key: the first one wins."""
-        if key not in self._block_of and block_id not in self._entry_of:
-            self._block_of[key] = block_id
-            self._entry_of[block_id] = _Entry(key, parent, tokens)
+    def insert(self, block_id: int, parent: int | str, tokens: tuple[int, ...]) -> int:
+        """Make a block findable and return the id of its prefix. If another block has the key already, it stays."""
+        key = (parent, tokens)
+        found = self._blocks.get(key)
+        if found is None:
+            found = self._blocks[key] = CachedBlock(block_id, next(self._prefix_ids))
+            self._keys[block_id] = key
+        return found.prefix_id
 
     def evict(self, block_id: int) -> None:
         """Forget a block whose memory is about to be written. A no-op for a block that is not cached."""
-        entry = self._entry_of.pop(block_id, None)
-        if entry is not None:
-            del self._block_of[entry.key]
+        key = self._keys.pop(block_id, None)
+        if key is not None:
+            del self._blocks[key]
 
     def check_invariants(self) -> None:
         """Both maps are inverses of each other."""
-        assert {entry.key: block_id for block_id, entry in self._entry_of.items()} == self._block_of
+        assert {block.block_id: key for key, block in self._blocks.items()} == self._keys

@@ -31,7 +31,6 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     arrival_time: float = 0.0
-    max_total_tokens: int | None = None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -57,6 +56,7 @@ class Sequence:
     num_in_flight   sampled tokens that were planned but whose values have not come back
     epoch           raised by preemption: results of an older epoch are dropped
     last_step_id    last step that touches the row or blocks; they are freed once it has completed
+    prefix_ids      for each full block that is committed, the cache's id of the prefix that ends with it
     num_cached      prompt tokens whose KV came from the prefix cache when the sequence first ran
     """
 
@@ -70,7 +70,7 @@ class Sequence:
     status: SequenceStatus = SequenceStatus.WAITING
     row: int = -1
     block_ids: list[int] = field(default_factory=list)
-    block_keys: list[bytes] = field(default_factory=list)
+    prefix_ids: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_in_flight: int = 0
     num_cached: int = 0
@@ -128,6 +128,7 @@ class Sequence:
         self.epoch += 1
         self.num_preemptions += 1
         self.num_computed = self.num_in_flight = 0
+        self.prefix_ids = []
         self.prompt_logprobs = []
 
     def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:

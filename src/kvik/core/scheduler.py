@@ -31,7 +31,9 @@ from kvik.core.request import Request, Sequence, SequenceStatus
 from kvik.errors import RequestError
 from kvik.outputs import FinishReason, SequenceOutput, TokenLogprobs
 
-__all__ = ["Scheduler"]
+__all__ = ["MAX_PRIORITY", "Scheduler"]
+
+MAX_PRIORITY = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,16 @@ class Scheduler:
 
     def __init__(self, config: SchedulerConfig, clock: Callable[[], float] = time.monotonic) -> None:
         self.config = config
-        self.kv = KVManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self._clock = clock
+        self._outputs: list[SequenceOutput] = []
+        self._orders = itertools.count()
+        self._next_step_id = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        """Start with nothing queued, running, in flight or cached."""
+        config = self.config
+        self.kv = KVManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self._live: dict[str, dict[int, Sequence]] = {}
         self._running = SequenceQueue(config.policy)
         self._resuming = SequenceQueue(config.policy)  # preempted: before everything that waits
@@ -66,10 +76,7 @@ class Scheduler:
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._held: list[_Held] = []
-        self._outputs: list[SequenceOutput] = []
-        self._orders = itertools.count()
-        self._next_step_id = 0
-        self._completed_step_id = -1
+        self._completed_step_id = self._next_step_id - 1
 
     # Requests
 
@@ -88,17 +95,20 @@ class Scheduler:
             )
             for index in range(request.params.n)
         ]
+        alone = sequences if not self.kv.enable_prefix_caching else sequences[:1]
+        for seq in alone:
+            self._waiting.add(seq)
+        if len(alone) < len(sequences):
+            self._followers[request.request_id] = sequences[1:]
         self._live[request.request_id] = {seq.index: seq for seq in sequences}
-        self._waiting.add(sequences[0])
-        self._followers[request.request_id] = sequences[1:]
-        if not self.kv.enable_prefix_caching:
-            self._release_followers(request.request_id)
 
     def check(self, request: Request) -> int:
         """Prompt + output length at which the request ends. Raises RequestError for one that could never run."""
         num_prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
-        if request.request_id in self._live:
+        if request.request_id in self._live or any(o.request_id == request.request_id for o in self._outputs):
             raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request", "request_id")
+        if not isinstance(request.priority, int) or abs(request.priority) > MAX_PRIORITY:
+            raise RequestError(f"priority must be an integer in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", "priority")
         if num_prompt == 0:
             raise RequestError("the prompt has no tokens; give at least one", "prompt")
         context = self.config.max_model_len
@@ -220,11 +230,16 @@ class Scheduler:
         self._return_held()
 
     def abandon(self) -> None:
-        """End everything after a step was interrupted. The caller made sure that the executor runs nothing any more."""
-        self.finish_all(FinishReason.ABORT)
-        self._completed_step_id = self._next_step_id - 1
-        self._in_flight.clear()
-        self._return_held()
+        """Abort everything after a step was interrupted, wherever that was: state is made anew rather than unwound.
+
+        The caller made sure that the executor runs nothing any more. The prefix cache is lost.
+        """
+        for completions in self._live.values():
+            for seq in completions.values():
+                seq.status = SequenceStatus.FINISHED
+                self._outputs.append(sequence_output(seq, self._clock(), reason=FinishReason.ABORT))
+        self._next_step_id += 1
+        self._clear()
 
     # Planning
 
@@ -290,12 +305,13 @@ class Scheduler:
 
     def _confirm(self, seq: Sequence, chunk: Chunk, row: RowResult) -> None:
         """Apply one chunk's result to its sequence."""
-        self.kv.commit(seq, chunk.start, chunk.end)
-        if chunk.end >= seq.num_prompt_tokens:
-            self._release_followers(seq.request.request_id)
         if row.error is not None:
             self._finish(seq, FinishReason.ERROR, error=row.error)
             return
+        assert bool(row.token_ids) == chunk.sample, "a chunk gives a token if and only if it samples"
+        self.kv.commit(seq, chunk.end)
+        if chunk.end >= seq.num_prompt_tokens:
+            self._release_followers(seq.request.request_id)
         seq.num_in_flight -= chunk.sample
         if chunk.prompt_logprobs:
             seq.prompt_logprobs.extend(row.prompt_logprobs)
@@ -308,7 +324,8 @@ class Scheduler:
             num_new += 1
             if (reason := self._stop_reason(seq)) is not None:
                 break
-        seq.first_token_time = seq.first_token_time or self._clock()
+        if seq.first_token_time is None:
+            seq.first_token_time = self._clock()
         new, logprobs = row.token_ids[:num_new], row.logprobs[:num_new]
         if reason is None:
             self._outputs.append(sequence_output(seq, self._clock(), new, logprobs))

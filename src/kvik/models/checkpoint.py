@@ -7,7 +7,6 @@ executed). Files are memory-mapped, so a tensor costs memory only while it is be
 from __future__ import annotations
 
 import json
-import pickle
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch.serialization import pickle as torch_pickle  # type: ignore[attr-defined]  # only for the error of torch.load
 
 from kvik.errors import ModelLoadError
 
@@ -62,7 +62,12 @@ def iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         yield from _read_safetensors(file) if file.suffix == ".safetensors" else _read_pt(file)
-    except (SafetensorError, pickle.UnpicklingError, EOFError, OSError, RuntimeError) as error:
+    except torch_pickle.UnpicklingError as error:
+        hint = (
+            "holds more than tensors or is corrupt; Kvik runs no code from a checkpoint, so use a safetensors version"
+        )
+        raise ModelLoadError(f"{file} {hint}") from error
+    except (SafetensorError, EOFError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         size = f"{file.stat().st_size} bytes"
         raise ModelLoadError(f"{file} ({size}) is truncated or corrupt ({reason}); download it again") from error

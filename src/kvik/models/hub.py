@@ -32,10 +32,13 @@ def resolve_model(name: str, revision: str | None = None, *, load_format: str = 
 
     Raises ModelLoadError that says what to do when there is no such model or it cannot be had.
     """
-    if Path(name).expanduser().exists():
-        return _checked_folder(Path(name).expanduser())
-    if name in BUNDLED_MODELS:
-        return _bundled(name)
+    local = Path(name).expanduser()
+    if local.exists() or name in BUNDLED_MODELS:
+        if revision is not None:
+            raise ModelLoadError(
+                f"revision {revision!r} was given, but {name} is local and has no revisions; leave it out"
+            )
+        return _checked_folder(local) if local.exists() else _bundled(name)
     if name.startswith(_MODELSCOPE):
         return _modelscope(name.removeprefix(_MODELSCOPE), revision)
     if not _HUB_ID.fullmatch(name):

@@ -12,6 +12,9 @@
 
 namespace kvik {
 
+// Functions of this header are compiled once per instruction set and must not be shared between them by the linker.
+#define KVIK_INLINE inline __attribute__((always_inline))
+
 constexpr int kPanel = 32;   // outputs of a packed panel
 constexpr int kMaxTile = 12;  // rows of activations that a microkernel call takes
 constexpr int kChunk = 256;   // tokens of context in one item of decode attention (four times that past kLongContext)
@@ -36,15 +39,15 @@ class Scratch {
 // Rows of activations cut into tiles of nearly equal size, at most kMaxTile.
 struct Tiling {
   int rows = 0, tiles = 0, base = 0, extra = 0;
-  static Tiling of(int rows) {
+  static KVIK_INLINE Tiling of(int rows) {
     Tiling t;
     t.rows = rows;
     t.tiles = (rows + kMaxTile - 1) / kMaxTile;
     if (t.tiles) t.base = rows / t.tiles, t.extra = rows % t.tiles;
     return t;
   }
-  int start(int tile) const { return tile * base + (tile < extra ? tile : extra); }
-  int size(int tile) const { return base + (tile < extra ? 1 : 0); }
+  KVIK_INLINE int start(int tile) const { return tile * base + (tile < extra ? tile : extra); }
+  KVIK_INLINE int size(int tile) const { return base + (tile < extra ? 1 : 0); }
 };
 
 // How the queries of one sequence are split into items: chunks of context for one query, tiles of queries for several.
@@ -66,7 +69,6 @@ struct Job {
   const SequencePlan* sequences = nullptr;  // ATTENTION
   float* partials = nullptr;
   std::atomic<int>* arrivals = nullptr;  // ATTENTION: [num_seqs * num_kv_heads]
-  void* query = nullptr;                 // ROPE_STORE writes, ATTENTION reads: [tokens, heads, head_dim] of the KV type
 };
 
 using ItemFn = void (*)(const Job& job, int item, Scratch& scratch);
@@ -93,16 +95,5 @@ void pack_panel(const KvikOp& op, int panel);
 void pack_panel_quantized(const KvikOp& op, int panel);
 void unpack_panel(const KvikOp& op, int panel);
 void unpack_panel_quantized(const KvikOp& op, int panel);
-
-// Which row of the unpacked weight is at `lane` of `panel`: -1 for padding. With swiglu, 16 gate rows then 16 up rows.
-inline int packed_row(const KvikLinear& w, int panel, int lane) {
-  if (!w.swiglu) {
-    int row = panel * kPanel + lane;
-    return row < w.n ? row : -1;
-  }
-  int half = w.n / 2, row = panel * (kPanel / 2) + lane % (kPanel / 2);
-  if (row >= half) return -1;
-  return lane < kPanel / 2 ? row : half + row;
-}
 
 }  // namespace kvik

@@ -41,8 +41,10 @@ class Pool {
   void execute(int item, Scratch& scratch);
   void advance(Scratch& scratch);  // only by the worker that finished a stage (or starts the run)
   bool next_stage();
-  int plan_linear(const KvikOp& op);
+  int plan_prepare(const KvikOp& op);
+  int plan_gemm(const KvikOp& op);
   int plan_attention(const KvikOp& op);
+  bool is_tiny() const;
   void publish(int items);
   bool wait(uint64_t phase, int worker);
   void pin(int worker) const;
@@ -62,7 +64,7 @@ class Pool {
   const KvikOp* ops_ = nullptr;
   int num_ops_ = 0, op_index_ = -1, num_items_ = 0, num_stages_ = 0;
   Job job_;
-  Scratch activations_, partials_, query_;
+  Scratch activations_, partials_;
   std::vector<SequencePlan> sequences_;
   std::unique_ptr<std::atomic<int>[]> arrivals_;
   int num_arrivals_ = 0;

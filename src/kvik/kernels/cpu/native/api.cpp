@@ -1,0 +1,76 @@
+// The exported functions, and which instruction set this CPU has.
+#include "pool.hpp"
+
+namespace kvik {
+namespace {
+
+const char* const kIsaNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+
+int best_isa() {
+#if defined(KVIK_X86)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kGeneric;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") || !__builtin_cpu_supports("avx512dq") ||
+      !__builtin_cpu_supports("avx512vl"))
+    return kAvx2;
+  if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
+  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512Vnni;
+#else
+  return kGeneric;
+#endif
+}
+
+}  // namespace
+
+const Kernels& kernels_for(int isa) {
+#if defined(KVIK_X86)
+  switch (isa < best_isa() ? isa : best_isa()) {
+    case kAvx512Bf16: return kernels_avx512_bf16();
+    case kAvx512Vnni: return kernels_avx512_vnni();
+    case kAvx512: return kernels_avx512();
+    case kAvx2: return kernels_avx2();
+    default: break;
+  }
+#else
+  (void)isa;
+#endif
+  return kernels_generic();
+}
+
+}  // namespace kvik
+
+extern "C" {
+
+int32_t kvik_abi_version() { return 1; }
+int32_t kvik_isa_best() { return kvik::best_isa(); }
+const char* kvik_isa_name(int32_t level) {
+  return level >= 0 && level < kvik::kNumIsas ? kvik::kIsaNames[level] : nullptr;
+}
+
+int32_t kvik_linear_layout(KvikLinear* w) {
+  if (w->n < 1 || w->k < 1 || w->k > 65536) return 0;  // int8 sums of 255 * 127 * k must fit 31 bits
+  if (w->swiglu && w->n % 2) return 0;
+  int outputs = w->swiglu ? w->n / 2 : w->n, per_panel = w->swiglu ? kvik::kPanel / 2 : kvik::kPanel;
+  w->panels = (outputs + per_panel - 1) / per_panel;
+  int per_word = w->format == KVIK_FP32 ? 1 : w->format == KVIK_BF16 ? 2 : 4;
+  w->words = (w->k + per_word - 1) / per_word;
+  w->blocks = w->words;
+  w->panel_bytes = int64_t{w->words} * kvik::kPanel * 4;
+  if (w->format == KVIK_INT4) {
+    if (w->group != 32 && w->group != 128) return 0;
+    w->blocks = (w->k + w->group - 1) / w->group;
+    w->words = w->blocks * w->group / 4;
+    w->panel_bytes = int64_t{w->blocks} * (64 + 16 * w->group);
+  }
+  return w->panels < (1 << 19);
+}
+
+void* kvik_pool_create(int32_t threads, int32_t isa, const int32_t* cores, int64_t spin_ns) {
+  return new kvik::Pool(threads, isa, cores, spin_ns);
+}
+void kvik_pool_destroy(void* pool) { delete static_cast<kvik::Pool*>(pool); }
+void kvik_run(void* pool, const KvikOp* ops, int32_t num_ops, const KvikStep* step) {
+  static_cast<kvik::Pool*>(pool)->run(ops, num_ops, step);
+}
+void kvik_profile(void* pool, double* seconds) { static_cast<kvik::Pool*>(pool)->profile(seconds); }
+}

@@ -1,0 +1,149 @@
+// Prefill attention: a tile of queries against all the keys that they see, with the softmax renormalised as it goes
+// (FlashAttention, https://arxiv.org/abs/2205.14135). Included per instruction set, after attention.hpp.
+//
+//     row r of the item    query r / group, head r % group: neighbours in a tile of 12 see nearly the same keys
+//     one key tile         scores [12][64] -> weights [12][64] -> acc [12][head_dim], all in the L1 cache
+
+// Keys of tokens [begin, begin + kKeyTile) as panels [token / 32][word][32]; whatever lies past `end` stays unread.
+template <class Cache>
+static void pack_keys(const Context<Cache>& context, int begin, int end, int words, uint32_t* out) {
+  for (int t = 0; t < kKeyTile; t += kLanes) {
+    uint32_t* panel = out + int64_t{t / kPanel} * words * kPanel + t % kPanel;
+    int rows = max_int(0, min_int(kLanes, end - begin - t));
+    if (rows == 0) {
+      for (int k = 0; k < words; ++k)
+        for (int i = 0; i < kLanes; ++i) panel[k * kPanel + i] = 0;
+      continue;
+    }
+    const uint32_t* keys = (const uint32_t*)context.key(begin + t);
+    for (int k = 0; k < words; k += kLanes) {
+      transpose(keys + k, words, panel + k * kPanel, kPanel, rows, min_int(kLanes, words - k));
+      for (int i = rows; i < kLanes; ++i)
+        for (int j = k; j < min_int(words, k + kLanes); ++j) panel[j * kPanel + i] = 0;
+    }
+  }
+}
+
+struct QueryRows {  // the state of an item
+  int rows, first_position, group, dims;
+  float* top;    // [rows]
+  float* total;  // [rows]
+  float* acc;    // [rows][dims]
+  int position(int row) const { return first_position + row / group; }
+};
+
+// One tile of `count` rows from `first` on against the packed keys and values of [begin, begin + kKeyTile).
+template <class Cache>
+static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count, const uint32_t* queries, int begin,
+                        const uint32_t* keys, const uint32_t* values) {
+  using Value = typename Cache::Value;
+  constexpr int kPairs = kKeyTile / Cache::kPerWord;
+  int words = op.head_dim / Cache::kPerWord;
+  alignas(64) float scores[kMaxTile * kKeyTile];
+  alignas(64) Value weights[kMaxTile * kKeyTile];
+  for (int p = 0; p < kKeyTile / kPanel; ++p)
+    gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)(keys + int64_t{p} * words * kPanel), words,
+                                        scores + p * kPanel, kKeyTile);
+  for (int m = 0; m < count; ++m) {
+    int row = first + m, position = state.position(row);
+    float* s = scores + m * kKeyTile;
+    int hidden_from = max_int(0, min_int(kKeyTile, position + 1 - begin));
+    int seen_from = op.window > 0 ? max_int(0, min_int(kKeyTile, position - op.window + 1 - begin)) : 0;
+    for (int i = 0; i < kKeyTile; i += kLanes) storef(s + i, mul(loadf(s + i), setf(op.scale)));
+    for (int i = hidden_from; i < kKeyTile; ++i) s[i] = -__builtin_inff();
+    for (int i = 0; i < seen_from; ++i) s[i] = -__builtin_inff();
+    float top = row_max(s, kKeyTile);
+    if (top < state.top[row]) top = state.top[row];
+    if (top == -__builtin_inff()) {  // nothing seen yet
+      for (int i = 0; i < kKeyTile; ++i) weights[m * kKeyTile + i] = 0;
+      continue;
+    }
+    if (top > state.top[row]) {
+      float lanes[kLanes];
+      storef(lanes, exp_f(setf(state.top[row] - top)));
+      float factor = state.total[row] > 0 ? lanes[0] : 0.0f;
+      float* acc = state.acc + row * state.dims;
+      for (int i = 0; i < state.dims; i += kLanes) storef(acc + i, mul(loadf(acc + i), setf(factor)));
+      state.total[row] *= factor;
+      state.top[row] = top;
+    }
+    state.total[row] += exponentials<Cache>(s, kKeyTile, top, weights + m * kKeyTile);
+  }
+  for (int p = 0; p < state.dims / kPanel; ++p)
+    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1, (const uint8_t*)(values + int64_t{p} * kPairs * kPanel),
+                                            kPairs, state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
+}
+
+template <class Cache>
+static void attend_queries(const Job& job, int s, int part, int head, Scratch& scratch) {
+  using Value = typename Cache::Value;
+  constexpr int kPairs = kKeyTile / Cache::kPerWord;
+  const KvikOp& op = *job.op;
+  const KvikStep& step = *job.step;
+  const SequencePlan& plan = job.sequences[s];
+  int d = op.head_dim, words = d / Cache::kPerWord, group = op.num_heads / op.num_kv_heads;
+  int num_queries = step.query_starts[s + 1] - step.query_starts[s];
+  int first = part * plan.chunk, count = min_int(plan.chunk, num_queries - first);
+  int token = step.query_starts[s] + first, position = step.seq_lens[s] - num_queries + first;
+  if (count <= 0) return;
+  Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride, head};
+  QueryRows state{count * group, position, group, (d + kPanel - 1) / kPanel * kPanel, nullptr, nullptr, nullptr};
+  Tiling tiling = Tiling::of(state.rows);
+
+  // keys | values | acc | queries packed by tile | top | total, each a multiple of 64 bytes
+  size_t keys_size = size_t(kKeyTile) * words, values_size = size_t(kPairs) * state.dims;
+  size_t acc_size = size_t(state.rows) * state.dims, queries_size = (size_t(state.rows) * words + 15) / 16 * 16;
+  uint32_t* keys = (uint32_t*)scratch.get(4 * (keys_size + values_size + acc_size + queries_size + 2 * size_t(state.rows)));
+  uint32_t* values = keys + keys_size;
+  state.acc = (float*)(values + values_size);
+  uint32_t* queries = (uint32_t*)(state.acc + acc_size);
+  state.top = (float*)(queries + queries_size);
+  state.total = state.top + state.rows;
+  for (size_t i = 0; i < acc_size; i += kLanes) storef(state.acc + i, setf(0));
+  for (int r = 0; r < state.rows; ++r) state.top[r] = -__builtin_inff(), state.total[r] = 0;
+
+  for (int t = 0; t < tiling.tiles; ++t) {
+    uint32_t rows[kMaxTile * 512];  // head_dim <= 512
+    for (int m = 0; m < tiling.size(t); ++m) {
+      int r = tiling.start(t) + m;
+      const Value* q = (const Value*)op.x + ((int64_t{token} + r / group) * op.num_heads + head * group + r % group) * d;
+      __builtin_memcpy(rows + m * words, q, size_t(words) * 4);
+    }
+    interleave(rows, words, tiling.size(t), words, queries + int64_t{tiling.start(t)} * words);
+  }
+  int low = op.window > 0 ? max_int(0, position - op.window + 1) : 0, end = position + count;
+  for (int begin = low / kKeyTile * kKeyTile; begin < end; begin += kKeyTile) {
+    pack_keys(context, begin, end, words, keys);
+    pack_values(context, begin, end, kPairs, values);
+    for (int t = 0; t < tiling.tiles; ++t) {
+      int row = tiling.start(t), rows = tiling.size(t);
+      if (begin > state.position(row + rows - 1)) continue;  // all of it lies in the future
+      if (op.window > 0 && begin + kKeyTile <= state.position(row) - op.window + 1) continue;  // or too far back
+      attend_tile<Cache>(op, state, row, rows, queries + int64_t{row} * words, begin, keys, values);
+    }
+  }
+  for (int r = 0; r < state.rows; ++r) {
+    int64_t at = ((int64_t{token} + r / group) * op.num_heads + head * group + r % group) * d;
+    divide_row(state.acc + int64_t{r} * state.dims, state.total[r], d, (float*)op.y + at);
+  }
+}
+
+static int sequence_of(const Job& job, int item) {  // the last one that starts at or before the item
+  int low = 0, high = job.step->num_seqs - 1;
+  while (low < high) {
+    int middle = (low + high + 1) / 2;
+    if (job.sequences[middle].first_item <= item) low = middle;
+    else high = middle - 1;
+  }
+  return low;
+}
+
+static void attention(const Job& job, int item, Scratch& scratch) {
+  const KvikOp& op = *job.op;
+  int s = sequence_of(job, item), inner = item - job.sequences[s].first_item;
+  int part = inner / op.num_kv_heads, head = inner % op.num_kv_heads;
+  bool one = job.step->query_starts[s + 1] - job.step->query_starts[s] == 1;
+  if (!one) part = job.sequences[s].parts - 1 - part;  // the longest first
+  if (op.type == KVIK_BF16) one ? attend_chunk<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Bf16Cache>(job, s, part, head, scratch);
+  else one ? attend_chunk<Fp32Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
+}

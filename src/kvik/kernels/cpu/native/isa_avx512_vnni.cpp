@@ -1,0 +1,27 @@
+// Every kernel for AVX-512 with VNNI (int8 dot products). Compiled with the flags that setup.py gives.
+#include "kernels.hpp"
+
+#if defined(KVIK_X86)
+#include <immintrin.h>
+
+#define KVIK_HAS_VNNI 1
+#define KVIK_HAS_BF16 0
+
+namespace kvik {
+namespace avx512_vnni {
+
+#include "simd_avx512.hpp"
+#include "gemm.hpp"
+#include "linear.hpp"
+#include "elementwise.hpp"
+#include "attention.hpp"
+#include "attention_prefill.hpp"
+
+const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read};
+
+}  // namespace avx512_vnni
+
+const Kernels& kernels_avx512_vnni() { return avx512_vnni::kTable; }
+
+}  // namespace kvik
+#endif

@@ -1,0 +1,170 @@
+// Projections: the activations of a tile are normalised, converted and packed once (prepare), then multiplied with the
+// panels (gemm), whose results pass through an epilogue: scales, bias, residual or SwiGLU. Included per instruction set.
+//
+//     packed tile    words [words][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32     (the last two: int8, int4)
+
+// src [rows, words] -> dst [words, rows]
+static void interleave(const uint32_t* src, int64_t src_stride, int rows, int words, uint32_t* dst) {
+  for (int r = 0; r < rows; r += kLanes)
+    for (int k = 0; k < words; k += kLanes)
+      transpose(src + r * src_stride + k, src_stride, dst + int64_t{k} * rows + r, rows, rows - r < kLanes ? rows - r : kLanes,
+                words - k < kLanes ? words - k : kLanes);
+}
+
+// out[0, n) = x * weight / sqrt(mean(x^2) + eps), or x where weight is null; zeros up to `padded`, a multiple of 16.
+static void normalise(const float* x, const float* weight, float eps, int n, int padded, float* out) {
+  int whole = n / kLanes * kLanes, i = 0;
+  if (!weight) {
+    for (; i < whole; i += kLanes) storef(out + i, loadf(x + i));
+    for (; i < n; ++i) out[i] = x[i];
+  } else {
+    F squares[4] = {setf(0), setf(0), setf(0), setf(0)};
+    for (int j = 0; i < whole; i += kLanes, j = (j + 1) & 3) squares[j] = fma(loadf(x + i), loadf(x + i), squares[j]);
+    float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+    for (; i < n; ++i) total += x[i] * x[i];
+    float inverse = 1.0f / __builtin_sqrtf(total / float(n) + eps);
+    F factor = setf(inverse);
+    for (i = 0; i < whole; i += kLanes) storef(out + i, mul(mul(loadf(x + i), factor), loadf(weight + i)));
+    for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
+  }
+  for (; i < padded; ++i) out[i] = 0;
+}
+
+// q = round(x / scale) with scale = max |x| / 127; returns the scale and the sum of q. n is a multiple of 16.
+static float quantise(const float* x, int n, int8_t* q, int32_t* total) {
+  F top = setf(0);
+  for (int i = 0; i < n; i += kLanes) top = maxf(top, absf(loadf(x + i)));
+  float most = largest(top);
+  F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
+  I count = seti(0);
+  for (int i = 0; i < n; i += kLanes) {
+    I value = to_int(mul(loadf(x + i), inverse));
+    count = addi(count, value);
+    store_s8(q + i, value);
+  }
+  *total = sumi(count);
+  return most / 127.0f;
+}
+
+struct TileView {
+  uint32_t* words;
+  float* scales;
+  int32_t* sums;
+  int start, rows;
+};
+
+static TileView tile_view(const Job& job, int tile) {
+  const KvikLinear& w = *job.op->linear;
+  int rows = job.tiling.size(tile), groups = w.format == KVIK_INT4 ? w.blocks : 1;
+  uint32_t* words = (uint32_t*)(job.activations + job.tile_bytes * tile);
+  float* scales = (float*)(words + int64_t{w.words} * rows);
+  return {words, scales, (int32_t*)(scales + int64_t{groups} * rows), job.tiling.start(tile), rows};
+}
+
+static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
+  const KvikOp& op = *job.op;
+  const KvikLinear& w = *op.linear;
+  TileView view = tile_view(job, tile);
+  int per_word = w.format == KVIK_FP32 ? 1 : w.format == KVIK_BF16 ? 2 : 4;
+  int padded = (w.words * per_word + 15) / 16 * 16, row_words = padded / per_word + 16;
+  float* row = (float*)scratch.get(sizeof(float) * padded + sizeof(uint32_t) * row_words * kMaxTile);
+  uint32_t* packed = (uint32_t*)(row + padded);
+  for (int m = 0; m < view.rows; ++m) {
+    uint32_t* out = packed + m * row_words;
+    normalise((const float*)op.x + (view.start + m) * op.width, op.norm, op.eps, w.k, padded, row);
+    if (w.format == KVIK_FP32) {
+      for (int i = 0; i < padded; i += kLanes) storef((float*)out + i, loadf(row + i));
+    } else if (w.format == KVIK_BF16) {
+      for (int i = 0; i < padded; i += kLanes) store_bf16((uint16_t*)out + i, loadf(row + i));
+    } else if (w.format == KVIK_INT8) {
+      int32_t total;
+      view.scales[m] = quantise(row, padded, (int8_t*)out, &total);
+      view.sums[m] = -128 * total;
+    } else {
+      for (int g = 0; g < w.blocks; ++g) {
+        int32_t total;
+        view.scales[g * view.rows + m] = quantise(row + g * w.group, w.group, (int8_t*)out + g * w.group, &total);
+        view.sums[g * view.rows + m] = -8 * total;
+      }
+    }
+  }
+  interleave(packed, row_words, view.rows, w.words, view.words);
+}
+
+static inline F exp_f(F x) {  // relative error below 2e-7; 0 below -87
+  x = minf(maxf(x, setf(-87.3f)), setf(88.3f));
+  I n = to_int(mul(x, setf(1.44269504088896341f)));
+  F whole = to_float(n);
+  F r = fma(whole, setf(-0.693145751953125f), x);
+  r = fma(whole, setf(-1.4286067653e-6f), r);
+  F p = setf(1.9875691500e-4f);
+  p = fma(p, r, setf(1.3981999507e-3f));
+  p = fma(p, r, setf(8.3334519073e-3f));
+  p = fma(p, r, setf(4.1665795894e-2f));
+  p = fma(p, r, setf(1.6666665459e-1f));
+  p = fma(p, r, setf(5.0000001201e-1f));
+  p = add(fma(mul(p, r), r, r), setf(1.0f));
+  return mul(p, as_float(shift_left<23>(addi(n, seti(127)))));
+}
+
+static inline F silu(F x) { return divide(x, add(setf(1.0f), exp_f(sub(setf(0.0f), x)))); }
+
+// Writes `values` [n valid of 32] to y, adding the residual if there is one.
+static inline void emit(const float* values, int n, const float* residual, float* y) {
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    F x = loadf(values + i);
+    storef(y + i, residual ? add(loadf(residual + i), x) : x);
+  }
+  for (; i < n; ++i) y[i] = residual ? residual[i] + values[i] : values[i];
+}
+
+static void epilogue(const KvikOp& op, int panel, const TileView& view, float* c) {
+  const KvikLinear& w = *op.linear;
+  const float* bias = w.bias ? w.bias + panel * kPanel : nullptr;
+  int width = w.swiglu ? w.n / 2 : w.n, step = w.swiglu ? kPanel / 2 : kPanel;
+  int first = panel * step, valid = width - first < step ? width - first : step;
+  for (int m = 0; m < view.rows; ++m) {
+    float* row = c + m * kPanel;
+    if (w.format == KVIK_INT8) {
+      F scale = setf(view.scales[m]);
+      const I start = seti(view.sums[m]);
+      for (int i = 0; i < kPanel; i += kLanes)
+        storef(row + i, mul(to_float(addi(loadw(row + i), start)), mul(scale, loadf(w.scales + panel * kPanel + i))));
+    }
+    if (bias)
+      for (int i = 0; i < kPanel; i += kLanes) storef(row + i, add(loadf(row + i), loadf(bias + i)));
+    if (w.swiglu)
+      for (int i = 0; i < kPanel / 2; i += kLanes)
+        storef(row + i, mul(silu(loadf(row + i)), loadf(row + kPanel / 2 + i)));
+    int64_t at = int64_t{view.start + m} * width + first;
+    emit(row, valid, op.residual ? op.residual + at : nullptr, (float*)op.y + at);
+  }
+}
+
+static void linear_gemm(const Job& job, int item, Scratch&) {
+  const KvikOp& op = *job.op;
+  const KvikLinear& w = *op.linear;
+  int panel = item % w.panels, first = item / w.panels * job.tiles_per_item;
+  int last = first + job.tiles_per_item < job.tiling.tiles ? first + job.tiles_per_item : job.tiling.tiles;
+  const uint8_t* data = w.data + w.panel_bytes * panel;
+  alignas(64) float c[kMaxTile * kPanel];
+  for (int tile = first; tile < last; ++tile) {
+    TileView view = tile_view(job, tile);
+    switch (w.format) {
+      case KVIK_FP32:
+        gemm<Fp32Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, c, kPanel);
+        break;
+      case KVIK_BF16:
+        gemm<Bf16Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, c, kPanel);
+        break;
+      case KVIK_INT8:
+        gemm<Int8Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, (int32_t*)c, kPanel);
+        break;
+      default:
+        if (w.group == 32) gemm_int4<1>(view.rows, view.words, data, w.blocks, view.scales, view.sums, c);
+        else gemm_int4<4>(view.rows, view.words, data, w.blocks, view.scales, view.sums, c);
+    }
+    epilogue(op, panel, view, c);
+  }
+}

@@ -1,0 +1,148 @@
+"""The front half of every API: prompts and conversations to checked requests in token ids.
+
+`Frontend` is what `LLMEngine` and the HTTP server put before the engine, in the same process or in another one: the
+tokenizer, the chat template, the model's sampling defaults, and every check that depends on the model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kvik.core.request import Request
+from kvik.errors import RequestError
+from kvik.models.hub import load_generation_config
+from kvik.sampling_params import SamplingParams
+from kvik.text.chat import ChatTemplate
+from kvik.text.tokenizer import Tokenizer
+
+__all__ = ["ChatPrompt", "Frontend", "Message", "ModelFacts", "Prompt", "default_sampling_params"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A conversation under the model's chat template: what `Frontend.render_chat` makes."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+Prompt = str | Sequence[int] | ChatPrompt
+"""A prompt: text, token ids, or a rendered conversation."""
+
+Message = Mapping[str, Any]
+"""A chat message: {"role": "user", "content": "..."}."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the checks have to know of the model: rows of its embedding, and whether the KV depends on the length."""
+
+    vocab_size: int
+    rope_depends_on_length: bool
+
+
+class Frontend:
+    """Makes requests. Any thread may call it: a long prompt is tokenised without stopping the steps."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: ChatTemplate,
+        default_sampling_params: SamplingParams,
+        facts: ModelFacts,
+        *,
+        seed: int | None = 0,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.chat_template = chat_template
+        self.default_sampling_params = default_sampling_params
+        self._facts = facts
+        self._ids = itertools.count()
+        self._seeds = random.Random(seed)
+
+    @classmethod
+    def from_folder(
+        cls,
+        path: Path,
+        facts: ModelFacts,
+        *,
+        tokenizer_folder: Path | None = None,
+        hf_config: Mapping[str, Any] | None = None,
+        chat_template: str | None = None,
+        seed: int | None = 0,
+    ) -> Frontend:
+        """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files."""
+        tokenizer = Tokenizer.from_folder(
+            tokenizer_folder or path, config=None if hf_config is None else dict(hf_config)
+        )
+        defaults = default_sampling_params(load_generation_config(path))
+        return cls(tokenizer, ChatTemplate(tokenizer, chat_template), defaults, facts, seed=seed)
+
+    def make_request(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Request:
+        """The request in token ids, with everything checked that depends on the model. Raises RequestError."""
+        params = sampling_params or self.default_sampling_params
+        prompt_ids = self.prompt_ids(prompt)
+        self.check_ids(params.stop_token_ids, "stop_token_ids")
+        self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
+        self.check_ids([token_id for token_id, _ in params.logit_bias], "logit_bias")
+        if self._facts.rope_depends_on_length:
+            cache_salt = f"{cache_salt}/{len(prompt_ids)}"  # keys are rotated by an angle that depends on the length
+        return Request(
+            request_id=str(next(self._ids)) if request_id is None else request_id,
+            prompt_token_ids=prompt_ids,
+            params=params,
+            seed=self._seeds.getrandbits(48) if params.seed is None else params.seed,
+            eos_token_ids=self.tokenizer.eos_token_ids,
+            bad_words_ids=self.tokenizer.bad_word_ids(params.bad_words),
+            priority=priority,
+            cache_salt=cache_salt,
+            arrival_time=time.monotonic(),
+        )
+
+    def render_chat(self, messages: Sequence[Message], **template_options: Any) -> ChatPrompt:
+        """A conversation as a prompt; options as in `kvik.text.chat.ChatTemplate.render`."""
+        text, token_ids = self.chat_template.encode(messages, **template_options)
+        return ChatPrompt(text, tuple(token_ids))
+
+    def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        """The token ids of a prompt. Raises RequestError for an empty text and for ids outside the vocabulary."""
+        if isinstance(prompt, str):
+            ids = tuple(self.tokenizer.encode(prompt))
+            if not ids:
+                raise RequestError("the prompt is empty and this model has no beginning-of-sequence token", "prompt")
+            return ids
+        ids = prompt.token_ids if isinstance(prompt, ChatPrompt) else tuple(prompt)
+        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+            raise RequestError("a prompt is a string or a list of token ids (integers)", "prompt")
+        self.check_ids(ids, "prompt")
+        return ids
+
+    def check_ids(self, token_ids: Sequence[int], param: str) -> None:
+        """Raise RequestError, naming `param`, unless every id is in the vocabulary."""
+        vocab_size = self._facts.vocab_size
+        bad = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
+        if bad:
+            raise RequestError(f"{param}: token id {bad[0]} is outside the vocabulary 0..{vocab_size - 1}", param)
+
+
+def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
+    """What a model's authors recommend in generation_config.json; Kvik's own defaults where they say nothing."""
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    given = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    if generation_config.get("do_sample") is False:
+        given = {"temperature": 0.0, **({"repetition_penalty": p} if (p := given.get("repetition_penalty")) else {})}
+    return SamplingParams(**given)
