@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from kvik.config import parse_bytes
 from kvik.settings import ENGINE, SAMPLING, Option, Pair, Table
 
 __all__ = ["main", "render"]
@@ -48,7 +49,7 @@ def _value(option: Option | None) -> str:
         return "callables"
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
-    kind = "size in bytes" if option.parse else _KINDS[option.kind]
+    kind = "size in bytes" if option.parse is parse_bytes else _KINDS[option.kind]
     return f"list of {kind}" if option.many else kind
 
 

@@ -202,7 +202,7 @@ def test_the_prefix_that_was_used_longest_ago_is_evicted_first() -> None:
     b_again = _sequence([1, 1, 9])
     cached = kv.match(b_again)
     kv.pool.share(cached[0].block_id)
-    kv.free(cached)  # b is now the most recently used
+    kv.free([cached[0].block_id])  # b is now the most recently used
     found = []
     for _ in range(3):
         kv._take()

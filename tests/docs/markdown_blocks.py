@@ -108,7 +108,7 @@ def _fences(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
 
 
 def run_section(section: Section) -> None:
-    """Run the blocks of a section in the current folder. Raises AssertionError with the place of the block that failed."""
+    """Run the blocks of a section in the current folder. Raises AssertionError that names the block."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     try:
         for block in section.blocks:
@@ -171,9 +171,9 @@ def _run_command(command: str, place: str) -> None:
     target = Path(words[words.index(">") + 1]) if ">" in words else None
     words = words[: words.index(">")] if target else words
     out = io.StringIO()
-    with mock.patch.dict(os.environ, variables), mock.patch("sys.stdin", io.StringIO(text)):
-        with contextlib.redirect_stdout(out):
-            code = main(words)
+    stdin = mock.patch("sys.stdin", io.StringIO(text))
+    with mock.patch.dict(os.environ, variables), stdin, contextlib.redirect_stdout(out):
+        code = main(words)
     if target:
         target.write_text(out.getvalue(), encoding="utf-8")
     else:

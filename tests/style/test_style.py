@@ -22,7 +22,7 @@ MAX_FUNCTION_LINES = 60
 
 # Whoever stands further left may import what stands further right; within one group anything goes.
 LAYERS = [
-    {"cli"},
+    {"cli", "server"},
     {"settings", "llm", "async_llm"},
     {"llm_engine", "startup"},
     {"text"},
@@ -46,7 +46,7 @@ EVERYONE = {
     "sampling_params",
     "tracing",
 }
-CORE_IS_FOR = {"cli", "settings", "llm", "async_llm", "llm_engine", "startup", "core"}
+CORE_IS_FOR = {"cli", "server", "settings", "llm", "async_llm", "llm_engine", "startup", "core"}
 SHARED_CORE = {"core.plan", "core.request"}
 NO_TORCH = {
     "core",
@@ -170,7 +170,8 @@ def test_nothing_is_caught_blindly_or_printed() -> None:
             assert not bare, f"{path}:{node.lineno} catches everything"
             printed = isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print"
             assert not printed or _name(path).startswith("cli"), f"{path}:{node.lineno} prints"
-        assert "pickle" not in _imports(path) and "trust_remote_code=True" not in path.read_text()
+        text = path.read_text()
+        assert "import pickle" not in text and "trust_remote_code=True" not in text
 
 
 def test_import_is_light() -> None:

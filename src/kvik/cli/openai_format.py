@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik import __version__
 from kvik.errors import KvikError, RequestError, did_you_mean
-from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs
+from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs, Usage
 from kvik.sampling_params import SamplingParams
 from kvik.settings import SAMPLING, Pair
 
@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from kvik.text.frontend import Frontend, Prompt
     from kvik.text.tokenizer import Tokenizer
 
-__all__ = ["OpenAIRequest", "error_body", "parse_body", "response_body"]
+__all__ = [
+    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "chat_logprob", "error_body", "parse_body", "response_body",
+    "usage_body",
+]  # fmt: skip
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TOP_LOGPROBS = 20
@@ -52,6 +55,13 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "tools": ([],),
     }
 )
+KNOWN_FIELDS: Mapping[bool, frozenset[str]] = MappingProxyType(
+    {
+        chat: _SAMPLING | others | _DESCRIPTIVE | frozenset(_NEUTRAL) | {"model", "stream"}
+        for chat, others in _OTHERS.items()
+    }
+)
+"""Names that `parse_body` has something to say about, for chats (True) and completions (False)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,30 +189,33 @@ def response_body(
     """The body of a successful response: one finished output per input; choice index = input * n + completion."""
     choice = _chat_choice if request.chat else _completion_choice
     choices = [choice(output, completion, tokenizer) for output in outputs for completion in output.outputs]
-    prompt, generated, cached = (
-        sum(getattr(output.usage, name) for output in outputs)
-        for name in ("prompt_tokens", "completion_tokens", "cached_tokens")
-    )
     return {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if request.chat else "text_completion",
         "created": int(time.time()),
         "model": model,
         "choices": [{"index": index, **fields} for index, fields in enumerate(choices)],
-        "usage": {
-            "prompt_tokens": prompt,
-            "completion_tokens": generated,
-            "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": cached},
-        },
+        "usage": usage_body([output.usage for output in outputs]),
         "system_fingerprint": f"kvik-{__version__}",
+    }
+
+
+def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
+    """The sum of the usages of a response's prompts."""
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    generated = sum(usage.completion_tokens for usage in usages)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": generated,
+        "total_tokens": prompt + generated,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
     }
 
 
 def _chat_choice(output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
-        logprobs = {"content": [_chat_logprob(item, tokenizer) for item in completion.logprobs], "refusal": None}
+        logprobs = {"content": [chat_logprob(item, tokenizer) for item in completion.logprobs], "refusal": None}
     message = {"role": "assistant", "content": completion.text, "refusal": None}
     return {"message": message, "logprobs": logprobs, **_ending(completion)}
 
@@ -213,7 +226,7 @@ def _completion_choice(output: RequestOutput, completion: CompletionOutput, toke
         items: list[tuple[int, TokenLogprobs | None]] = [(item.token_id, item) for item in completion.logprobs]
         if output.prompt_logprobs is not None:
             items = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=True), *items]
-        logprobs = _legacy_logprobs(items, tokenizer)
+        logprobs = LegacyLogprobs(tokenizer).add(items)
     return {"text": completion.text, "logprobs": logprobs, **_ending(completion)}
 
 
@@ -222,7 +235,9 @@ def _ending(completion: CompletionOutput) -> dict[str, Any]:
     return {"finish_reason": reason, "stop_reason": completion.stop_reason}
 
 
-def _chat_logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+def chat_logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
+    """An item of `logprobs.content` of a chat."""
+
     def entry(token_id: int, logprob: float) -> dict[str, Any]:
         data = tokenizer.token_bytes(token_id)
         return {"token": data.decode(errors="replace"), "logprob": _finite(logprob), "bytes": list(data)}
@@ -231,23 +246,30 @@ def _chat_logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
     return {**entry(item.token_id, item.logprob), "top_logprobs": top}
 
 
-def _legacy_logprobs(items: Sequence[tuple[int, TokenLogprobs | None]], tokenizer: Tokenizer) -> dict[str, Any]:
-    """The four parallel lists of /v1/completions. Offsets count characters, also where tokens split one."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    offsets, length = [], 0
-    for token_id, _ in items:
-        offsets.append(length)
-        length += len(decoder.decode(tokenizer.token_bytes(token_id)))
+class LegacyLogprobs:
+    """The four parallel lists of /v1/completions, a piece at a time. Offsets count characters, also in split ones."""
 
-    def top(item: TokenLogprobs) -> dict[str, float]:
-        return {_legacy_token(token_id, tokenizer): _finite(logprob) for token_id, logprob in item.top}
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._length = 0
 
-    return {
-        "tokens": [_legacy_token(token_id, tokenizer) for token_id, _ in items],
-        "token_logprobs": [None if item is None else _finite(item.logprob) for _, item in items],
-        "top_logprobs": [None if item is None else top(item) for _, item in items],
-        "text_offset": offsets,
-    }
+    def add(self, items: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
+        """The lists for the next tokens of the text."""
+        return {
+            "tokens": [_legacy_token(token_id, self._tokenizer) for token_id, _ in items],
+            "token_logprobs": [None if item is None else _finite(item.logprob) for _, item in items],
+            "top_logprobs": [None if item is None else self._top(item) for _, item in items],
+            "text_offset": [self._offset(token_id) for token_id, _ in items],
+        }
+
+    def _top(self, item: TokenLogprobs) -> dict[str, float]:
+        return {_legacy_token(token_id, self._tokenizer): _finite(logprob) for token_id, logprob in item.top}
+
+    def _offset(self, token_id: int) -> int:
+        offset = self._length
+        self._length += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return offset
 
 
 def _legacy_token(token_id: int, tokenizer: Tokenizer) -> str:

@@ -10,11 +10,11 @@ import json
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.serialization import pickle as torch_pickle  # type: ignore[attr-defined]  # only for the error of torch.load
 
 from kvik.errors import ModelLoadError
 
@@ -62,7 +62,7 @@ def iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
     """
     try:
         yield from _read_safetensors(file) if file.suffix == ".safetensors" else _read_pt(file)
-    except torch_pickle.UnpicklingError as error:
+    except UnpicklingError as error:
         hint = (
             "holds more than tensors or is corrupt; Kvik runs no code from a checkpoint, so use a safetensors version"
         )

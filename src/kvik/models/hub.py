@@ -35,9 +35,7 @@ def resolve_model(name: str, revision: str | None = None, *, load_format: str = 
     local = Path(name).expanduser()
     if local.exists() or name in BUNDLED_MODELS:
         if revision is not None:
-            raise ModelLoadError(
-                f"revision {revision!r} was given, but {name} is local and has no revisions; leave it out"
-            )
+            raise ModelLoadError(f"{name} is local and has no revisions; leave revision={revision!r} out")
         return _checked_folder(local) if local.exists() else _bundled(name)
     if name.startswith(_MODELSCOPE):
         return _modelscope(name.removeprefix(_MODELSCOPE), revision)

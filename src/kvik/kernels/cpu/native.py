@@ -101,7 +101,9 @@ class NativeLibrary:
         self.path = path
         self._lib = ctypes.CDLL(str(path))
         if (found := self._lib.kvik_abi_version()) != ABI_VERSION:
-            raise ConfigError(f"{path} is version {found} of the kernels and this Kvik needs {ABI_VERSION}; reinstall Kvik")
+            raise ConfigError(
+                f"{path} is version {found} of the kernels and this Kvik needs {ABI_VERSION}; reinstall Kvik"
+            )
         self._declare()
         self.isa_names = self._names()
         self.best_isa = self.isa_names[self._lib.kvik_isa_best()]
@@ -121,14 +123,14 @@ class NativeLibrary:
         lib.kvik_profile.restype = None
 
     def _names(self) -> tuple[str, ...]:
-        names = []
+        names: list[str] = []
         while (name := self._lib.kvik_isa_name(len(names))) is not None:
             names.append(name.decode())
         return tuple(names)
 
     def _choose(self, forced: str | None) -> str:
         if not forced:
-            return self.best_isa
+            return str(self.best_isa)
         if forced not in self.isa_names:
             hint, known = did_you_mean(forced, self.isa_names), ", ".join(self.isa_names)
             raise ConfigError(f"KVIK_CPU_ISA={forced!r} is not known{hint}; the kernels have {known}")

@@ -110,6 +110,7 @@ static inline void block_int4(const uint32_t* a, int tile_rows, const uint8_t* b
 #pragma GCC unroll 8
       for (int j = 0; j < Vecs; ++j) acc[m][j] = seti(sums[m]);
     const uint8_t* p = b + 64 + first_vector * kLanes * 4;
+#pragma GCC unroll 4
     for (int q = 0; q < 4 * Subs; ++q) {
       if (Rows <= 8) prefetch(p + kPrefetch), prefetch(p + kPrefetch + 64);
 #pragma GCC unroll 8

@@ -1,0 +1,193 @@
+"""The engine process's loop: messages in, steps, messages out. Token ids only; one thread owns everything.
+
+Requests of a peer (an HTTP process) that cannot be reached any more are ended, so that nothing runs for nobody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import msgspec
+import zmq
+
+from kvik.core.engine import Engine
+from kvik.errors import RequestError
+from kvik.log import logger
+from kvik.outputs import FinishReason, SequenceOutput
+from kvik.server import messages as wire
+from kvik.server.events import EventFeed
+
+__all__ = ["EngineServer"]
+
+STATUS_INTERVAL = 0.5
+"""Seconds between two Status messages at most, as long as steps do not take longer."""
+
+EVENTS_INTERVAL = 0.05
+SEND_LIMIT = 10_000
+"""Messages that may wait for a peer that does not read; then it is given up."""
+
+
+@dataclass(slots=True)
+class _Open:
+    """A request in the engine and whose it is."""
+
+    peer: bytes
+    num_prompt_tokens: int
+    arrival_time: float
+    num_left: int
+
+
+class EngineServer:
+    """Serves HTTP processes from one engine until `stop` is called."""
+
+    def __init__(self, engine: Engine, endpoint: str, ready: wire.Ready) -> None:
+        self._engine = engine
+        self._ready = ready
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.setsockopt(zmq.SNDHWM, SEND_LIMIT)
+        self._socket.setsockopt(zmq.RCVHWM, 0)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.bind(endpoint)
+        self._peers: set[bytes] = set()
+        self._watchers: set[bytes] = set()
+        self._open: dict[str, _Open] = {}
+        self._feed = EventFeed(engine, self._open_requests)
+        self._stopping = False
+        self._status_at = self._events_at = 0.0
+
+    def stop(self) -> None:
+        """Make `run` return soon. Any thread may call this."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Serve. An exception of the engine ends the loop: a failure that no single request caused."""
+        while not self._stopping:
+            self._receive(wait=not self._engine.has_unfinished())
+            if self._engine.has_unfinished():
+                self._deliver(self._engine.step())
+            self._report()
+
+    def close(self) -> None:
+        """Close the socket and the engine."""
+        self._socket.close()
+        self._context.term()
+        self._engine.close()
+
+    # In
+
+    def _receive(self, *, wait: bool) -> None:
+        """Obey every message that is there; with `wait`, until one comes or it is time for a Status."""
+        if wait and not self._socket.poll(int(STATUS_INTERVAL * 1000)):
+            return
+        while True:
+            try:
+                peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                return
+            try:
+                self._obey(peer, wire.decode_to_engine(data))
+            except msgspec.MsgspecError as error:
+                logger.error("a message of an HTTP process was dropped: %s", error)
+
+    def _obey(self, peer: bytes, message: wire.ToEngine) -> None:
+        if isinstance(message, wire.Add):
+            self._add(peer, message)
+        elif isinstance(message, wire.Finish):
+            self._engine.finish(message.request_id, message.reason, message.index)
+        elif isinstance(message, wire.Watch):
+            self._watch(peer, message.on)
+        else:
+            self._peers.add(peer)
+            self._send(peer, self._ready)
+
+    def _add(self, peer: bytes, message: wire.Add) -> None:
+        try:
+            request = wire.unpack_request(message)
+            self._engine.add(request)
+        except RequestError as error:
+            self._send(peer, wire.Rejected(message.request_id, str(error), error.param))
+            return
+        num_prompt = len(request.prompt_token_ids)
+        self._open[request.request_id] = _Open(peer, num_prompt, request.arrival_time, request.params.n)
+
+    def _watch(self, peer: bytes, on: bool) -> None:
+        if on:
+            self._watchers.add(peer)
+            self._feed.switch(True)
+            self._send(peer, wire.Events([self._feed.snapshot()]))
+        else:
+            self._watchers.discard(peer)
+            self._feed.switch(bool(self._watchers))
+
+    # Out
+
+    def _deliver(self, outputs: list[SequenceOutput]) -> None:
+        """Send each peer what its requests gained."""
+        by_peer: dict[bytes, list[SequenceOutput]] = defaultdict(list)
+        for output in outputs:
+            entry = self._open.get(output.request_id)
+            if entry is None:
+                continue
+            by_peer[entry.peer].append(output)
+            if output.finish_reason is not None:
+                entry.num_left -= 1
+                if not entry.num_left:
+                    del self._open[output.request_id]
+        for peer, own in by_peer.items():
+            self._send(peer, wire.pack_outputs(own))
+
+    def _report(self) -> None:
+        """The regular messages: Status, and Events where somebody watches."""
+        now = time.monotonic()
+        if now - self._status_at >= STATUS_INTERVAL:
+            self._status_at = now
+            self._broadcast(self._peers, self._status())
+        if self._feed.on and (now - self._events_at >= EVENTS_INTERVAL or not self._engine.has_unfinished()):
+            self._events_at = now
+            records = self._feed.take()
+            if records:
+                self._broadcast(self._watchers, wire.Events(records))
+        elif self._feed.on:
+            self._feed.complete()
+
+    def _status(self) -> wire.Status:
+        scheduler, stats = self._engine.scheduler, self._engine.stats
+        return wire.Status(
+            num_running=scheduler.num_running,
+            num_waiting=scheduler.num_waiting,
+            num_blocks_used=scheduler.kv.num_used,
+            num_blocks=scheduler.kv.num_blocks,
+            num_steps=stats.num_steps,
+            num_prefill_tokens=stats.num_prefill_tokens,
+            num_decode_tokens=stats.num_decode_tokens,
+            prefill_time=stats.prefill_time,
+            decode_time=stats.decode_time,
+            host_time=stats.host_time,
+        )
+
+    def _broadcast(self, peers: set[bytes], message: wire.FromEngine) -> None:
+        for peer in tuple(peers):
+            self._send(peer, message)
+
+    def _send(self, peer: bytes, message: wire.FromEngine) -> None:
+        try:
+            self._socket.send_multipart([peer, wire.encode(message)], zmq.NOBLOCK)
+        except zmq.ZMQError as error:  # gone, or so far behind that it must be stuck
+            self._forget(peer, error)
+
+    def _forget(self, peer: bytes, error: zmq.ZMQError) -> None:
+        logger.error("an HTTP process cannot be reached (%s); its requests are ended", error)
+        self._peers.discard(peer)
+        self._watchers.discard(peer)
+        self._feed.switch(bool(self._watchers))
+        for request_id in [request_id for request_id, entry in self._open.items() if entry.peer == peer]:
+            del self._open[request_id]
+            self._engine.finish(request_id, FinishReason.ABORT)
+
+    def _open_requests(self) -> Iterator[tuple[str, int, float]]:
+        return ((key, entry.num_prompt_tokens, entry.arrival_time) for key, entry in self._open.items())

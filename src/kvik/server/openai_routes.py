@@ -1,0 +1,96 @@
+"""/v1/chat/completions and /v1/completions."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncIterator
+
+from fastapi import APIRouter
+from fastapi.responses import Response
+from starlette.requests import Request
+
+from kvik.cli.openai_format import response_body
+from kvik.server.body import read_json
+from kvik.server.chunks import Chunks
+from kvik.server.engine_client import Generation
+from kvik.server.errors import failure_of
+from kvik.server.openapi import operation
+from kvik.server.protocol import ServedRequest, parse
+from kvik.server.replies import json_reply
+from kvik.server.service import Service, gather
+from kvik.server.streaming import PING, PING_INTERVAL, EventStream
+
+__all__ = ["router"]
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", **operation("chat"))
+async def chat_completions(request: Request) -> Response:
+    """Answer a conversation."""
+    return await _complete(request, chat=True)
+
+
+@router.post("/v1/completions", **operation("completions"))
+async def completions(request: Request) -> Response:
+    """Continue one or several prompts."""
+    return await _complete(request, chat=False)
+
+
+async def _complete(http: Request, *, chat: bool) -> Response:
+    service: Service = http.app.state.service
+    fields = await read_json(http)
+    served = parse(fields, chat=chat, base=service.defaults, overrides=service.overrides, config=service.config)
+    model = service.check_model(served.request.model)
+    frontend = service.frontend
+    prompts = await service.run(lambda: served.request.prompts(frontend), len(await http.body()))
+    reply_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}"
+    generation = await service.generate(
+        http,
+        prompts,
+        served.request.params,
+        call_id=reply_id,
+        stream=served.request.stream,
+        priority=served.priority,
+        cache_salt=served.cache_salt,
+    )
+    if served.request.stream:
+        chunks = Chunks(served, reply_id, int(time.time()), model, frontend.tokenizer)
+        return EventStream(_events(generation, chunks), generation.close, patience=service.config.slow_client_timeout)
+    outputs = await gather(generation, http)
+    body = response_body(served.request, outputs, frontend.tokenizer, model)
+    body["id"] = reply_id
+    _extend(body, served, [completion.token_ids for output in outputs for completion in output.outputs])
+    return json_reply(body)
+
+
+def _extend(body: dict[str, object], served: ServedRequest, token_ids: list[tuple[int, ...]]) -> None:
+    """Add the members that only Kvik has, where they were asked for."""
+    if served.warnings:
+        body["warnings"] = list(served.warnings)
+    choices = body["choices"]
+    if served.return_token_ids and isinstance(choices, list):
+        for choice, ids in zip(choices, token_ids, strict=True):
+            choice["token_ids"] = ids
+
+
+async def _events(generation: Generation, chunks: Chunks) -> AsyncIterator[bytes]:
+    """The events of a stream. Raises ApiError where the engine ends a request early."""
+    for data in chunks.first():
+        yield data
+    done = False
+    while not done:
+        changes = await generation.changes(PING_INTERVAL)
+        done = bool(changes) and generation.done
+        if not changes:
+            yield PING
+        for place, output in changes:
+            error = failure_of(output)
+            if error is not None:
+                raise error
+            data = b"".join(chunks.of(place, output))
+            if data:
+                yield data
+    for data in chunks.last():
+        yield data

@@ -1,0 +1,191 @@
+"""What the routes of one HTTP process share: the model's front half, the engine, names, limits, and the state of life."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+
+from kvik.config import EngineConfig
+from kvik.core.request import Request as EngineRequest
+from kvik.models.hub import resolve_model
+from kvik.outputs import RequestOutput
+from kvik.sampling_params import SamplingParams
+from kvik.server.engine_client import EngineClient, Generation
+from kvik.server.errors import ApiError, failure_of, not_found, unavailable
+from kvik.server.metrics import Metrics
+from kvik.server.process import ChildSettings
+from kvik.server.streaming import while_connected
+from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
+from kvik.text.output_processor import OutputProcessor
+
+__all__ = ["Service", "gather"]
+
+T = TypeVar("T")
+
+INLINE_SIZE = 4096
+"""Texts shorter than this (characters) are tokenised at once, longer ones in a thread."""
+
+
+class Service:
+    """State of one HTTP process. `frontend` and `client` refuse to be used before the model is there."""
+
+    def __init__(self, settings: ChildSettings, metrics: Metrics) -> None:
+        self.settings = settings
+        self.config = settings.server
+        self.metrics = metrics
+        self.created = int(time.time())
+        self.draining = False
+        self._client: EngineClient | None = None
+        self._frontend: Frontend | None = None
+        self._defaults = SamplingParams()
+
+    async def start(self) -> None:
+        """Wait for the engine and load the front half. Raises ApiError or ModelLoadError where that fails."""
+        share = self.config.api_processes
+        self._client = EngineClient(
+            self.settings.endpoint,
+            max_queued_requests=-(-self.config.max_queued_requests // share),
+            max_queued_tokens=-(-self.config.max_queued_tokens // share),
+        )
+        self._client.on_output = self.metrics.finished
+        ready = await self._client.wait_ready()
+        frontend = await asyncio.to_thread(_load_frontend, self.settings.engine, ready)
+        self._defaults = frontend.default_sampling_params
+        self._client.attach(OutputProcessor(frontend.tokenizer))
+        self._frontend = frontend
+
+    # State
+
+    @property
+    def client(self) -> EngineClient:
+        if self._client is None:
+            raise unavailable("the server is starting", "loading")
+        return self._client
+
+    @property
+    def frontend(self) -> Frontend:
+        if self._frontend is None:
+            raise unavailable("the model is loading; try again soon", "loading")
+        return self._frontend
+
+    @property
+    def max_model_len(self) -> int:
+        ready = self.client.ready
+        if ready is None:
+            raise unavailable("the model is loading; try again soon", "loading")
+        return ready.scheduler.max_model_len
+
+    @property
+    def defaults(self) -> SamplingParams:
+        """What the model's authors recommend."""
+        return self._defaults
+
+    @property
+    def overrides(self) -> Mapping[str, Any]:
+        """Sampling defaults of the operator: they win over the model's, a request's own values win over them."""
+        return self.settings.overrides
+
+    @property
+    def model_name(self) -> str:
+        return self.settings.model_names[0]
+
+    def not_ready(self) -> ApiError | None:
+        """Why requests cannot be answered now, or None."""
+        if self.draining:
+            return unavailable("the server is shutting down", "shutting_down")
+        if self._client is not None and self._client.failure is not None:
+            return self._client.failure
+        if self._client is None or self._frontend is None:
+            return unavailable("the model is loading; try again soon", "loading")
+        if self._client.silence > self.config.stall_timeout:
+            return unavailable(f"the engine has given no sign for {self._client.silence:.0f} s", "engine_stalled")
+        return None
+
+    def check_model(self, name: str | None) -> str:
+        """The name that a response carries. Raises ApiError (404) for another model's."""
+        if name is None:
+            return self.model_name
+        if name not in self.settings.model_names:
+            served = ", ".join(self.settings.model_names)
+            raise not_found(f"there is no model {name!r} here; this server has {served}", "model_not_found")
+        return name
+
+    # Work
+
+    async def run(self, work: Callable[[], T], size: int) -> T:
+        """The result of `work`, which takes time in proportion to `size`, without stopping the event loop."""
+        return work() if size < INLINE_SIZE else await asyncio.to_thread(work)
+
+    async def generate(
+        self,
+        http: Request,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        *,
+        call_id: str,
+        stream: bool,
+        priority: int = 0,
+        cache_salt: str = "",
+    ) -> Generation:
+        """Start generating for `prompts`. Raises ApiError or RequestError."""
+        self.frontend  # noqa: B018  refuses while the model is loading
+        if self.draining:
+            raise unavailable("the server is shutting down", "shutting_down")
+        salt = "/".join(part for part in (http.state.salt, cache_salt) if part)
+        ids = (call_id if len(prompts) == 1 else f"{call_id}-{place}" for place in itertools.count())
+
+        def make() -> list[EngineRequest]:
+            return [
+                self.frontend.make_request(prompt, params, request_id=next(ids), priority=priority, cache_salt=salt)
+                for prompt in prompts
+            ]
+
+        requests = await self.run(make, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
+        texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
+        return self.client.open(
+            requests,
+            [text if isinstance(text, str) else None for text in texts],
+            stream=stream,
+            deadline=self.config.request_timeout,
+        )
+
+
+async def gather(generation: Generation, http: Request) -> list[RequestOutput]:
+    """The finished outputs of a generation in the order of its prompts. A client that leaves ends it.
+
+    Raises ApiError where the engine ended a request early, ClientDisconnect where the client did.
+    """
+    try:
+        return await while_connected(_collect(generation), http.receive)
+    finally:
+        generation.close()
+
+
+async def _collect(generation: Generation) -> list[RequestOutput]:
+    found: dict[int, RequestOutput] = {}
+    while True:
+        found.update(await generation.changes())
+        if generation.done:
+            break
+    for output in found.values():
+        error = failure_of(output)
+        if error is not None:
+            raise error
+    return [found[place] for place in sorted(found)]
+
+
+def _load_frontend(config: EngineConfig, ready: Any) -> Frontend:
+    return Frontend.from_folder(
+        Path(config.model),
+        ModelFacts(ready.vocab_size, ready.rope_depends_on_length),
+        tokenizer_folder=None if config.tokenizer is None else resolve_model(config.tokenizer),
+        chat_template=config.chat_template,
+        seed=uuid.uuid4().int,
+    )
