@@ -25,6 +25,8 @@ __all__ = ["main", "render"]
 PAGE = Path(__file__).parents[1] / "docs" / "configuration.md"
 _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _KINDS: Mapping[type, str] = {bool: "true or false", int: "integer", float: "number", str: "text", Pair: "`ID=BIAS`"}
+_HUGE = 2**31 - 1
+_PLURALS: Mapping[type, str] = {int: "integers", str: "texts", Pair: "`ID=BIAS`"}
 _COLUMNS = ("option", "value", "default", "meaning", "flag", "variable")
 
 
@@ -40,7 +42,8 @@ def _table(table: Table[Any]) -> str:
         option = table.options.get(field.name)
         default = _default(field.default, table.none_word)
         place = ("Python only", "Python only") if option is None else (f"`{option.flag}`", f"`{option.variable}`")
-        rows.append((f"`{field.name}`", _value(option), default, str(field.metadata["help"]), *place))
+        value = _value(option) + _bounds(field.metadata)
+        rows.append((f"`{field.name}`", value, default, str(field.metadata["help"]), *place))
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
@@ -50,7 +53,16 @@ def _value(option: Option | None) -> str:
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
     kind = "size in bytes" if option.parse is parse_bytes else _KINDS[option.kind]
-    return f"list of {kind}" if option.many else kind
+    return f"list of {_PLURALS.get(option.kind, kind)}" if option.many else kind
+
+
+def _bounds(metadata: Mapping[str, Any]) -> str:
+    """The range of a number, as far as it says anything: a bound that only keeps a value in its type does not."""
+    low, above, high = (metadata.get(name) for name in ("low", "above", "high"))
+    limited = high is not None and high < _HUGE
+    if above is not None:
+        return f", above {above:g}" + (f", at most {high:,}" if limited else "")
+    return "" if low is None else f", {low:,} to {high:,}" if limited else f", {low:,} or more"
 
 
 def _default(value: Any, none_word: str) -> str:

@@ -68,17 +68,25 @@ class Terminal:
         while text not in self.screen:
             ready, _, _ = select.select([self._master], [], [], 2.0)
             assert time.monotonic() < end, f"{text!r} did not come; there is {self.screen[-2000:]!r}"
-            if not ready:
+            if ready:
+                self._read()
+            else:
                 self.type(again)
-                continue
-            try:
-                data = os.read(self._master, 65536)
-            except OSError:  # the command has ended
-                data = b""
-            assert data, f"the command ended before {text!r}; there is {self.screen[-2000:]!r}"
-            self.screen += data.decode(errors="replace")
         taken, _, self.screen = self.screen.partition(text)
         return taken + text
+
+    def expect_more(self, count: int) -> None:
+        """Wait until `count` characters have come."""
+        while len(self.screen) < count:
+            self._read()
+
+    def _read(self) -> None:
+        try:
+            data = os.read(self._master, 65536)
+        except OSError:  # the command has ended
+            data = b""
+        assert data, f"the command has ended; there is {self.screen[-2000:]!r}"
+        self.screen += data.decode(errors="replace")
 
     def wait(self) -> int:
         """The exit code. What is still printed is read, so that the command is not held up."""

@@ -114,8 +114,7 @@ def test_keys_on_a_terminal(long_model: str, tmp_path: Path) -> None:
     terminal.expect("> ")
     terminal.type("hello there\n")
     terminal.expect("hello there\r\n")
-    while len(terminal.screen) < 20:
-        terminal.expect(" ")
+    terminal.expect_more(20)
     terminal.type("\x03")
     assert "Traceback" not in terminal.expect("stopped]")
     terminal.expect("> ")

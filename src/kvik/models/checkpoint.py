@@ -1,4 +1,4 @@
-"""Reading checkpoint files: which files a folder's weights are in, and the tensors of each, one at a time.
+"""Reading checkpoint files: which files a folder's weights are in, and their tensors by name, one at a time.
 
 safetensors, single or sharded with an index, and `pytorch_model.bin` likewise (tensors only: nothing in a file is
 executed). Files are memory-mapped, so a tensor costs memory only while it is being copied.
@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -18,7 +21,7 @@ from torch import Tensor
 
 from kvik.errors import ModelLoadError
 
-__all__ = ["find_checkpoint", "iterate_tensors"]
+__all__ = ["Checkpoint", "TensorInfo", "find_checkpoint"]
 
 _NAMES = {"safetensors": "model.safetensors", "pt": "pytorch_model.bin"}
 
@@ -55,13 +58,58 @@ def _indexed(folder: Path, index: str) -> tuple[Path, ...]:
     return tuple(folder / name for name in names)
 
 
-def iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, CPU tensor) pairs of one file. The tensors are views of the mapped file: copy, do not keep.
+class TensorInfo(NamedTuple):
+    """What a file's header says of a tensor."""
 
-    Raises ModelLoadError when the file is truncated, corrupt, or holds anything but tensors.
+    file: Path
+    shape: torch.Size
+    dtype: str  # as in torch: float32, bfloat16, int8
+
+
+class Checkpoint:
+    """The tensors of a folder's weight files by name. Files are mapped while tensors of theirs are still to be read.
+
+    Raises ModelLoadError when a file is truncated, corrupt, or holds anything but tensors, and for a name in two files.
     """
+
+    def __init__(self, folder: Path, load_format: str) -> None:
+        self.tensors: dict[str, TensorInfo] = {}
+        self._open: dict[Path, Callable[[str], Tensor]] = {}
+        self._unread: Counter[Path] = Counter()
+        for file in find_checkpoint(folder, load_format):
+            with _readable(file):
+                infos = _open_file(file)[0]
+            for name, (shape, dtype) in infos.items():
+                if name in self.tensors:
+                    both = f"{self.tensors[name].file.name} and in {file.name}"
+                    raise ModelLoadError(f"{name} is in the checkpoint twice: in {both}")
+                self.tensors[name] = TensorInfo(file, shape, dtype)
+            self._unread[file] = len(infos)
+
+    def skip(self, name: str) -> None:
+        """Say that a tensor will not be read, so that its file need not stay open for it."""
+        self._done(self.tensors[name].file)
+
+    def read(self, name: str, into: Tensor) -> None:
+        """Copy a tensor to `into`, converting its dtype. Each tensor is read once."""
+        file = self.tensors[name].file
+        with _readable(file):
+            if file not in self._open:
+                self._open[file] = _open_file(file)[1]
+            into.copy_(self._open[file](name))
+        self._done(file)
+
+    def _done(self, file: Path) -> None:
+        self._unread[file] -= 1
+        if self._unread[file] == 0:
+            self._open.pop(file, None)
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what the libraries raise for a bad file into a ModelLoadError."""
     try:
-        yield from _read_safetensors(file) if file.suffix == ".safetensors" else _read_pt(file)
+        yield
     except UnpicklingError as error:
         hint = (
             "holds more than tensors or is corrupt; Kvik runs no code from a checkpoint, so use a safetensors version"
@@ -73,13 +121,16 @@ def iterate_tensors(file: Path) -> Iterator[tuple[str, Tensor]]:
         raise ModelLoadError(f"{file} ({size}) is truncated or corrupt ({reason}); download it again") from error
 
 
-def _read_safetensors(file: Path) -> Iterator[tuple[str, Tensor]]:
-    with safe_open(file, framework="pt", device="cpu") as reader:
-        for name in reader.keys():  # noqa: SIM118 (safe_open is not a mapping)
-            yield name, reader.get_tensor(name)
+_Infos = dict[str, tuple[torch.Size, str]]
 
 
-def _read_pt(file: Path) -> Iterator[tuple[str, Tensor]]:
+def _open_file(file: Path) -> tuple[_Infos, Callable[[str], Tensor]]:
+    """Names with shape and dtype, and a function that reads a tensor: a view of the mapped file, to be copied."""
+    if file.suffix == ".safetensors":
+        reader = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
+        slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
+        infos = {name: (torch.Size(part.get_shape()), _dtype_name(part.get_dtype())) for name, part in slices.items()}
+        return infos, reader.get_tensor
     # Files older than torch 1.6 are not zip archives and cannot be mapped.
     state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if not isinstance(state, dict):
@@ -87,4 +138,11 @@ def _read_pt(file: Path) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ModelLoadError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor")
-        yield name, tensor
+    return {name: (t.shape, str(t.dtype).removeprefix("torch.")) for name, t in state.items()}, state.__getitem__
+
+
+def _dtype_name(name: str) -> str:
+    """'BF16' of a safetensors header is torch's 'bfloat16'."""
+    kinds = {"BF": "bfloat", "F": "float", "I": "int", "U": "uint"}
+    letters = name.rstrip("0123456789")
+    return kinds.get(letters, letters.lower()) + name[len(letters) :]

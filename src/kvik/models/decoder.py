@@ -18,7 +18,7 @@ from kvik.kernels.api import LinearWeight, Ops
 from kvik.layers.rope import RopeTable
 from kvik.models.spec import DecoderSpec
 
-__all__ = ["Decoder", "DecoderWeights", "LayerWeights", "allocate_weights"]
+__all__ = ["Decoder", "DecoderWeights", "LayerWeights", "allocate_layer"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -115,8 +115,8 @@ class Decoder:
         return self.ops.linear_add(inner, w.down, hidden)  # [num_tokens, hidden_size]
 
 
-def allocate_weights(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Uninitialised tensors of every shape that `spec` names, `spec.weight_bytes(dtype)` bytes in all."""
+def allocate_layer(spec: DecoderSpec, dtype: torch.dtype, device: torch.device) -> LayerWeights:
+    """Uninitialised tensors of one block."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
@@ -125,19 +125,13 @@ def allocate_weights(spec: DecoderSpec, dtype: torch.dtype, device: torch.device
         return LinearWeight(empty(out_features, in_features), empty(out_features) if bias else None)
 
     hidden = spec.hidden_size
-    embedding = empty(spec.vocab_size, hidden)
-    layers = tuple(
-        LayerWeights(
-            attention_norm=empty(hidden),
-            qkv=linear(spec.q_size + 2 * spec.kv_size, hidden, spec.qkv_bias),
-            q_norm=empty(spec.head_dim) if spec.qk_norm else None,
-            k_norm=empty(spec.head_dim) if spec.qk_norm else None,
-            o=linear(hidden, spec.q_size, spec.o_bias),
-            mlp_norm=empty(hidden),
-            gate_up=linear(2 * spec.intermediate_size, hidden, spec.mlp_bias),
-            down=linear(hidden, spec.intermediate_size, spec.mlp_bias),
-        )
-        for _ in range(spec.num_layers)
+    return LayerWeights(
+        attention_norm=empty(hidden),
+        qkv=linear(spec.q_size + 2 * spec.kv_size, hidden, spec.qkv_bias),
+        q_norm=empty(spec.head_dim) if spec.qk_norm else None,
+        k_norm=empty(spec.head_dim) if spec.qk_norm else None,
+        o=linear(hidden, spec.q_size, spec.o_bias),
+        mlp_norm=empty(hidden),
+        gate_up=linear(2 * spec.intermediate_size, hidden, spec.mlp_bias),
+        down=linear(hidden, spec.intermediate_size, spec.mlp_bias),
     )
-    lm_head = LinearWeight(embedding) if spec.tie_word_embeddings else linear(spec.vocab_size, hidden, False)
-    return DecoderWeights(embedding, layers, empty(hidden), lm_head)

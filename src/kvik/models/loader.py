@@ -1,13 +1,15 @@
-"""Filling a decoder from a checkpoint: streaming and strict.
+"""Building a decoder from a checkpoint: strict and streaming, layer by layer.
 
-Every parameter is filled exactly once and every tensor of the checkpoint is used or known to be needless; anything else
-is one error that lists the names. Tensors are converted one by one straight into their place, so beside the model only
-the mapped file of the moment is needed.
+Names and shapes are compared with the files' headers first: every parameter must be there once, every tensor used or
+known to be needless; anything else is one error that lists the names. Then each layer's tensors are copied to their
+places and handed to `pack`, which may turn projections into another form (quantised, prepacked): the plain form of no
+more than one layer exists at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,31 @@ from tqdm import tqdm
 
 from kvik.attention.base import AttentionBackend
 from kvik.errors import ModelLoadError
-from kvik.kernels.api import Ops
+from kvik.kernels.api import LinearWeight, Ops
 from kvik.layers.rope import RopeTable
-from kvik.models.checkpoint import find_checkpoint, iterate_tensors
-from kvik.models.decoder import Decoder, DecoderWeights, allocate_weights
+from kvik.models.checkpoint import Checkpoint
+from kvik.models.decoder import Decoder, DecoderWeights, allocate_layer
 from kvik.models.spec import DecoderSpec
-from kvik.models.weights import fill_random, is_ignored, parameter_views
+from kvik.models.weights import (
+    EMBEDDING,
+    FINAL_NORM,
+    LM_HEAD,
+    Fill,
+    is_ignored,
+    layer_views,
+    parameter_shapes,
+    random_fill,
+)
 
-__all__ = ["checkpoint_dtype", "load_model", "load_weights"]
+__all__ = ["Pack", "build_weights", "checkpoint_dtype", "load_model", "load_weights"]
+
+Pack = Callable[[str, LinearWeight], LinearWeight]
+"""`pack(role, weight)` for role qkv, o, gate_up, down and lm_head: the form in which the projection is kept."""
+
+
+def keep_plain(role: str, weight: LinearWeight) -> LinearWeight:
+    """A projection as the checkpoint has it."""
+    return weight
 
 
 def load_model(
@@ -42,79 +61,103 @@ def load_model(
 ) -> Decoder:
     """The decoder of `spec` on `device` with the weights in the folder `path`, converted to `dtype`.
 
-    `load_format` is auto, safetensors, pt, or dummy for random weights from `seed` (no file is read). `progress` shows
-    a bar on a terminal. RoPE tables cover positions below `max_model_len`. Raises ModelLoadError.
+    RoPE tables cover positions below `max_model_len`; the rest as in `load_weights`. Raises ModelLoadError.
     """
-    weights = allocate_weights(spec, dtype, device)
-    if load_format == "dummy":
-        fill_random(spec, weights, seed)
-    else:
-        load_weights(path, spec, weights, load_format=load_format, progress=progress)
+    weights = load_weights(
+        path, spec, dtype=dtype, device=device, load_format=load_format, seed=seed, progress=progress
+    )
     return Decoder(spec, weights, RopeTable(spec.rope, max_model_len, device), ops, attention)
 
 
 def load_weights(
-    path: Path, spec: DecoderSpec, weights: DecoderWeights, *, load_format: str = "auto", progress: bool = True
-) -> None:
-    """Copy the checkpoint in the folder `path` into `weights`. Raises ModelLoadError listing wrong names."""
-    files = find_checkpoint(path, load_format)
-    fill = _Fill(spec, parameter_views(spec, weights))
-    with tqdm(total=len(fill.views), desc="Loading weights", unit="tensor", disable=None if progress else True) as bar:
-        for file in files:
-            for name, tensor in iterate_tensors(file):
-                bar.update(fill.take(name, tensor, file))
-    fill.check(path)
+    path: Path,
+    spec: DecoderSpec,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+    progress: bool = True,
+    pack: Pack = keep_plain,
+) -> DecoderWeights:
+    """The weights in the folder `path`. Raises ModelLoadError listing every name that is wrong.
+
+    `load_format` is auto, safetensors, pt, or dummy for random weights from `seed` (no file is read). `progress` shows
+    a bar on a terminal.
+    """
+    if load_format == "dummy":
+        return build_weights(spec, dtype, device, random_fill(spec, seed, device), pack)
+    checkpoint = Checkpoint(path, load_format)
+    _check(path, spec, checkpoint)
+    with tqdm(
+        total=len(checkpoint.tensors), desc="Loading weights", unit="tensor", disable=None if progress else True
+    ) as bar:
+
+        def fill(views: Mapping[str, Tensor]) -> None:
+            for name, view in views.items():
+                checkpoint.read(name, view)
+                bar.update()
+
+        return build_weights(spec, dtype, device, fill, pack)
 
 
-class _Fill:
-    """Which parameters are still empty, and everything about the checkpoint that does not match."""
-
-    def __init__(self, spec: DecoderSpec, views: Mapping[str, Tensor]) -> None:
-        self.spec = spec
-        self.views = views
-        self.source: dict[str, Path] = {}
-        self.unexpected: list[str] = []
-        self.misshaped: list[str] = []
-
-    def take(self, name: str, tensor: Tensor, file: Path) -> bool:
-        """Copy `tensor` to its place; True if it had one."""
-        view = self.views.get(name)
-        if view is None:
-            if not is_ignored(name, self.spec):
-                self.unexpected.append(name)
-            return False
-        if name in self.source:
-            raise ModelLoadError(f"{name} is in the checkpoint twice: in {self.source[name].name} and in {file.name}")
-        self.source[name] = file
-        if tensor.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-            raise ModelLoadError(f"{name} in {file} is {_dtype(tensor)}: Kvik loads unquantised float weights only")
-        if tensor.shape != view.shape:
-            self.misshaped.append(f"{name} (expected {list(view.shape)}, found {list(tensor.shape)})")
-        else:
-            view.copy_(tensor)
-        return True
-
-    def check(self, path: Path) -> None:
-        missing = [name for name in self.views if name not in self.source]
-        problems = [
-            f"{len(names)} {kind}: {_first(names)}"
-            for kind, names in (("missing", missing), ("unexpected", self.unexpected), ("misshaped", self.misshaped))
-            if names
-        ]
-        if problems:
-            raise ModelLoadError(
-                f"the weights in {path} do not fit {self.spec.architecture} as its config.json describes it; "
-                + "; ".join(problems)
+def build_weights(
+    spec: DecoderSpec, dtype: torch.dtype, device: torch.device, fill: Fill, pack: Pack = keep_plain
+) -> DecoderWeights:
+    """Allocate, fill and pack: the embedding, one layer after the other, the head."""
+    embedding = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
+    fill({EMBEDDING: embedding})
+    layers = []
+    for index in range(spec.num_layers):
+        layer = allocate_layer(spec, dtype, device)
+        fill(layer_views(spec, index, layer))
+        layers.append(
+            replace(
+                layer,
+                qkv=pack("qkv", layer.qkv),
+                o=pack("o", layer.o),
+                gate_up=pack("gate_up", layer.gate_up),
+                down=pack("down", layer.down),
             )
+        )
+    final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
+    fill({FINAL_NORM: final_norm})
+    head = LinearWeight(embedding)
+    if not spec.tie_word_embeddings:
+        head = LinearWeight(torch.empty_like(embedding))
+        fill({LM_HEAD: head.weight})
+    return DecoderWeights(embedding, tuple(layers), final_norm, pack("lm_head", head))
+
+
+def _check(path: Path, spec: DecoderSpec, checkpoint: Checkpoint) -> None:
+    """Compare names, dtypes and shapes with those of `spec`."""
+    expected = parameter_shapes(spec)
+    unexpected, misshaped = [], []
+    for name, info in checkpoint.tensors.items():
+        if name not in expected:
+            checkpoint.skip(name)
+            if not is_ignored(name, spec):
+                unexpected.append(name)
+        elif info.dtype not in ("float64", "float32", "float16", "bfloat16"):
+            raise ModelLoadError(f"{name} in {info.file} is {info.dtype}: Kvik loads unquantised float weights only")
+        elif info.shape != expected[name]:
+            misshaped.append(f"{name} (expected {list(expected[name])}, found {list(info.shape)})")
+    missing = [name for name in expected if name not in checkpoint.tensors]
+    problems = [
+        f"{len(names)} {kind}: {_first(names)}"
+        for kind, names in (("missing", missing), ("unexpected", unexpected), ("misshaped", misshaped))
+        if names
+    ]
+    if problems:
+        raise ModelLoadError(
+            f"the weights in {path} do not fit {spec.architecture} as its config.json describes it; "
+            + "; ".join(problems)
+        )
 
 
 def _first(names: Iterable[str], limit: int = 10) -> str:
     names = list(names)
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def checkpoint_dtype(config: Mapping[str, Any]) -> torch.dtype | None:

@@ -1,0 +1,95 @@
+"""The ASGI application of an HTTP process: routes inside, the gate outside, every error in OpenAI's shape."""
+
+from __future__ import annotations
+
+from http import HTTPStatus
+from importlib.resources import files
+from pathlib import Path
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
+
+from kvik import __version__
+from kvik.errors import KvikError
+from kvik.log import logger
+from kvik.server import ops_routes, openai_routes, plain_routes, responses_routes, text_routes
+from kvik.server.errors import ApiError, to_api_error
+from kvik.server.gate import Gate
+from kvik.server.replies import error_reply
+from kvik.server.service import Service
+
+__all__ = ["make_app", "make_routes"]
+
+CLIENT_CLOSED = 499
+"""What is logged for a client that left before its answer; nobody receives it."""
+
+
+def make_routes(service: Service) -> FastAPI:
+    """The application without its gate."""
+    app = FastAPI(title="Kvik", version=__version__, docs_url=None, redoc_url=None)
+    app.state.service = service
+    for module in (openai_routes, responses_routes, plain_routes, text_routes, ops_routes):
+        app.include_router(module.router)
+    _add_pages(app)
+    app.add_exception_handler(KvikError, _kvik_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(ClientDisconnect, _gone)
+    app.add_exception_handler(Exception, _bug)
+    return app
+
+
+def make_app(service: Service) -> ASGIApp:
+    """The application as it is served."""
+    config = service.config
+    app: ASGIApp = Gate(
+        make_routes(service),
+        api_keys=service.settings.api_keys,
+        max_body_bytes=config.max_body_bytes,
+        on_response=service.metrics.responded,
+    )
+    if config.cors_origins:
+        app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
+    return app
+
+
+def _add_pages(app: FastAPI) -> None:
+    """Serve the chat page and the inspector where this installation has them."""
+    folder = Path(str(files("kvik"))) / "ui"
+    if (folder / "index.html").is_file():
+        app.mount("/", StaticFiles(directory=folder, html=True), name="ui")
+
+
+def _kvik_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, KvikError)
+    return error_reply(to_api_error(error))
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405 of the router."""
+    assert isinstance(error, HTTPException)
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    message = f"{request.method} {request.url.path}: {error.detail}"
+    reply = error_reply(ApiError(error.status_code, message, code=code))
+    reply.headers.update(error.headers or {})
+    return reply
+
+
+def _validation_error(request: Request, error: Exception) -> Response:
+    return error_reply(ApiError(400, f"the request is malformed: {error}"))
+
+
+def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_CLOSED)
+
+
+def _bug(request: Request, error: Exception) -> Response:
+    """A bug of Kvik's: the log has the traceback, the client is told no details."""
+    logger.error("a request failed", exc_info=error)
+    return error_reply(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))

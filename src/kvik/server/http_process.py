@@ -1,0 +1,139 @@
+"""An HTTP process: `python -m kvik.server.http_process`, started by the supervisor, which gives it a bound socket.
+
+Exit codes: 0 asked to end, 1 the engine or the supervisor is gone, 2 could not start.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import logging
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from kvik.errors import KvikError
+from kvik.log import configure, logger
+from kvik.server.app import make_app
+from kvik.server.errors import unavailable
+from kvik.server.metrics import Metrics
+from kvik.server.process import DRAIN, ENGINE_ENDED, ChildSettings, announce, read_settings, watch_parent
+from kvik.server.service import Service
+
+__all__ = ["HttpProcess", "main"]
+
+CHECK_INTERVAL = 0.25
+LAST_WORDS = 2.0
+"""Seconds that streams get to send their last event before connections are closed."""
+
+
+class HttpProcess:
+    """Life of one HTTP process: serve, drain, end."""
+
+    def __init__(self, settings: ChildSettings) -> None:
+        self.service = Service(settings, Metrics(settings.model_names[0]))
+        self._settings = settings
+        self._code = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._ending: asyncio.Task[None] | None = None
+        config = settings.server
+        self._server = uvicorn.Server(
+            uvicorn.Config(
+                make_app(self.service),
+                log_level="warning",
+                access_log=False,
+                server_header=False,
+                timeout_keep_alive=65,
+                timeout_graceful_shutdown=int(LAST_WORDS),
+                h11_max_incomplete_event_size=64 * 1024,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
+                ssl_keyfile_password=config.ssl_keyfile_password,
+            )
+        )
+
+    async def run(self, listener: socket.socket) -> int:
+        """Serve until told to end; the exit code."""
+        self._loop = asyncio.get_running_loop()
+        watch = asyncio.create_task(self._watch())
+        await self._server.serve(sockets=[listener])
+        watch.cancel()
+        return self._code
+
+    def hear(self, word: str) -> None:
+        """A word of the supervisor, in its thread."""
+        if self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._obey, word)
+
+    def _obey(self, word: str) -> None:
+        if word == DRAIN:
+            self.drain()
+        else:
+            self._give_up("the engine process ended" if word == ENGINE_ENDED else "the supervisor is gone")
+
+    def drain(self) -> None:
+        """Take no more requests, let the open ones finish, then end."""
+        self.service.draining = True
+        if self._ending is None:
+            self._ending = asyncio.ensure_future(self._drain())
+
+    async def _drain(self) -> None:
+        loop = asyncio.get_running_loop()
+        end = loop.time() + self._settings.server.drain_timeout
+        client = self.service.client
+        while client.num_open and loop.time() < end:
+            await asyncio.sleep(0.05)
+        client.shut_down()
+        self._server.should_exit = True
+
+    def _give_up(self, why: str) -> None:
+        """Every stream ends with an error event; then this process ends with a failure."""
+        logger.error("%s; this server ends", why)
+        self._code = self._code or 1
+        self.service.client.fail(unavailable(f"{why}; the server has to be restarted", "engine_dead"))
+        self._server.should_exit = True
+
+    async def _watch(self) -> None:
+        """Load the model's front half, say that it is there, and keep an eye on the engine."""
+        try:
+            await self.service.start()
+        except KvikError as error:
+            self._give_up(str(error))
+            return
+        ready = self.service.client.ready
+        assert ready is not None
+        while not self._server.started:
+            await asyncio.sleep(0.01)
+        if sys.platform != "win32":
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.drain)
+        facts = {"context": ready.scheduler.max_model_len, "device": ready.device, "ledger": ready.ledger}
+        announce(json.dumps({**facts, "dtype": ready.dtype, "num_seqs": ready.scheduler.max_num_seqs}))
+        while self.service.client.silence < self._settings.server.engine_timeout:
+            await asyncio.sleep(CHECK_INTERVAL)
+        self._give_up(f"the engine gave no sign for {self.service.client.silence:.0f} s")
+
+
+def main() -> int:
+    """Run the process and return its exit code."""
+    settings = read_settings()
+    configure(settings.log_level)
+    logging.getLogger("uvicorn").handlers[:] = logger.handlers
+    listener = socket.socket(fileno=settings.socket_fd)
+    try:
+        process = HttpProcess(settings)
+    except OSError as error:  # a certificate that cannot be read
+        sys.stderr.write(f"kvik: error: {error}\n")
+        return 2
+    watch_parent(process.hear, die_with_parent=False)
+    if importlib.util.find_spec("uvloop") is not None:
+        import uvloop
+
+        return uvloop.run(process.run(listener))
+    return asyncio.run(process.run(listener))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
