@@ -123,7 +123,7 @@ def test_the_defaults_are_those_of_the_documentation() -> None:
         "fcfs",
     )
     assert (config.gpu_memory_utilization, config.enable_prefix_caching, config.enforce_eager) == (0.9, True, False)
-    assert (config.tensor_parallel_size, config.seed) == (1, 0)
+    assert (config.tensor_parallel_size, config.seed) == (1, None)
     assert all(getattr(config, name) is None for name in COUNTS)
 
 
@@ -215,7 +215,7 @@ def test_a_model_is_a_folder_or_an_id(value: Any) -> None:
         EngineConfig(value)
 
 
-@pytest.mark.parametrize("value", [-1, 1.0, True, None, NAN, "0", HUGE], ids=lambda v: repr(v)[:8])
+@pytest.mark.parametrize("value", [-1, 1.0, True, NAN, "0", HUGE], ids=lambda v: repr(v)[:8])
 def test_a_seed_is_an_integer_that_a_generator_takes(value: Any) -> None:
     _refuse(seed=value)
 

@@ -75,7 +75,7 @@ class EngineConfig:
         "auto", "checkpoint files to read; dummy makes random weights", choices=("auto", "safetensors", "pt", "dummy")
     )
     max_model_len: int | None = option(None, "longest prompt + output in tokens (alias max_seq_len)", low=2, high=_MANY)
-    max_num_seqs: int | None = option(None, "sequences that run together (alias max_batch_size)", low=1, high=65536)
+    max_num_seqs: int | None = option(None, "sequences that run together (alias max_batch_size)", low=1, high=_MANY)
     max_num_batched_tokens: int | None = option(
         None, "tokens computed in one step; longer prompts are split into chunks", low=1, high=_MANY
     )
@@ -97,9 +97,10 @@ class EngineConfig:
     run_ahead: int | None = option(
         None, "steps that may be planned before the result of the previous one is known", low=0, high=16
     )
-    seed: int = option(
-        0, "seed of the seeds that requests without one get, and of dummy weights", low=0, high=2**63 - 1
-    )
+    seed: int | None = option(
+        None, "seed of the seeds that requests without one get (auto: another one each start), and of dummy weights",
+        low=0, high=2**63 - 1,
+    )  # fmt: skip
     threads: int | None = option(None, "CPU threads; auto is one per physical core", low=1, high=4096)
 
     def __post_init__(self) -> None:

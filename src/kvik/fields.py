@@ -100,7 +100,8 @@ def strict(
 ) -> Callable[[type[T]], type[T]]:
     """Class decorator: an unknown keyword raises `error` with a suggestion; `aliases` map other names to fields.
 
-    `hints` holds, for names that users of other engines will try, the sentence that tells them what to use instead.
+    The class gets its aliases as `__aliases__`. `hints` holds, for names that users of other engines will try, the
+    sentence that tells them what to use instead.
     """
     renames, advice = dict(aliases or {}), dict(hints or {})
 
@@ -121,6 +122,7 @@ def strict(
             plain_init(self, *args, **kwargs)
 
         cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+        cls.__aliases__ = renames  # type: ignore[attr-defined]
         return cls
 
     return decorate

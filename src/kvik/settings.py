@@ -32,6 +32,7 @@ T = TypeVar("T")
 
 CONFIG_VARIABLE = "KVIK_CONFIG"
 _PREFIX = "KVIK_"
+_NOT_OPTIONS = (CONFIG_VARIABLE, "KVIK_CPU_ISA", "KVIK_CPU_SPIN_NS")
 _AUTOMATIC = ("auto", "none", "null")
 _BOOLEANS = MappingProxyType(
     {word: value for words, value in (("1 true yes on", True), ("0 false no off", False)) for word in words.split()}
@@ -74,7 +75,13 @@ class Option:
             raise ValueError(f"{self.name} must have a value")
         if self.many:
             return tuple(_CONVERTERS[self.kind](item) for item in self._items(raw))
-        return self.parse(raw) if self.parse else _CONVERTERS[self.kind](raw)
+        try:
+            return _CONVERTERS[self.kind](raw)
+        except ValueError:  # perhaps a loose form that the dataclass takes, such as 4GiB for a number
+            value = None if self.parse is None else self.parse(raw)
+            if not isinstance(value, self.kind):
+                raise
+            return value
 
     def _items(self, raw: Any) -> list[Any]:
         """The items of a list: a list or mapping from a file, a JSON list, or ids separated by commas."""
@@ -291,10 +298,10 @@ def _read_environment(environ: Mapping[str, str]) -> dict[tuple[str, str], Setti
     known = {o.variable: (table, o) for table in _TABLES for o in table.options.values()}
     found = {}
     for variable in sorted(environ):
-        if not variable.startswith(_PREFIX) or variable == CONFIG_VARIABLE:
+        if not variable.startswith(_PREFIX) or variable in _NOT_OPTIONS:
             continue
         if variable not in known:
-            near = did_you_mean(variable, [*known, CONFIG_VARIABLE])
+            near = did_you_mean(variable, [*known, *_NOT_OPTIONS])
             raise ConfigError(f"environment variable {variable} is not an option of Kvik{near}; unset it")
         table, option = known[variable]
         found[table.name, option.name] = Setting(option.read(environ[variable], variable), variable)

@@ -82,7 +82,7 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
         model = load_model(
             info.path, info.spec, dtype=info.resolved.dtype, device=device, ops=ReferenceOps(),
             attention=select_backend(config.attention_backend, device), max_model_len=settings.max_model_len,
-            load_format=config.load_format, seed=config.seed, progress=True,
+            load_format=config.load_format, seed=config.seed or 0, progress=True,
         )  # fmt: skip
     with ledger.phase("KV cache"):
         pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.dtype, device)

@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "main"]
 COMMANDS = {
     "generate": "complete prompts, streaming to the terminal",
     "chat": "talk with a model in the terminal",
+    "serve": "serve a model over HTTP with the OpenAI API",
     "batch": "run a file of OpenAI batch requests",
     "info": "show the machine, a model, and the memory that it would take",
     "bench": "measure throughput or latency",

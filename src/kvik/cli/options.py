@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from kvik.config import EngineConfig
+from kvik.config import EngineConfig, parse_bytes
 from kvik.errors import ConfigError, did_you_mean
 from kvik.sampling_params import SamplingParams
 from kvik.settings import ENGINE, SAMPLING, Option, Pair, Setting, Settings, Table, load_settings
@@ -101,7 +101,7 @@ def _setting(option: Option, raw: Any) -> Setting:
 def _metavar(option: Option) -> str:
     if option.choices:
         return "{" + ",".join(option.choices) + "}"
-    return "SIZE" if option.parse else _METAVARS[option.kind]
+    return "SIZE" if option.parse is parse_bytes else _METAVARS[option.kind]
 
 
 def _help(option: Option, none_word: str) -> str:

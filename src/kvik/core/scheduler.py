@@ -121,8 +121,8 @@ class Scheduler:
         total = context if wanted is None else num_prompt + wanted
         if total > context:
             raise RequestError(
-                f"prompt {num_prompt} + max_tokens {wanted} = {total} tokens is more than the context of {context}"
-                f" (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
+                f"a prompt of {num_prompt} tokens + max_tokens {wanted} is {total}, more than the context of {context}"
+                f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
                 "max_tokens",
             )
         needed = self.kv.blocks_for(total - 1)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import torch
+from torch import Tensor
 
 from kvik.attention.base import KVLayer
 from kvik.models.spec import DecoderSpec
@@ -22,6 +26,12 @@ class KVPool:
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         self.block_size = block_size
         self.layers = tuple(
-            KVLayer(torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
-            for _ in range(spec.num_layers)
+            KVLayer(_zeros(shape, dtype, device), _zeros(shape, dtype, device)) for _ in range(spec.num_layers)
         )
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros. On the CPU they cost memory only once they are written: numpy takes zeroed pages from the system."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)).view(dtype).view(shape)

@@ -17,8 +17,7 @@ from starlette.types import ASGIApp
 
 from kvik import __version__
 from kvik.errors import KvikError
-from kvik.log import logger
-from kvik.server import ops_routes, openai_routes, plain_routes, responses_routes, text_routes
+from kvik.server import openai_routes, ops_routes, plain_routes, responses_routes, text_routes
 from kvik.server.errors import ApiError, to_api_error
 from kvik.server.gate import Gate
 from kvik.server.replies import error_reply
@@ -90,6 +89,5 @@ def _gone(request: Request, error: Exception) -> Response:
 
 
 def _bug(request: Request, error: Exception) -> Response:
-    """A bug of Kvik's: the log has the traceback, the client is told no details."""
-    logger.error("a request failed", exc_info=error)
+    """A bug of Kvik's: the server writes the traceback to its log, the client is told no details."""
     return error_reply(ApiError(500, "the server failed on this request; its log says why", code="internal_error"))

@@ -48,7 +48,7 @@ class Generation:
     def put(self, output: RequestOutput) -> None:
         """Add an output; unread ones of the same request are merged with it."""
         self._mailboxes[self._places[output.request_id]].put(output)
-        if output.finished and self.unfinished.pop(output.request_id, None):
+        if output.finished and self.unfinished.pop(output.request_id, 0):
             self._num_left -= 1
         self._changed.set()
 

@@ -178,10 +178,11 @@ class EngineServer:
         try:
             self._socket.send_multipart([peer, wire.encode(message)], zmq.NOBLOCK)
         except zmq.ZMQError as error:  # gone, or so far behind that it must be stuck
-            self._forget(peer, error)
+            logger.info("an HTTP process cannot be reached (%s)", error)
+            self._forget(peer)
 
-    def _forget(self, peer: bytes, error: zmq.ZMQError) -> None:
-        logger.error("an HTTP process cannot be reached (%s); its requests are ended", error)
+    def _forget(self, peer: bytes) -> None:
+        """End the requests of a peer."""
         self._peers.discard(peer)
         self._watchers.discard(peer)
         self._feed.switch(bool(self._watchers))

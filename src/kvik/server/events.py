@@ -5,6 +5,7 @@
     {"type": "step", "at", "step", "chunks": [[id, index, start, num_tokens, kind], ...],
      "blocks": [[id, index, [new block, ...]], ...], "left": [[id, index, why], ...], "num_waiting", "used",
      "waiting": [[id, num_prompt_tokens, seconds waited], ...], "ms": [schedule, execute, update]}
+    {"type": "left", "at", "left": [...], "used"}                  requests that ended without a step
 
 `kind` is "decode" or "prefill"; `why` is "finished" or "preempted"; `at` is Unix time. A watcher keeps the block lists
 of the snapshot up to date with `blocks` and `left`: a block in two lists is a shared prefix.
@@ -85,8 +86,11 @@ class EventFeed:
             self._complete(self._pending.pop(stats.step_id), stats)
 
     def take(self) -> list[str]:
-        """The records that are complete by now."""
+        """The records that are complete by now; what left without a step has a record of its own."""
         self.complete()
+        if not self._pending and (left := self._left()):
+            used = self._engine.scheduler.kv.num_used
+            self._done.append(_json({"type": "left", "at": _now(), "left": left, "used": used}))
         done, self._done = self._done, []
         return done
 
@@ -114,9 +118,7 @@ class EventFeed:
         """Note a plan that is about to run: rows still have the sequences that it was made for."""
         running = {seq.row: seq for seq in self._engine.scheduler.running}
         rows = [(running[chunk.row], chunk) for chunk in plan.chunks]
-        now = {_key(seq): seq for seq in running.values()}
-        left = [(key, seq) for key, seq in self._known.items() if key not in now]
-        self._known = now
+        self._known.update((_key(seq), seq) for seq, _ in rows)
         self._pending[plan.step_id] = {
             "type": "step",
             "at": _now(),
@@ -126,17 +128,23 @@ class EventFeed:
                 for seq, chunk in rows
             ],
             "blocks": [[*_key(seq), chunk.new_block_ids] for seq, chunk in rows if chunk.new_block_ids],
-            "left": [
-                [*key, "preempted" if seq.status is SequenceStatus.WAITING else "finished"] for key, seq in left
-            ],
             "waiting": self._waiting(),
             "num_waiting": self._engine.scheduler.num_waiting,
         }
 
     def _complete(self, record: dict[str, object], stats: StepStats) -> None:
+        record["left"] = self._left()
         times = (stats.schedule_time, stats.execute_time, stats.update_time)
         record.update(used=stats.num_blocks_used, ms=[round(seconds * 1e3, 3) for seconds in times])
         self._done.append(_json(record))
+
+    def _left(self) -> list[list[object]]:
+        """Sequences that do not run any more, told once."""
+        running = {_key(seq) for seq in self._engine.scheduler.running}
+        left = [(key, seq) for key, seq in self._known.items() if key not in running]
+        for key, _ in left:
+            del self._known[key]
+        return [[*key, "preempted" if seq.status is SequenceStatus.WAITING else "finished"] for key, seq in left]
 
     def _waiting(self) -> list[list[object]]:
         running = {seq.request.request_id for seq in self._engine.scheduler.running}

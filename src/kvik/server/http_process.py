@@ -83,17 +83,16 @@ class HttpProcess:
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         end = loop.time() + self._settings.server.drain_timeout
-        client = self.service.client
-        while client.num_open and loop.time() < end:
+        while self.service.num_open and loop.time() < end:
             await asyncio.sleep(0.05)
-        client.shut_down()
+        self.service.shut_down()
         self._server.should_exit = True
 
     def _give_up(self, why: str) -> None:
         """Every stream ends with an error event; then this process ends with a failure."""
         logger.error("%s; this server ends", why)
         self._code = self._code or 1
-        self.service.client.fail(unavailable(f"{why}; the server has to be restarted", "engine_dead"))
+        self.service.fail(unavailable(f"{why}; the server has to be restarted", "engine_dead"))
         self._server.should_exit = True
 
     async def _watch(self) -> None:

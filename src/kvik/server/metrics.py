@@ -106,9 +106,7 @@ class Metrics:
         return generate_latest(together)
 
     def _gauge(self, name: str, help: str, *labels: str) -> Gauge:
-        return Gauge(
-            name, help, ("model_name", *labels), registry=self.registry, multiprocess_mode="livemostrecent"
-        )
+        return Gauge(name, help, ("model_name", *labels), registry=self.registry, multiprocess_mode="livemostrecent")
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(name, help, ("model_name", *labels), registry=self.registry)

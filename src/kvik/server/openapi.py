@@ -61,10 +61,12 @@ _OTHER: Mapping[str, dict[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
         "properties": {
-            "include_usage": _FLAG, "continuous_usage_stats": _FLAG, "include_obfuscation": _FLAG,
+            "include_usage": _FLAG,
+            "continuous_usage_stats": _FLAG,
+            "include_obfuscation": _FLAG,
         },
         "description": "include_usage adds a last chunk with the token counts",
-    },  # fmt: skip
+    },
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "token ids"},
     "tool_choice": {"enum": ["none", "auto"], "description": "none hides the tools from the model"},
     "tools": {"type": "array", "items": _OBJECT, "description": "shown to the model by its chat template"},
@@ -97,7 +99,9 @@ def _field(name: str, chat: bool) -> dict[str, Any]:
     return _sampling(name) if name in SAMPLING.options and name not in _OTHER else _OTHER[name]
 
 
-def _body(names: Mapping[str, bool] | frozenset[str] | tuple[str, ...], *required: str, chat: bool = False) -> dict[str, Any]:
+def _body(
+    names: Mapping[str, bool] | frozenset[str] | tuple[str, ...], *required: str, chat: bool = False
+) -> dict[str, Any]:
     return {
         "type": "object",
         "required": list(required),
@@ -107,7 +111,17 @@ def _body(names: Mapping[str, bool] | frozenset[str] | tuple[str, ...], *require
 
 _PLAIN = frozenset(SAMPLING.options) - {"echo", "logprobs", "prompt_logprobs"}
 _TEMPLATE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
-_RESPONSES = ("input", "instructions", "max_output_tokens", "model", "stream", "temperature", "top_p", "metadata", "store")
+_RESPONSES = (
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "model",
+    "stream",
+    "temperature",
+    "top_p",
+    "metadata",
+    "store",
+)
 BODIES: Mapping[str, dict[str, Any]] = {
     "chat": _body(known_fields(True) | set(IGNORED), "messages", chat=True),
     "completions": _body(known_fields(False) | set(IGNORED), "prompt"),

@@ -103,7 +103,9 @@ def _service(request: Request) -> Service:
 
 
 def _model(service: Service, name: str) -> dict[str, object]:
-    limit = service.client.ready.scheduler.max_model_len if service.not_ready() is None and service.client.ready else None
+    limit = (
+        service.client.ready.scheduler.max_model_len if service.not_ready() is None and service.client.ready else None
+    )
     return {
         "id": name,
         "object": "model",

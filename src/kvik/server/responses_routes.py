@@ -71,7 +71,9 @@ class _Call:
     item_id: str
     fields: dict[str, Any]
 
-    def response(self, status: str, output: RequestOutput | None = None, error: ApiError | None = None) -> dict[str, Any]:
+    def response(
+        self, status: str, output: RequestOutput | None = None, error: ApiError | None = None
+    ) -> dict[str, Any]:
         """The response object."""
         cut = output is not None and output.finish_reason is FinishReason.LENGTH
         return {
@@ -209,10 +211,10 @@ class _Events:
         yield self.make("response.content_part.added", **where, part=_part(""))
         output: RequestOutput | None = None
         while output is None or not output.finished:
-            for _, output in await generation.changes(PING_INTERVAL) or [(0, None)]:
-                if output is None:
-                    yield PING
-                    continue
+            changes = await generation.changes(PING_INTERVAL)
+            if not changes:
+                yield PING
+            for _, output in changes:
                 error = failure_of(output)
                 if error is not None:
                     raise error

@@ -1,4 +1,4 @@
-"""What the routes of one HTTP process share: the model's front half, the engine, names, limits, and the state of life."""
+"""What the routes of one HTTP process share: the model's front half, the engine, names, limits, state of life."""
 
 from __future__ import annotations
 
@@ -98,10 +98,10 @@ class Service:
 
     def not_ready(self) -> ApiError | None:
         """Why requests cannot be answered now, or None."""
-        if self.draining:
-            return unavailable("the server is shutting down", "shutting_down")
         if self._client is not None and self._client.failure is not None:
             return self._client.failure
+        if self.draining:
+            return unavailable("the server is shutting down", "shutting_down")
         if self._client is None or self._frontend is None:
             return unavailable("the model is loading; try again soon", "loading")
         if self._client.silence > self.config.stall_timeout:
@@ -116,6 +116,23 @@ class Service:
             served = ", ".join(self.settings.model_names)
             raise not_found(f"there is no model {name!r} here; this server has {served}", "model_not_found")
         return name
+
+    @property
+    def num_open(self) -> int:
+        """Requests that are not finished."""
+        return 0 if self._client is None else self._client.num_open
+
+    def shut_down(self) -> None:
+        """End what is open because the server ends."""
+        self.draining = True
+        if self._client is not None:
+            self._client.shut_down()
+
+    def fail(self, error: ApiError) -> None:
+        """End what is open with `error`, and refuse everything from now on."""
+        self.draining = True
+        if self._client is not None:
+            self._client.fail(error)
 
     # Work
 

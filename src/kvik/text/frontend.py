@@ -16,6 +16,7 @@ from typing import Any
 
 from kvik.core.request import Request
 from kvik.errors import RequestError
+from kvik.log import logger
 from kvik.models.hub import load_generation_config
 from kvik.sampling_params import SamplingParams
 from kvik.text.chat import ChatTemplate
@@ -57,7 +58,7 @@ class Frontend:
         default_sampling_params: SamplingParams,
         facts: ModelFacts,
         *,
-        seed: int | None = 0,
+        seed: int | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
@@ -75,7 +76,7 @@ class Frontend:
         tokenizer_folder: Path | None = None,
         hf_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
-        seed: int | None = 0,
+        seed: int | None = None,
     ) -> Frontend:
         """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files."""
         tokenizer = Tokenizer.from_folder(
@@ -140,9 +141,23 @@ class Frontend:
 
 
 def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
-    """What a model's authors recommend in generation_config.json; Kvik's own defaults where they say nothing."""
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    given = {name: generation_config[name] for name in names if generation_config.get(name) is not None}
+    """What a model's authors recommend in generation_config.json; Kvik's own defaults where they say nothing.
+
+    A value that no request could ask for is left out with a warning: it must not keep the model from starting.
+    """
+    given: dict[str, Any] = {}
+    for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty"):
+        value = generation_config.get(name)
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if value is None or (generation_config.get("do_sample") is False and name != "repetition_penalty"):
+            continue
+        try:
+            SamplingParams(**{name: value})
+        except RequestError as error:
+            logger.warning("generation_config.json is not followed where %s", error)
+        else:
+            given[name] = value
     if generation_config.get("do_sample") is False:
-        given = {"temperature": 0.0, **({"repetition_penalty": p} if (p := given.get("repetition_penalty")) else {})}
+        given["temperature"] = 0.0
     return SamplingParams(**given)

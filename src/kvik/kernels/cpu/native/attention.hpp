@@ -1,21 +1,50 @@
-// Attention over the paged cache. Included per instruction set. One item is one key/value head of one sequence with
+// Attention over the paged cache, shared parts and decode. Included per instruction set. One item is one key/value head
+// of one sequence with
 //   decode    one query of each head of the group, against one chunk of the context (chunks are merged by the last one)
-//   prefill   a tile of queries of each head of the group, against all keys they see, kKeyTile at a time
+//   prefill   a tile of queries of each head of the group, against all keys they see (attention_prefill.hpp)
 //
-//     cache     [block][kv head][offset][head_dim]; 16 consecutive tokens lie in one block, side by side
-//     scores    prefill: a packed tile of queries times keys transposed into panels   | word | 32 keys |
-//     result    weights times values paired along the tokens, in panels               | pair of tokens | 32 outputs |
+//     cache     [block][kv head][offset][head_dim]; 16 consecutive tokens lie in one block, side by side: a run
+//     decode    scores [head][token] of the chunk -> weights, rounded as the cache is -> sum of weighted values
+//
+// Weights are powers of two: exp(scale * s) = 2^(slope * s) with slope = scale / ln 2.
+
+constexpr int kRun = 16;
+constexpr float kHidden = -1e30f;  // the score of what must not be seen
+constexpr float kSlope = 1.44269504088896341f;
 
 struct Bf16Cache {
   using Dot = Bf16Dot;
   using Value = uint16_t;
   static constexpr int kPerWord = 2;
+  static inline void store(Value* out, F x) { store_bf16(out, x); }
+  // words of outputs [0, n) of a token and the next one, or of the token alone where that is not `both`
+  static inline void load_values(const Value* row, int d, bool both, int n, I* out) {
+    alignas(64) static const Value zeros[kPanel] = {};
+    zip16(row, both ? row + d : zeros, n, out);
+  }
 };
 struct Fp32Cache {
   using Dot = Fp32Dot;
   using Value = float;
   static constexpr int kPerWord = 1;
+  static inline void store(Value* out, F x) { storef(out, x); }
+  static inline void load_values(const Value* row, int, bool, int n, I* out) {
+    for (int j = 0; j < kVectors; ++j) {
+      int left = n - j * kLanes;
+      out[j] = left >= kLanes ? loadw(row + j * kLanes) : left > 0 ? loadw_first(row + j * kLanes, left) : seti(0);
+    }
+  }
 };
+
+struct Add {
+  inline F operator()(F a, F b) const { return add(a, b); }
+};
+struct Max {
+  inline F operator()(F a, F b) const { return maxf(a, b); }
+};
+
+static inline int min_int(int a, int b) { return a < b ? a : b; }
+static inline int max_int(int a, int b) { return a > b ? a : b; }
 
 // Where the tokens of one sequence lie, for one key/value head.
 template <class Cache>
@@ -32,80 +61,68 @@ struct Context {
   const Value* value(int token) const { return (const Value*)op.v_cache + offset(token); }
 };
 
-static inline int min_int(int a, int b) { return a < b ? a : b; }
-static inline int max_int(int a, int b) { return a > b ? a : b; }
-
-// Values of tokens [begin, end) as panels [output / 32][token pair or token][32]; `words` words, zeros past the end.
-template <class Cache>
-static void pack_values(const Context<Cache>& context, int begin, int end, int words, uint32_t* out) {
-  using Value = typename Cache::Value;
-  int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel;
-  alignas(64) static const uint16_t zeros[kPanel] = {};
-  for (int k = 0; k < words; ++k) {
-    int token = begin + k * Cache::kPerWord;
-    const Value* row = token < end ? context.value(token) : nullptr;
-    for (int p = 0; p < panels; ++p) {
-      uint32_t* words_out = out + (int64_t{p} * words + k) * kPanel;
-      int n = min_int(kPanel, d - p * kPanel);
-      if constexpr (Cache::kPerWord == 2) {
-        const uint16_t* first = row ? row + p * kPanel : zeros;
-        zip16(first, token + 1 < end ? row + d + p * kPanel : zeros, n, words_out);
-      } else {
-        for (int i = 0; i < kPanel; ++i) ((float*)words_out)[i] = row && i < n ? row[p * kPanel + i] : 0.0f;
-      }
-    }
-  }
+template <class Value>
+static inline void prefetch_row(const Value* row, int d) {
+  for (int i = 0; i < d; i += 64 / int(sizeof(Value))) prefetch(row + i);
 }
 
-// Weights as packed words: pairs of bf16, or fp32 as they are.
-template <class Cache>
-static inline void store_weights(typename Cache::Value* out, F x) {
-  if constexpr (Cache::kPerWord == 2) store_bf16(out, x);
-  else storef(out, x);
-}
-
-// scores[g][t] = scale * q[g] . key(begin + t) for `count` <= kLanes tokens of one run of 16; -inf from there on
-template <class Cache, int Heads>
-static void score_run(const uint32_t* q, const uint32_t* keys, int words, int count, float scale, float* scores, int stride) {
+// scores[g][t] = q[g] . key t of a run, for `count` <= kLanes tokens, kHidden beyond; `next` is fetched meanwhile. A row
+// of q or keys is Vecs vectors, or `words` words if Vecs is 0.
+template <class Cache, int Heads, int Vecs>
+static void score_run(const uint32_t* q, const uint32_t* keys, int words, int count, const typename Cache::Value* next,
+                      float* scores, int stride) {
   alignas(64) float parts[Heads][kLanes * kLanes];
-  for (int t = 0; t < count; ++t, keys += words) {
+  I query[Heads][Vecs ? Vecs : 1];
+  for (int g = 0; g < Heads; ++g)
+    for (int k = 0; k < Vecs; ++k) query[g][k] = loadw(q + g * words + k * kLanes);
+  for (int t = 0; t < kLanes; ++t, keys += words) {
     F acc[Heads];
     for (int g = 0; g < Heads; ++g) acc[g] = setf(0);
-    int k = 0;
-    for (; k + kLanes <= words; k += kLanes) {
-      I key = loadw(keys + k);
-      for (int g = 0; g < Heads; ++g) acc[g] = Cache::Dot::dot(acc[g], key, loadw(q + g * words + k));
-    }
-    if (k < words) {
-      I key = loadw_first(keys + k, words - k);
-      for (int g = 0; g < Heads; ++g) acc[g] = Cache::Dot::dot(acc[g], key, loadw_first(q + g * words + k, words - k));
+    if (next) prefetch_row(next + t * words * Cache::kPerWord, words * Cache::kPerWord);
+    if (t < count) {
+      for (int k = 0; k < Vecs; ++k) {
+        I key = loadw(keys + k * kLanes);
+        for (int g = 0; g < Heads; ++g) acc[g] = Cache::Dot::dot(acc[g], key, query[g][k]);
+      }
+      for (int k = Vecs * kLanes; k < words; k += kLanes) {
+        int n = min_int(kLanes, words - k);
+        I key = loadw_first(keys + k, n);
+        for (int g = 0; g < Heads; ++g) acc[g] = Cache::Dot::dot(acc[g], key, loadw_first(q + g * words + k, n));
+      }
     }
     for (int g = 0; g < Heads; ++g) storef(&parts[g][t * kLanes], acc[g]);
   }
   for (int g = 0; g < Heads; ++g) {
-    for (int t = count; t < kLanes; ++t) storef(&parts[g][t * kLanes], setf(0));
     float* out = scores + g * stride;
-    storef(out, mul(row_sums(parts[g]), setf(scale)));
-    for (int t = count; t < kLanes; ++t) out[t] = -__builtin_inff();
+    storef(out, reduce_rows(parts[g], Add()));
+    for (int t = count; t < kLanes; ++t) out[t] = kHidden;
   }
 }
 
-// Softmax numerators of one row of scores as weights; returns their sum. n: multiple of 16. A hidden key gets 1e-38.
-template <class Cache>
-static float exponentials(const float* scores, int n, float top, typename Cache::Value* weights) {
-  F total = setf(0), shift = setf(top);
-  for (int i = 0; i < n; i += kLanes) {
-    F e = exp_f(sub(loadf(scores + i), shift));
-    total = add(total, e);
-    store_weights<Cache>(weights + i, e);
-  }
-  return sum(total);
+template <class Cache, int Heads>
+static inline void score_heads(const uint32_t* q, const uint32_t* keys, int words, int count,
+                               const typename Cache::Value* next, float* scores, int stride) {
+  if (words == 4 * kLanes) score_run<Cache, Heads, 4>(q, keys, words, count, next, scores, stride);
+  else if (words == 2 * kLanes) score_run<Cache, Heads, 2>(q, keys, words, count, next, scores, stride);
+  else score_run<Cache, Heads, 0>(q, keys, words, count, next, scores, stride);
 }
 
 static inline float row_max(const float* x, int n) {
-  F top = setf(-__builtin_inff());
+  F top = setf(kHidden);
   for (int i = 0; i < n; i += kLanes) top = maxf(top, loadf(x + i));
   return largest(top);
+}
+
+// weights = 2^(slope (scores - top)); returns the sum over the lanes' columns. n is a multiple of kLanes.
+template <class Cache>
+static inline F exponentials(const float* scores, int n, F top, F slope, typename Cache::Value* weights) {
+  F total = setf(0);
+  for (int i = 0; i < n; i += kLanes) {
+    F e = exp2_f(mul(sub(loadf(scores + i), top), slope));
+    total = add(total, e);
+    Cache::store(weights + i, e);
+  }
+  return total;
 }
 
 // out[0, n) = acc[0, n) / total
@@ -115,20 +132,77 @@ static inline void divide_row(const float* acc, float total, int n, float* out) 
   for (; i < n; ++i) out[i] = acc[i] / total;
 }
 
+// acc[g][panel * 32 ...] = sum over tokens [base, end) of weights[g][t] * value t, for Heads heads and Panels panels
+template <class Cache, int Heads, int Panels>
+static void weigh_values(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int base, int end,
+                         int first_panel, float* acc, int dims) {
+  using Value = typename Cache::Value;
+  int d = context.op.head_dim, from = first_panel * kPanel;
+  F sums[Heads][Panels * kVectors];
+  for (int g = 0; g < Heads; ++g)
+    for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = setf(0);
+  for (int run = base; run < end; run += kRun) {
+    const Value* row = context.value(run) + from;
+    const Value* next = run + kRun < end ? context.value(run + kRun) + from : row;
+    int last = min_int(end, run + kRun);
+    for (int t = run; t < last; t += Cache::kPerWord, row += d * Cache::kPerWord, next += d * Cache::kPerWord) {
+      for (int i = 0; i < Cache::kPerWord; ++i) prefetch_row(next + i * d, Panels * kPanel);
+      I values[Panels * kVectors];
+#pragma GCC unroll 4
+      for (int p = 0; p < Panels; ++p)
+        Cache::load_values(row + p * kPanel, d, t + 1 < last, min_int(kPanel, d - from - p * kPanel), values + p * kVectors);
+#pragma GCC unroll 8
+      for (int g = 0; g < Heads; ++g) {
+        I weight = bcastw((const uint32_t*)(weights + g * stride + (t - base)));
+#pragma GCC unroll 16
+        for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = Cache::Dot::dot(sums[g][j], weight, values[j]);
+      }
+    }
+  }
+  for (int g = 0; g < Heads; ++g)
+    for (int j = 0; j < Panels * kVectors; ++j) storef(acc + g * dims + from + j * kLanes, sums[g][j]);
+}
+
+template <class Cache, int Panels>
+static inline void weigh_panels(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int group,
+                                int base, int end, int first_panel, float* acc, int dims) {
+  constexpr int kMost = kAccumulators / (Panels * kVectors), kHeads = kMost < 1 ? 1 : kMost > 4 ? 4 : kMost;
+  for (int g = 0; g < group;) {
+    int now = min_int(kHeads, group - g);
+    const typename Cache::Value* w = weights + g * stride;
+    float* out = acc + g * dims;
+    if (now == kHeads) weigh_values<Cache, kHeads, Panels>(context, w, stride, base, end, first_panel, out, dims);
+    else if (now >= 2) now = 2, weigh_values<Cache, 2, Panels>(context, w, stride, base, end, first_panel, out, dims);
+    else weigh_values<Cache, 1, Panels>(context, w, stride, base, end, first_panel, out, dims);
+    g += now;
+  }
+}
+
+// As many panels at a time as the registers hold with one head; returns how many.
+template <class Cache>
+static inline int weigh_some(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int group,
+                             int base, int end, int first, int left, float* acc, int dims) {
+  if constexpr (kAccumulators >= 4 * kVectors) {
+    if (left >= 4) return weigh_panels<Cache, 4>(context, weights, stride, group, base, end, first, acc, dims), 4;
+    if (left >= 2) return weigh_panels<Cache, 2>(context, weights, stride, group, base, end, first, acc, dims), 2;
+  }
+  return weigh_panels<Cache, 1>(context, weights, stride, group, base, end, first, acc, dims), 1;
+}
+
 // The partial results of a sequence's chunks, in order, into the output row of each head of the group.
 //     partial of a chunk    | top [group] | total [group] | acc [group][head_dim] |
 static void merge_chunks(const KvikOp& op, const float* partials, int64_t stride, int parts, int group, float* acc, float* out) {
   int d = op.head_dim;
   for (int g = 0; g < group; ++g) {
-    float top = -__builtin_inff(), total = 0;
+    float top = kHidden, total = 0;
     for (int p = 0; p < parts; ++p) top = partials[p * stride + g] > top ? partials[p * stride + g] : top;
     for (int i = 0; i < d; ++i) acc[i] = 0;
     for (int p = 0; p < parts; ++p) {
       const float* part = partials + p * stride;
-      float lanes[kLanes];
-      storef(lanes, exp_f(setf(part[g] - top)));
-      total += lanes[0] * part[group + g];
       const float* row = part + 2 * group + g * d;
+      float lanes[kLanes];
+      storef(lanes, exp2_f(setf((part[g] - top) * op.scale * kSlope)));
+      total += lanes[0] * part[group + g];
       for (int i = 0; i < d; ++i) acc[i] += lanes[0] * row[i];
     }
     divide_row(acc, total, d, out + g * d);
@@ -142,32 +216,32 @@ static void attend_chunk(const Job& job, int s, int part, int head, Scratch& scr
   const KvikStep& step = *job.step;
   const SequencePlan& plan = job.sequences[s];
   int d = op.head_dim, words = d / Cache::kPerWord, group = op.num_heads / op.num_kv_heads;
-  int len = step.seq_lens[s], token = step.query_starts[s];
-  int low = op.window > 0 ? max_int(0, len - op.window) : 0;
+  int len = step.seq_lens[s], token = step.query_starts[s], low = op.window > 0 ? max_int(0, len - op.window) : 0;
   int begin = max_int(low, (plan.first_part + part) * plan.chunk);
-  int end = min_int(len, (plan.first_part + part + 1) * plan.chunk), base = begin / 16 * 16;
-  int padded = (end - base + 15) / 16 * 16, panels = (d + kPanel - 1) / kPanel, pairs = padded / Cache::kPerWord;
+  int end = min_int(len, (plan.first_part + part + 1) * plan.chunk), base = begin / kRun * kRun;
+  int padded = (end - base + kRun - 1) / kRun * kRun, panels = (d + kPanel - 1) / kPanel, dims = panels * kPanel;
   Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride, head};
   const uint32_t* q = (const uint32_t*)((const Value*)op.x + (int64_t{token} * op.num_heads + head * group) * d);
 
-  // scores [group][padded] | weights [group][padded] | panels of values | acc [group][panels * 32]
-  int dims = panels * kPanel;
-  float* scores = (float*)scratch.get(sizeof(float) * (2 * group * padded + dims * pairs + group * dims + 64));
+  // scores [group][padded] | weights [group][padded] | acc [group][dims]
+  float* scores = (float*)scratch.get(sizeof(float) * size_t(2 * group * padded + group * dims + 64));
   Value* weights = (Value*)(scores + group * padded);
-  uint32_t* values = (uint32_t*)(scores + 2 * group * padded);
-  float* acc = (float*)(values + int64_t{dims} * pairs);
-  for (int t = base; t < base + padded; t += kLanes) {
-    const uint32_t* keys = t < end ? (const uint32_t*)context.key(t) : nullptr;
-    int count = max_int(0, min_int(kLanes, end - t));
-    for (int g = 0; g < group;) {
-      int left = group - g;
-      float* out = scores + g * padded + t - base;
-      if (left >= 4) score_run<Cache, 4>(q + g * words, keys, words, count, op.scale, out, padded), g += 4;
-      else if (left >= 2) score_run<Cache, 2>(q + g * words, keys, words, count, op.scale, out, padded), g += 2;
-      else score_run<Cache, 1>(q + g * words, keys, words, count, op.scale, out, padded), g += 1;
+  float* acc = scores + 2 * group * padded;
+  for (int run = base; run < end; run += kRun) {
+    const uint32_t* keys = (const uint32_t*)context.key(run);
+    const Value* next = run + kRun < end ? context.key(run + kRun) : context.value(base);
+    for (int t = 0; t < kRun; t += kLanes, keys += kLanes * words, next += kLanes * d) {
+      int count = max_int(0, min_int(kLanes, end - run - t));
+      float* out = scores + run + t - base;
+      for (int g = 0, left; g < group; g += left >= 4 ? 4 : left >= 2 ? 2 : 1) {
+        left = group - g;
+        const Value* fetch = g == 0 ? next : nullptr;
+        if (left >= 4) score_heads<Cache, 4>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
+        else if (left >= 2) score_heads<Cache, 2>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
+        else score_heads<Cache, 1>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
+      }
     }
   }
-  pack_values(context, base, end, pairs, values);
   bool only = plan.parts == 1;
   int64_t stride = int64_t{group} * (d + 2);
   float* partials = job.partials + plan.partial + int64_t{head} * plan.parts * stride;
@@ -175,18 +249,11 @@ static void attend_chunk(const Job& job, int s, int part, int head, Scratch& scr
   float tops[1024], totals[1024];
   for (int g = 0; g < group; ++g) {
     float* row = scores + g * padded;
-    for (int t = base; t < begin; ++t) row[t - base] = -__builtin_inff();
+    for (int t = base; t < begin; ++t) row[t - base] = kHidden;
     tops[g] = row_max(row, padded);
-    totals[g] = exponentials<Cache>(row, padded, tops[g], weights + g * padded);
+    totals[g] = sum(exponentials<Cache>(row, padded, setf(tops[g]), setf(op.scale * kSlope), weights + g * padded));
   }
-  for (int g = 0; g < group; g += kMaxTile) {
-    int rows = min_int(kMaxTile, group - g);
-    uint32_t* tile = (uint32_t*)scores;  // the scores are used up
-    interleave((const uint32_t*)weights + g * pairs, pairs, rows, pairs, tile);
-    for (int p = 0; p < panels; ++p)
-      gemm<typename Cache::Dot, 1, false>(rows, tile, rows, (const uint8_t*)(values + int64_t{p} * pairs * kPanel), pairs,
-                                          acc + g * dims + p * kPanel, dims);
-  }
+  for (int p = 0; p < panels;) p += weigh_some<Cache>(context, weights, padded, group, base, end, p, panels - p, acc, dims);
   float* out = (float*)op.y + (int64_t{token} * op.num_heads + head * group) * d;
   for (int g = 0; g < group; ++g) {
     if (only) {

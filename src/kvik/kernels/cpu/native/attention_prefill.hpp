@@ -24,13 +24,62 @@ static void pack_keys(const Context<Cache>& context, int begin, int end, int wor
   }
 }
 
-struct QueryRows {  // the state of an item
+// Values of tokens [begin, end) as panels [output / 32][token pair or token][32]; `words` words, zeros past the end.
+template <class Cache>
+static void pack_values(const Context<Cache>& context, int begin, int end, int words, uint32_t* out) {
+  int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel;
+  for (int k = 0; k < words; ++k) {
+    int token = begin + k * Cache::kPerWord;
+    const typename Cache::Value* row = token < end ? context.value(token) : nullptr;
+    for (int p = 0; p < panels; ++p) {
+      I values[kVectors];
+      for (int j = 0; j < kVectors; ++j) values[j] = seti(0);
+      if (row) Cache::load_values(row + p * kPanel, d, token + 1 < end, min_int(kPanel, d - p * kPanel), values);
+      for (int j = 0; j < kVectors; ++j) storew(out + (int64_t{p} * words + k) * kPanel + j * kLanes, values[j]);
+    }
+  }
+}
+
+struct QueryRows {  // the state of an item; arrays have kLanes elements to spare
   int rows, first_position, group, dims;
   float* top;    // [rows]
   float* total;  // [rows]
   float* acc;    // [rows][dims]
   int position(int row) const { return first_position + row / group; }
 };
+
+static inline void hide(float* row, int from, int to) {
+  for (; from < to && from % kLanes; ++from) row[from] = kHidden;
+  for (; from + kLanes <= to; from += kLanes) storef(row + from, setf(kHidden));
+  for (; from < to; ++from) row[from] = kHidden;
+}
+
+// The largest score so far of `count` rows from `first` on, into `state.top`; what was summed up is rescaled to it.
+static inline void raise_tops(const KvikOp& op, QueryRows& state, int first, int count, const float* scores) {
+  for (int m = 0; m < count; m += kLanes) {
+    alignas(64) float maxima[kLanes * kLanes], factors[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const float* row = scores + (m + i < count ? m + i : m) * kKeyTile;
+      F top = loadf(row);
+      for (int j = kLanes; j < kKeyTile; j += kLanes) top = maxf(top, loadf(row + j));
+      storef(maxima + i * kLanes, top);
+    }
+    float* tops = state.top + first + m;
+    float* totals = state.total + first + m;
+    F old = loadf(tops), now = maxf(old, reduce_rows(maxima, Max()));
+    int rows = min_int(kLanes, count - m);
+    storef(factors, exp2_f(mul(sub(old, now), setf(op.scale * kSlope))));
+    alignas(64) float raised[kLanes];
+    storef(raised, now);
+    for (int i = 0; i < rows; ++i) {
+      if (raised[i] == tops[i]) continue;
+      tops[i] = raised[i];
+      totals[i] *= factors[i];
+      float* acc = state.acc + int64_t{first + m + i} * state.dims;
+      for (int j = 0; j < state.dims; j += kLanes) storef(acc + j, mul(loadf(acc + j), setf(factors[i])));
+    }
+  }
+}
 
 // One tile of `count` rows from `first` on against the packed keys and values of [begin, begin + kKeyTile).
 template <class Cache>
@@ -41,37 +90,29 @@ static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count
   int words = op.head_dim / Cache::kPerWord;
   alignas(64) float scores[kMaxTile * kKeyTile];
   alignas(64) Value weights[kMaxTile * kKeyTile];
+  alignas(64) float columns[kLanes * kLanes], sums[kLanes];
   for (int p = 0; p < kKeyTile / kPanel; ++p)
     gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)(keys + int64_t{p} * words * kPanel), words,
                                         scores + p * kPanel, kKeyTile);
   for (int m = 0; m < count; ++m) {
-    int row = first + m, position = state.position(row);
-    float* s = scores + m * kKeyTile;
-    int hidden_from = max_int(0, min_int(kKeyTile, position + 1 - begin));
-    int seen_from = op.window > 0 ? max_int(0, min_int(kKeyTile, position - op.window + 1 - begin)) : 0;
-    for (int i = 0; i < kKeyTile; i += kLanes) storef(s + i, mul(loadf(s + i), setf(op.scale)));
-    for (int i = hidden_from; i < kKeyTile; ++i) s[i] = -__builtin_inff();
-    for (int i = 0; i < seen_from; ++i) s[i] = -__builtin_inff();
-    float top = row_max(s, kKeyTile);
-    if (top < state.top[row]) top = state.top[row];
-    if (top == -__builtin_inff()) {  // nothing seen yet
-      for (int i = 0; i < kKeyTile; ++i) weights[m * kKeyTile + i] = 0;
-      continue;
-    }
-    if (top > state.top[row]) {
-      float lanes[kLanes];
-      storef(lanes, exp_f(setf(state.top[row] - top)));
-      float factor = state.total[row] > 0 ? lanes[0] : 0.0f;
-      float* acc = state.acc + row * state.dims;
-      for (int i = 0; i < state.dims; i += kLanes) storef(acc + i, mul(loadf(acc + i), setf(factor)));
-      state.total[row] *= factor;
-      state.top[row] = top;
-    }
-    state.total[row] += exponentials<Cache>(s, kKeyTile, top, weights + m * kKeyTile);
+    int position = state.position(first + m);
+    hide(scores + m * kKeyTile, max_int(0, position + 1 - begin), kKeyTile);
+    if (op.window > 0) hide(scores + m * kKeyTile, 0, min_int(kKeyTile, position - op.window + 1 - begin));
+  }
+  raise_tops(op, state, first, count, scores);
+  for (int m = 0; m < count; ++m) {
+    int row = first + m, lane = m % kLanes;
+    F columns_sum = exponentials<Cache>(scores + m * kKeyTile, kKeyTile, setf(state.top[row]), setf(op.scale * kSlope),
+                                        weights + m * kKeyTile);
+    storef(columns + lane * kLanes, columns_sum);
+    if (lane < kLanes - 1 && m < count - 1) continue;
+    storef(sums, reduce_rows(columns, Add()));
+    for (int i = 0; i <= lane; ++i) state.total[row - lane + i] += sums[i];
   }
   for (int p = 0; p < state.dims / kPanel; ++p)
-    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1, (const uint8_t*)(values + int64_t{p} * kPairs * kPanel),
-                                            kPairs, state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
+    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1,
+                                            (const uint8_t*)(values + int64_t{p} * kPairs * kPanel), kPairs,
+                                            state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
 }
 
 template <class Cache>
@@ -93,14 +134,14 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   // keys | values | acc | queries packed by tile | top | total, each a multiple of 64 bytes
   size_t keys_size = size_t(kKeyTile) * words, values_size = size_t(kPairs) * state.dims;
   size_t acc_size = size_t(state.rows) * state.dims, queries_size = (size_t(state.rows) * words + 15) / 16 * 16;
-  uint32_t* keys = (uint32_t*)scratch.get(4 * (keys_size + values_size + acc_size + queries_size + 2 * size_t(state.rows)));
+  uint32_t* keys = (uint32_t*)scratch.get(4 * (keys_size + values_size + acc_size + queries_size + 2 * size_t(state.rows + kLanes)));
   uint32_t* values = keys + keys_size;
   state.acc = (float*)(values + values_size);
   uint32_t* queries = (uint32_t*)(state.acc + acc_size);
   state.top = (float*)(queries + queries_size);
-  state.total = state.top + state.rows;
+  state.total = state.top + state.rows + kLanes;
   for (size_t i = 0; i < acc_size; i += kLanes) storef(state.acc + i, setf(0));
-  for (int r = 0; r < state.rows; ++r) state.top[r] = -__builtin_inff(), state.total[r] = 0;
+  for (int r = 0; r < state.rows + kLanes; ++r) state.top[r] = kHidden, state.total[r] = 0;
 
   for (int t = 0; t < tiling.tiles; ++t) {
     uint32_t rows[kMaxTile * 512];  // head_dim <= 512

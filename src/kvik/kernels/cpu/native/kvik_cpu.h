@@ -72,6 +72,7 @@ struct KvikStep {
   const int64_t* logit_indices;
 };
 
+#pragma GCC visibility push(default)
 int32_t kvik_abi_version();
 int32_t kvik_isa_best();                    // highest level that this CPU runs
 const char* kvik_isa_name(int32_t level);   // null past the last level
@@ -82,4 +83,5 @@ void* kvik_pool_create(int32_t threads, int32_t isa, const int32_t* cores, int64
 void kvik_pool_destroy(void* pool);
 void kvik_run(void* pool, const KvikOp* ops, int32_t num_ops, const KvikStep* step);
 void kvik_profile(void* pool, double* seconds);  // [KVIK_OP_COUNT] per opcode since the last call; first call switches on
+#pragma GCC visibility pop
 }

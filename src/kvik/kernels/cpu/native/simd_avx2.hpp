@@ -2,6 +2,7 @@
 
 constexpr int kLanes = 8;
 constexpr int kRowsInRegisters = 4;  // rows of a microkernel call: 4 x 2 accumulators of 16 registers
+constexpr int kAccumulators = 8;     // of decode attention
 using F = __m256;
 using I = __m256i;
 
@@ -34,6 +35,16 @@ static inline I as_int(F x) { return _mm256_castps_si256(x); }
 static inline F as_float(I x) { return _mm256_castsi256_ps(x); }
 template <int N>
 static inline I shift_left(I x) { return _mm256_slli_epi32(x, N); }
+
+// 2^x for |x| <= 0.5: the Taylor series of degree 6, whose remainder is below 1.3e-7
+static inline F exp2_fraction(F x) {
+  F p = fma(setf(1.5403530e-4f), x, setf(1.3333558e-3f));
+  p = fma(p, x, setf(9.6181291e-3f));
+  p = fma(p, x, setf(5.5504109e-2f));
+  p = fma(p, x, setf(2.4022651e-1f));
+  p = fma(p, x, setf(6.9314718e-1f));
+  return fma(p, x, setf(1.0f));
+}
 
 static inline F load_bf16(const uint16_t* p) {
   return as_float(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p)), 16));
@@ -85,10 +96,25 @@ static inline I dot4(I acc, I w, I a) {
   return addi(acc, addi(even, odd));
 }
 
-static inline F row_sums(const float* p) {
-  F a = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p), loadf(p + 8)), _mm256_hadd_ps(loadf(p + 16), loadf(p + 24)));
-  F b = _mm256_hadd_ps(_mm256_hadd_ps(loadf(p + 32), loadf(p + 40)), _mm256_hadd_ps(loadf(p + 48), loadf(p + 56)));
-  return add(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31));
+// 2^x for x <= 127, relative error below 2e-7; from -126 on down it stays 2^-126
+static inline F exp2_f(F x) {
+  x = maxf(x, setf(-126.0f));
+  I n = to_int(x);
+  return mul(exp2_fraction(sub(x, to_float(n))), as_float(shift_left<23>(addi(n, seti(127)))));
+}
+
+// lane i of the result: the lanes of row i of p [8][8] combined by `op`
+template <class Op>
+static inline F reduce_rows(const float* p, Op op) {
+  F x[2];
+  for (int i = 0; i < 2; ++i) {
+    F a = loadf(p + 32 * i), b = loadf(p + 32 * i + 8), c = loadf(p + 32 * i + 16), d = loadf(p + 32 * i + 24);
+    F ab = op(_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+    F cd = op(_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+    x[i] = op(_mm256_castpd_ps(_mm256_unpacklo_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))),
+              _mm256_castpd_ps(_mm256_unpackhi_pd(_mm256_castps_pd(ab), _mm256_castps_pd(cd))));
+  }
+  return op(_mm256_permute2f128_ps(x[0], x[1], 0x20), _mm256_permute2f128_ps(x[0], x[1], 0x31));
 }
 
 static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride, int rows, int cols) {
@@ -108,12 +134,14 @@ static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* 
   for (int c = 0; c < cols; ++c) _mm256_maskstore_epi32((int*)(dst + c * dst_stride), mask, r[c]);
 }
 
-static inline void zip16(const uint16_t* a, const uint16_t* b, int n, uint32_t* out) {
-  int i = 0;
-  for (; i + 8 <= n; i += 8) {
-    __m128i x = _mm_loadu_si128((const __m128i*)(a + i)), y = _mm_loadu_si128((const __m128i*)(b + i));
-    _mm_storeu_si128((__m128i*)(out + i), _mm_unpacklo_epi16(x, y));
-    _mm_storeu_si128((__m128i*)(out + i + 4), _mm_unpackhi_epi16(x, y));
+static inline void zip16(const uint16_t* a, const uint16_t* b, int n, I* out) {
+  alignas(32) uint16_t x[32] = {}, y[32] = {};
+  if (n < 32) {
+    for (int i = 0; i < n; ++i) x[i] = a[i], y[i] = b[i];
+    a = x, b = y;
   }
-  for (; i < 32; ++i) out[i] = i < n ? uint32_t(a[i]) | uint32_t(b[i]) << 16 : 0;
+  for (int i = 0; i < 4; ++i) {
+    __m128i u = _mm_loadu_si128((const __m128i*)(a + 8 * i)), v = _mm_loadu_si128((const __m128i*)(b + 8 * i));
+    out[i] = _mm256_set_m128i(_mm_unpackhi_epi16(u, v), _mm_unpacklo_epi16(u, v));
+  }
 }

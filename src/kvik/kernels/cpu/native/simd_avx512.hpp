@@ -3,6 +3,7 @@
 
 constexpr int kLanes = 16;
 constexpr int kRowsInRegisters = 12;  // rows of a microkernel call: 12 x 2 accumulators of 32 registers
+constexpr int kAccumulators = 24;     // of decode attention
 using F = __m512;
 using I = __m512i;
 
@@ -36,15 +37,30 @@ static inline F as_float(I x) { return _mm512_castsi512_ps(x); }
 template <int N>
 static inline I shift_left(I x) { return _mm512_slli_epi32(x, N); }
 
+// 2^x for |x| <= 0.5: the Taylor series of degree 6, whose remainder is below 1.3e-7
+static inline F exp2_fraction(F x) {
+  F p = fma(setf(1.5403530e-4f), x, setf(1.3333558e-3f));
+  p = fma(p, x, setf(9.6181291e-3f));
+  p = fma(p, x, setf(5.5504109e-2f));
+  p = fma(p, x, setf(2.4022651e-1f));
+  p = fma(p, x, setf(6.9314718e-1f));
+  return fma(p, x, setf(1.0f));
+}
+
 static inline F load_bf16(const uint16_t* p) {
   return as_float(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
-static inline void store_bf16(uint16_t* p, F x) {  // to nearest, ties to even; infinities and NaN stay what they are
+static inline void store_bf16(uint16_t* p, F x) {  // to nearest, ties to even; NaN stays NaN
+#if KVIK_HAS_BF16
+  _mm256_storeu_si256((__m256i*)p, (__m256i)_mm512_cvtneps_pbh(x));
+#else
   I bits = as_int(x);
-  I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(seti(0x7fff), _mm512_and_si512(_mm512_srli_epi32(bits, 16), seti(1))));
+  I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), seti(1));
+  I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(seti(0x7fff), odd));
   __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
   rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_or_si512(bits, seti(0x400000)));
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+#endif
 }
 static inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
 static inline void store_s8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
@@ -78,19 +94,26 @@ static inline I dot4(I acc, I w, I a) {
 #endif
 }
 
-// lane i of the result: the sum of the lanes of row i of p [16][16]
-static inline F row_sums(const float* p) {
+// 2^x for x <= 127, relative error below 2e-7
+static inline F exp2_f(F x) {
+  F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  return _mm512_scalef_ps(exp2_fraction(sub(x, whole)), whole);
+}
+
+// lane i of the result: the lanes of row i of p [16][16] combined by `op`
+template <class Op>
+static inline F reduce_rows(const float* p, Op op) {
   F x[4];
   for (int i = 0; i < 4; ++i) {
     F a = loadf(p + 64 * i), b = loadf(p + 64 * i + 16), c = loadf(p + 64 * i + 32), d = loadf(p + 64 * i + 48);
-    F ab = add(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    F cd = add(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    x[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-               _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
+    F ab = op(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    F cd = op(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    x[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
+              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
   }
-  F y0 = add(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
-  F y1 = add(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
-  return add(_mm512_shuffle_f32x4(y0, y1, 0x88), _mm512_shuffle_f32x4(y0, y1, 0xdd));
+  F y0 = op(_mm512_shuffle_f32x4(x[0], x[1], 0x88), _mm512_shuffle_f32x4(x[0], x[1], 0xdd));
+  F y1 = op(_mm512_shuffle_f32x4(x[2], x[3], 0x88), _mm512_shuffle_f32x4(x[2], x[3], 0xdd));
+  return op(_mm512_shuffle_f32x4(y0, y1, 0x88), _mm512_shuffle_f32x4(y0, y1, 0xdd));
 }
 
 // dst[c * dst_stride + r] = src[r * src_stride + c] for r < rows <= 16, c < cols <= 16
@@ -114,11 +137,13 @@ static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* 
   for (int c = 0; c < cols; ++c) _mm512_mask_storeu_epi32(dst + c * dst_stride, mask, r[c]);
 }
 
-// out[i] = (a[i], b[i]) for i < n <= 32; zeros up to 32
-static inline void zip16(const uint16_t* a, const uint16_t* b, int n, uint32_t* out) {
+// out: the words (a[i], b[i]) for i < n <= 32, zeros beyond, 16 to a vector
+static inline void zip16(const uint16_t* a, const uint16_t* b, int n, I* out) {
+  const I low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                 35, 3, 34, 2, 33, 1, 32, 0);
+  const I high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   __mmask32 mask = __mmask32((uint64_t{1} << n) - 1u);
   I x = _mm512_maskz_loadu_epi16(mask, a), y = _mm512_maskz_loadu_epi16(mask, b);
-  const I first = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-  storew(out, _mm512_permutex2var_epi16(x, first, y));
-  storew(out + 16, _mm512_permutex2var_epi16(x, _mm512_add_epi16(first, _mm512_set1_epi16(16)), y));
+  out[0] = _mm512_permutex2var_epi16(x, low, y);
+  out[1] = _mm512_permutex2var_epi16(x, high, y);
 }

@@ -2,6 +2,7 @@
 
 constexpr int kLanes = 4;
 constexpr int kRowsInRegisters = 2;
+constexpr int kAccumulators = 8;
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
 
@@ -38,6 +39,16 @@ static inline I to_int(F x) {  // to nearest, ties to even: adding 1.5 * 2^23 le
 }
 template <int N>
 static inline I shift_left(I x) { return x << N; }
+
+// 2^x for |x| <= 0.5: the Taylor series of degree 6, whose remainder is below 1.3e-7
+static inline F exp2_fraction(F x) {
+  F p = fma(setf(1.5403530e-4f), x, setf(1.3333558e-3f));
+  p = fma(p, x, setf(9.6181291e-3f));
+  p = fma(p, x, setf(5.5504109e-2f));
+  p = fma(p, x, setf(2.4022651e-1f));
+  p = fma(p, x, setf(6.9314718e-1f));
+  return fma(p, x, setf(1.0f));
+}
 
 static inline F load_bf16(const uint16_t* p) {
   return as_float(I{int32_t(uint32_t(p[0]) << 16), int32_t(uint32_t(p[1]) << 16), int32_t(uint32_t(p[2]) << 16),
@@ -83,13 +94,27 @@ static inline I dot4(I acc, I w, I a) {
   return acc + ((w >> 16) & byte) * ((a << 8) >> 24) + ((w >> 24) & byte) * (a >> 24);
 }
 
-static inline F row_sums(const float* p) {
-  return F{sum(loadf(p)), sum(loadf(p + 4)), sum(loadf(p + 8)), sum(loadf(p + 12))};
+// 2^x for x <= 127, relative error below 2e-7; from -126 on down it stays 2^-126
+static inline F exp2_f(F x) {
+  x = maxf(x, setf(-126.0f));
+  I n = to_int(x);
+  return mul(exp2_fraction(sub(x, to_float(n))), as_float(shift_left<23>(addi(n, seti(127)))));
 }
+
+// lane i of the result: the lanes of row i of p [4][4] combined by `op`
+template <class Op>
+static inline F reduce_rows(const float* p, Op op) {
+  F a = loadf(p), b = loadf(p + 4), c = loadf(p + 8), d = loadf(p + 12);
+  F x = op(F{a[0], b[0], c[0], d[0]}, F{a[2], b[2], c[2], d[2]});
+  return op(x, op(F{a[1], b[1], c[1], d[1]}, F{a[3], b[3], c[3], d[3]}));
+}
+
 static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride, int rows, int cols) {
   for (int c = 0; c < cols; ++c)
     for (int r = 0; r < rows; ++r) dst[c * dst_stride + r] = src[r * src_stride + c];
 }
-static inline void zip16(const uint16_t* a, const uint16_t* b, int n, uint32_t* out) {
-  for (int i = 0; i < 32; ++i) out[i] = i < n ? uint32_t(a[i]) | uint32_t(b[i]) << 16 : 0;
+static inline void zip16(const uint16_t* a, const uint16_t* b, int n, I* out) {
+  uint32_t words[32];
+  for (int i = 0; i < 32; ++i) words[i] = i < n ? uint32_t(a[i]) | uint32_t(b[i]) << 16 : 0;
+  for (int i = 0; i < 8; ++i) out[i] = loadw(words + 4 * i);
 }

@@ -1,0 +1,227 @@
+"""The process that the user started: it owns the listening sockets and the children, and nothing else.
+
+    supervisor --stdin--> engine process <--ipc--> HTTP process 0 .. N-1 <--stdin-- supervisor
+
+Whatever ends, everything ends, in this order: open streams get their last event, HTTP processes end, the engine ends.
+The exit code is 0 only if that was asked for. A child that outlives its grace is killed; if the supervisor itself is
+killed, the children see their standard input close.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import IO
+
+import msgspec
+
+from kvik.errors import ConfigError
+from kvik.log import logger
+from kvik.server.process import DRAIN, ENGINE_ENDED, ChildSettings
+from kvik.server_config import ServerConfig
+
+__all__ = ["Supervisor", "bind"]
+
+POLL = 0.05
+GRACE = 10.0
+"""Seconds that a child gets to end after it was told to, beyond the time that draining may take."""
+
+
+def bind(config: ServerConfig) -> list[socket.socket]:
+    """One listening socket for each HTTP process, all on the same address. Raises ConfigError where it is taken.
+
+    With several, the kernel spreads connections over them (SO_REUSEPORT).
+    """
+    many = config.api_processes > 1
+    if many and not hasattr(socket, "SO_REUSEPORT"):
+        raise ConfigError("api_processes: this system cannot share a port between processes; use 1")
+    port, sockets = config.port, list[socket.socket]()
+    if many:
+        with contextlib.closing(_listen(config.host, port, shared=False)) as probe:
+            port = probe.getsockname()[1]
+    for _ in range(config.api_processes):
+        sockets.append(_listen(config.host, port, shared=many))
+        port = sockets[0].getsockname()[1]
+    return sockets
+
+
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        listener.bind(address)
+        listener.listen(2048)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --port") from error
+    listener.set_inheritable(True)
+    return listener
+
+
+class _Child:
+    """A child process: words down its stdin, one line up its stdout."""
+
+    def __init__(self, module: str, settings: ChildSettings, environ: dict[str, str]) -> None:
+        self.name = module.rpartition(".")[2].replace("_", " ")
+        fds = () if settings.socket_fd < 0 else (settings.socket_fd,)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", module],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=environ,
+            pass_fds=fds if sys.platform != "win32" else (),
+            start_new_session=True,
+        )
+        self.line: bytes | None = None
+        self.tell_raw(msgspec.json.encode(settings))
+        threading.Thread(target=self._listen, args=(self._process.stdout,), daemon=True).start()
+
+    def _listen(self, stdout: IO[bytes]) -> None:
+        for line in stdout:
+            self.line = self.line or line
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, or None while it runs."""
+        return self._process.poll()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def tell(self, word: str) -> None:
+        """Say a word, if it still listens."""
+        self.tell_raw(word.encode())
+
+    def tell_raw(self, line: bytes) -> None:
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):
+            self._process.stdin.write(line + b"\n")
+            self._process.stdin.flush()
+
+    def end(self, grace: float) -> None:
+        """Close its stdin, which asks it to end, and kill it after `grace` seconds."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self.wait(grace)
+
+    def wait(self, grace: float) -> None:
+        """Wait for its end, and kill it after `grace` seconds."""
+        try:
+            self._process.wait(max(0.0, grace))
+        except subprocess.TimeoutExpired:
+            logger.error("the %s did not end within %.0f s and is killed", self.name, grace)
+            self._process.kill()
+            self._process.wait()
+
+
+class Supervisor:
+    """Starts the children and waits for an end. `on_ready` gets the announcement of an HTTP process."""
+
+    def __init__(self, settings: ChildSettings, sockets: list[socket.socket], on_ready: Callable[[str], None]) -> None:
+        self._settings = settings
+        self._sockets = sockets
+        self._on_ready = on_ready
+        self._asked = 0
+
+    def run(self) -> int:
+        """Serve; the exit code of the command."""
+        with _folder() as folder, _signals(self._handle):
+            settings = msgspec.structs.replace(self._settings, endpoint=f"ipc://{folder / 'engine'}")
+            environ = dict(os.environ)
+            if len(self._sockets) > 1:
+                environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # so that their metrics are added up
+            engine = _Child("kvik.server.engine_process", settings, dict(os.environ))
+            https = [
+                _Child(
+                    "kvik.server.http_process",
+                    msgspec.structs.replace(settings, socket_fd=listener.fileno(), index=index),
+                    environ,
+                )
+                for index, listener in enumerate(self._sockets)
+            ]
+            for listener in self._sockets:
+                listener.close()
+            try:
+                return self._watch(engine, https)
+            finally:
+                for child in (*https, engine):
+                    child.end(GRACE / 2 if child.code is None else 0.0)
+
+    def _watch(self, engine: _Child, https: list[_Child]) -> int:
+        """Wait until something ends or an end is asked for, then end the rest."""
+        announced = False
+        while not self._asked:
+            if not announced and all(child.line for child in https):
+                announced = True
+                self._on_ready((https[0].line or b"").decode())
+            if engine.code is not None:
+                return self._engine_ended(engine, https)
+            failed = [child for child in https if child.code is not None]
+            if failed:
+                logger.error("the %s (pid %d) ended with code %s", failed[0].name, failed[0].pid, failed[0].code)
+                return failed[0].code or 1
+            time.sleep(POLL)
+        for child in https:
+            child.tell(DRAIN)
+        end = time.monotonic() + self._settings.server.drain_timeout + GRACE
+        while any(child.code is None for child in https) and time.monotonic() < end and self._asked < 2:
+            if engine.code is not None:
+                return self._engine_ended(engine, https)
+            time.sleep(POLL)
+        return max((abs(child.code or 0) for child in https), default=0) if self._asked < 2 else 1
+
+    def _engine_ended(self, engine: _Child, https: list[_Child]) -> int:
+        """Let open streams end with an error. A start that failed has the engine's own code, a death is a 1."""
+        code = engine.code or 0
+        if code != 2:
+            logger.error("the engine process (pid %d) ended with code %d", engine.pid, code)
+        for child in https:
+            child.tell(ENGINE_ENDED)
+        end = time.monotonic() + GRACE
+        for child in https:
+            child.wait(end - time.monotonic())
+        return 2 if code == 2 else 1
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        """The first signal asks for a graceful end, the second one for an end."""
+        self._asked += 1
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of this user alone, for the ipc socket."""
+    folder = Path(tempfile.mkdtemp(prefix="kvik-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    previous = [signal.signal(number, handler) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, old in zip(numbers, previous, strict=True):
+            signal.signal(number, old)
