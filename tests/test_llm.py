@@ -270,3 +270,9 @@ def test_close_frees_the_weights_and_refuses_more(folder: Path) -> None:
     llm.close()
     with pytest.raises(WorkerError, match="closed"):
         llm.generate("too late", GREEDY)
+
+
+def test_a_dummy_model_needs_nothing_but_a_config(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with LLM(str(tmp_path), load_format="dummy") as llm:
+        assert len(llm.generate([[300, 301], "text as bytes"], GREEDY)[1].token_ids) == 6

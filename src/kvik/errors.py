@@ -31,11 +31,12 @@ class ModelLoadError(KvikError):
 
 
 class RequestError(KvikError, ValueError):
-    """One request is wrong. `param` names the field at fault where there is one."""
+    """One request is wrong. `param` names the field at fault, `code` the kind of fault, where there is one."""
 
-    def __init__(self, message: str, param: str | None = None) -> None:
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.param = param
+        self.code = code
 
 
 class CapacityError(KvikError):

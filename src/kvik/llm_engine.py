@@ -52,6 +52,7 @@ class LLMEngine:
                 hf_config=info.hf_config,
                 chat_template=self.config.chat_template,
                 seed=self.config.seed,
+                dummy=self.config.load_format == "dummy",
             )
         self.tokenizer = self.frontend.tokenizer
         self.chat_template = self.frontend.chat_template

@@ -64,7 +64,7 @@ class ModelInfo:
 
 def inspect_model(config: EngineConfig) -> ModelInfo:
     """Find the model and decide every setting, without allocating anything. Raises the errors that a start would."""
-    path = resolve_model(config.model, config.revision)
+    path = resolve_model(config.model, config.revision, load_format=config.load_format)
     hf_config = load_config(path)
     spec = build_spec(hf_config)
     platform = select_platform(config.device)

@@ -110,7 +110,7 @@ def test_values_of_every_kind(table: str, name: str, raw: object, value: object)
         ("engine", "max_num_seqs", True),
         ("engine", "max_num_seqs", 1.5),
         ("engine", "max_num_seqs", [1]),
-        ("engine", "seed", None),
+        ("engine", "gpu_memory_utilization", None),
         ("engine", "kv_cache_memory", "lots"),
         ("engine", "gpu_memory_utilization", "half"),
         ("engine", "enable_prefix_caching", "maybe"),

@@ -117,6 +117,7 @@ class Scheduler:
                 f"the prompt has {num_prompt} tokens; with one token of output that is more than the context of"
                 f" {context} tokens (max_model_len)",
                 "prompt",
+                "context_length_exceeded",
             )
         total = context if wanted is None else num_prompt + wanted
         if total > context:
@@ -124,6 +125,7 @@ class Scheduler:
                 f"a prompt of {num_prompt} tokens + max_tokens {wanted} is {total}, more than the context of {context}"
                 f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
                 "max_tokens",
+                "context_length_exceeded",
             )
         needed = self.kv.blocks_for(total - 1)
         if needed > self.kv.num_blocks:

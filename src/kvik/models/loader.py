@@ -90,7 +90,7 @@ def load_weights(
     checkpoint = Checkpoint(path, load_format)
     _check(path, spec, checkpoint)
     with tqdm(
-        total=len(checkpoint.tensors), desc="Loading weights", unit="tensor", disable=None if progress else True
+        total=len(checkpoint.tensors), desc="Loading weights", unit="tensor", delay=0.5, leave=False, disable=None if progress else True
     ) as bar:
 
         def fill(views: Mapping[str, Tensor]) -> None:

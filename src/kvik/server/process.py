@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable
+from io import FileIO
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ __all__ = ["DRAIN", "ENGINE_ENDED", "PARENT_GONE", "ChildSettings", "announce", 
 
 DRAIN, ENGINE_ENDED, PARENT_GONE = "drain", "engine", "parent"
 _PR_SET_PDEATHSIG = 1
+_STDIN = 0
 
 
 class ChildSettings(msgspec.Struct, frozen=True):
@@ -42,7 +44,12 @@ class ChildSettings(msgspec.Struct, frozen=True):
 
 def read_settings() -> ChildSettings:
     """The settings of this child process, from its standard input."""
-    return msgspec.json.decode(sys.stdin.buffer.readline(), type=ChildSettings)
+    return msgspec.json.decode(_stdin().readline(), type=ChildSettings)
+
+
+def _stdin() -> FileIO:
+    """Standard input without a buffer, whose lock a thread that waits for a word would hold at the end."""
+    return FileIO(_STDIN, closefd=False)
 
 
 def watch_parent(on_word: Callable[[str], None], *, die_with_parent: bool) -> None:
@@ -51,7 +58,7 @@ def watch_parent(on_word: Callable[[str], None], *, die_with_parent: bool) -> No
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
     def watch() -> None:
-        for line in sys.stdin.buffer:
+        for line in _stdin():
             on_word(line.decode().strip())
         on_word(PARENT_GONE)
 

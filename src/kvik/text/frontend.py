@@ -20,7 +20,7 @@ from kvik.log import logger
 from kvik.models.hub import load_generation_config
 from kvik.sampling_params import SamplingParams
 from kvik.text.chat import ChatTemplate
-from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer import Tokenizer, has_tokenizer
 
 __all__ = ["ChatPrompt", "Frontend", "Message", "ModelFacts", "Prompt", "default_sampling_params"]
 
@@ -77,11 +77,17 @@ class Frontend:
         hf_config: Mapping[str, Any] | None = None,
         chat_template: str | None = None,
         seed: int | None = None,
+        dummy: bool = False,
     ) -> Frontend:
-        """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files."""
-        tokenizer = Tokenizer.from_folder(
-            tokenizer_folder or path, config=None if hf_config is None else dict(hf_config)
-        )
+        """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files.
+
+        A `dummy` model, whose weights are random, may do without a tokenizer: prompts are token ids then.
+        """
+        folder = tokenizer_folder or path
+        if dummy and not has_tokenizer(folder):
+            tokenizer = Tokenizer.of_bytes()
+        else:
+            tokenizer = Tokenizer.from_folder(folder, config=None if hf_config is None else dict(hf_config))
         defaults = default_sampling_params(load_generation_config(path))
         return cls(tokenizer, ChatTemplate(tokenizer, chat_template), defaults, facts, seed=seed)
 

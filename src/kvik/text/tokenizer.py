@@ -20,7 +20,7 @@ from kvik.errors import ModelLoadError, RequestError
 from kvik.text.detokenizer import Vocabulary
 from kvik.text.tokenizer_files import TokenizerFiles
 
-__all__ = ["Tokenizer"]
+__all__ = ["Tokenizer", "has_tokenizer"]
 
 _OLD_FILES = ("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
 
@@ -81,6 +81,16 @@ class Tokenizer:
             eos_token_ids=files.eos_ids,
             chat_templates=files.chat_templates,
         )
+
+    @classmethod
+    def of_bytes(cls) -> Tokenizer:
+        """A tokenizer whose ids 0..255 are bytes and all others are nothing: for models without one, in benchmarks."""
+        symbols = sorted(pre_tokenizers.ByteLevel.alphabet())
+        vocab = {symbol: token_id for token_id, symbol in enumerate(symbols)}
+        backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[]))
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.decoder = decoders.ByteLevel()
+        return cls(backend)
 
     def _special_id(self, name: str) -> int | None:
         text = self.special_tokens.get(name)
@@ -199,6 +209,11 @@ def _apply_class(backend: Any, files: TokenizerFiles) -> None:
     elif byte_level and isinstance(prefix_space, bool) and isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
         state = json.loads(backend.pre_tokenizer.__getstate__())
         backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefix_space, use_regex=state["use_regex"])
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a folder has any file that a tokenizer can be read from."""
+    return any((path / name).is_file() for name in ("tokenizer.json", *_OLD_FILES))
 
 
 def _convert(path: Path) -> tuple[Any, dict[str, str]]:

@@ -1,0 +1,178 @@
+"""The HTTP process's half and the engine's loop over a real socket, with a pretend model: aborts, limits, order."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from server_harness import EngineThread, engine_thread, wait_until
+
+from kvik.core.request import Request
+from kvik.errors import RequestError
+from kvik.outputs import FinishReason
+from kvik.sampling_params import SamplingParams
+from kvik.server.engine_client import EngineClient, Generation
+from kvik.server.errors import ApiError
+from kvik.text.output_processor import OutputProcessor
+from kvik.text.tokenizer import Tokenizer
+
+Body = Callable[[EngineClient, EngineThread], Awaitable[None]]
+
+
+def run(model: str, folder: Path, body: Body, *, limits: tuple[int, int] = (10**6, 10**9), **scheduler: Any) -> None:
+    """Run `body` with a client that is connected to an engine thread; nothing may be left afterwards."""
+
+    async def main(engine: EngineThread) -> None:
+        client = EngineClient(engine.endpoint, max_queued_requests=limits[0], max_queued_tokens=limits[1])
+        await asyncio.wait_for(client.wait_ready(), 10)
+        client.attach(OutputProcessor(Tokenizer.from_folder(Path(model))))
+        await asyncio.wait_for(body(client, engine), 100)
+        assert client.num_open == 0 and client.num_queued == (0, 0) and client._processor is not None
+        assert len(client._processor) == 0
+        await asyncio.to_thread(wait_until, lambda: not engine.engine.has_unfinished())
+        await client.close()
+
+    with engine_thread(folder, **scheduler) as engine:
+        asyncio.run(main(engine))
+        assert engine.server._open == {} and engine.engine.scheduler.kv.num_used == 0
+        engine.engine.scheduler.check_invariants()
+
+
+def request(name: str, num_prompt: int = 5, **params: Any) -> Request:
+    made = SamplingParams(**{"max_tokens": 20, "ignore_eos": True, **params})
+    return Request(request_id=name, prompt_token_ids=tuple(range(3, 3 + num_prompt)), params=made, seed=1)
+
+
+async def finish(generation: Generation) -> list[Any]:
+    last: dict[int, Any] = {}
+    while not generation.done:
+        last.update(await generation.changes(10))
+    generation.close()
+    return [last[place] for place in sorted(last)]
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1])
+def test_abort_storm(model: str, tmp_path: Path, run_ahead: int) -> None:
+    """Aborts at every stage: before the message is sent on, queued, in prefill, decoding, unread, finished."""
+    rng = random.Random(3)
+
+    async def one(client: EngineClient, number: int) -> None:
+        await asyncio.sleep(rng.random() * 2)
+        requests = [
+            request(f"{number}-{i}", rng.randint(1, 150), n=rng.choice((1, 1, 3)), stop=rng.choice(((), ("e", "a"))))
+            for i in range(rng.choice((1, 1, 2)))
+        ]
+        generation = client.open(requests, [None] * len(requests), stream=rng.random() < 0.7)
+        stage = rng.random()
+        if stage < 0.3:
+            await asyncio.sleep(rng.random() * 0.1)
+        elif stage < 0.6:
+            await generation.changes(rng.random())
+        elif stage < 0.8:
+            for _ in range(rng.randint(1, 10)):
+                await generation.changes(0.2)
+        elif stage < 0.9:
+            await finish(generation)
+        generation.close()
+
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        await asyncio.gather(*(one(client, number) for number in range(1500)))
+
+    run(model, tmp_path, body, run_ahead=run_ahead)
+
+
+def test_unread_outputs_are_merged(model: str, tmp_path: Path) -> None:
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        generation = client.open([request("a", max_tokens=300)], [None], stream=True)
+        while not generation.done:
+            await asyncio.sleep(0.01)
+        changes = await generation.changes()
+        assert len(changes) == 1 and changes[0][1].delta == changes[0][1].text and changes[0][1].finished
+        generation.close()
+
+    run(model, tmp_path, body)
+
+
+def test_the_queue_is_bounded(model: str, tmp_path: Path) -> None:
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        first = client.open([request(f"a{i}", max_tokens=400) for i in range(3)], [None] * 3, stream=True)
+        with pytest.raises(ApiError, match="4 sequences wait|queue is full") as error:
+            client.open([request("b", n=2)], [None], stream=True)
+        assert error.value.status == 429 and error.value.headers["retry-after"]
+        with pytest.raises(ApiError, match="prompt tokens"):
+            client.open([request("c", 90)], [None], stream=True)
+        first.close()
+        client.open([request("d", 400, max_tokens=5)], [None], stream=True).close()  # an empty queue takes anything
+
+    run(model, tmp_path, body, limits=(4, 100))
+
+
+def test_refusals_name_both_numbers(model: str, tmp_path: Path) -> None:
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        with pytest.raises(ApiError, match=r"510.*512") as error:
+            client.open([request("a", 500, max_tokens=10), request("b", 510, max_tokens=20)], [None] * 2, stream=True)
+        assert error.value.code == "context_length_exceeded" and client.num_open == 0
+        with pytest.raises(RequestError, match="offline only"):
+            client.open([request("c", logits_processors=(lambda ids, logits: logits,))], [None], stream=True)
+
+    run(model, tmp_path, body)
+
+
+def test_deadline_and_failure(model: str, tmp_path: Path) -> None:
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        late = client.open([request("a", max_tokens=480)], [None], stream=False, deadline=0.01)
+        outputs = await finish(late)
+        assert outputs[0].finish_reason is FinishReason.TIMEOUT
+        generation = client.open([request("b", max_tokens=480)], [None], stream=True)
+        await generation.changes()
+        client.fail(ApiError(503, "dead", code="engine_dead"))
+        with pytest.raises(ApiError, match="dead"):
+            while True:
+                await generation.changes(1)
+        generation.close()
+        with pytest.raises(ApiError, match="dead"):
+            client.open([request("c")], [None], stream=True)
+
+    run(model, tmp_path, body)
+
+
+def test_events_tell_every_step(model: str, tmp_path: Path) -> None:
+    """A watcher can follow block lists and sequences from the records alone; without one nothing is recorded."""
+
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        executor = engine.engine.executor
+        await finish(client.open([request("before")], [None], stream=False))
+        assert engine.engine.executor is executor
+        records = client.watch()
+        seen = [json.loads(await asyncio.wait_for(records.get(), 5))]
+        requests = [request(f"r{i}", 40 + i, n=2, max_tokens=30) for i in range(6)]
+        await finish(client.open(requests, [None] * 6, stream=False))
+        while seen[-1].get("used") != 0:
+            seen.append(json.loads(await asyncio.wait_for(records.get(), 5)))
+        check(seen)
+        client.unwatch(records)
+        await finish(client.open([request("after")], [None], stream=False))
+        assert engine.engine.executor is executor
+
+    def check(seen: list[dict[str, Any]]) -> None:
+        assert seen[0]["type"] == "snapshot" and seen[0]["num_blocks"] == 64
+        held: dict[tuple[str, int], list[int]] = {}
+        computed: dict[tuple[str, int], int] = {}
+        for record in seen[1:]:
+            for name, index, blocks in record.get("blocks", ()):
+                held.setdefault((name, index), []).extend(blocks)
+            for name, index, start, count, kind in record.get("chunks", ()):
+                assert kind in ("decode", "prefill") and len(held[name, index]) * 16 >= start + count
+                computed[name, index] = start + count
+            for name, index, why in record["left"]:
+                assert why in ("finished", "preempted")
+                del held[name, index]
+            assert len({block for blocks in held.values() for block in blocks}) == record["used"]
+        assert not held and len(computed) == 12
+
+    run(model, tmp_path, body)

@@ -1,0 +1,190 @@
+"""Every documented field does what it says or is refused: held against the OpenAPI document itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import httpx
+import pytest
+
+from kvik.server.openapi import BODIES, NO_EFFECT
+from kvik.server.protocol import IGNORED, REFUSED
+
+CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello there"}], "seed": 7, "max_tokens": 24}
+TEXT: dict[str, Any] = {"prompt": "Hello there", "seed": 7, "max_tokens": 24}
+PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
+
+
+def text_of(body: dict[str, Any]) -> str:
+    choice = body["choices"][0]
+    return str(choice.get("text", (choice.get("message") or {}).get("content")))
+
+
+def tokens(body: dict[str, Any]) -> int:
+    return int(body["usage"]["completion_tokens"])
+
+
+Check = Callable[[dict[str, Any], dict[str, Any]], bool]
+
+
+def differs(with_field: dict[str, Any], without: dict[str, Any]) -> bool:
+    return text_of(with_field) != text_of(without)
+
+
+# field -> (value, more fields in both requests, what must hold of the two bodies)
+EFFECTS: dict[str, tuple[Any, dict[str, Any], Check]] = {
+    "allowed_token_ids": ([40], {}, lambda a, b: len(set(text_of(a))) == 1),
+    "bad_words": (["e", " the"], {"max_tokens": 200, "ignore_eos": True}, differs),
+    "cache_salt": ("s", {}, lambda a, b: a["usage"]["prompt_tokens_details"]["cached_tokens"] == 0),
+    "echo": (True, {}, lambda a, b: text_of(a) == "Hello there" + text_of(b)),
+    "frequency_penalty": (2, {"logit_bias": {"40": 9}}, differs),
+    "ignore_eos": (True, {"logit_bias": {"0": 100}}, lambda a, b: tokens(a) == 24 and tokens(b) == 1),
+    "include_stop_str_in_output": (True, {"stop": ["A"], "logit_bias": {"35": 100}}, lambda a, b: text_of(a) == "A"),
+    "logit_bias": ({"40": 100}, {}, lambda a, b: len(set(text_of(a))) == 1),
+    "max_tokens": (3, {}, lambda a, b: tokens(a) == 3),
+    "max_completion_tokens": (3, {"max_tokens": None}, lambda a, b: tokens(a) == 3),
+    "min_p": (1.0, {}, differs),
+    "min_tokens": (5, {"logit_bias": {"0": 100}}, lambda a, b: tokens(a) >= 6 and tokens(b) == 1),
+    "n": (3, {}, lambda a, b: len(a["choices"]) == 3),
+    "presence_penalty": (2, {"logit_bias": {"40": 8}}, differs),
+    "repetition_penalty": (50.0, {"logit_bias": {"40": 8}}, differs),
+    "return_token_ids": (True, {}, lambda a, b: len(a["choices"][0]["token_ids"]) == tokens(a)),
+    "seed": (8, {}, differs),
+    "skip_special_tokens": (False, {"logit_bias": {"1": 100}}, lambda a, b: "<|im_start|>" in text_of(a)),
+    "stop": (["A"], {"logit_bias": {"35": 100}}, lambda a, b: text_of(a) == "" and tokens(a) == 1),
+    "stop_token_ids": ([35], {"logit_bias": {"35": 100}}, lambda a, b: a["choices"][0]["stop_reason"] == 35),
+    "temperature": (0, {}, differs),
+    "top_k": (1, {}, differs),
+    "top_p": (0.01, {}, differs),
+}
+CHAT_EFFECTS: dict[str, tuple[Any, dict[str, Any], Check]] = {
+    "add_generation_prompt": (False, {}, lambda a, b: a["usage"]["prompt_tokens"] < b["usage"]["prompt_tokens"]),
+    "continue_final_message": (True, {}, lambda a, b: a["usage"]["prompt_tokens"] < b["usage"]["prompt_tokens"]),
+    "logprobs": (True, {}, lambda a, b: len(a["choices"][0]["logprobs"]["content"]) == tokens(a)),
+    "top_logprobs": (
+        3, {"logprobs": True}, lambda a, b: len(a["choices"][0]["logprobs"]["content"][0]["top_logprobs"]) == 3
+    ),
+}  # fmt: skip
+TEXT_EFFECTS: dict[str, tuple[Any, dict[str, Any], Check]] = {
+    "logprobs": (2, {}, lambda a, b: len(a["choices"][0]["logprobs"]["top_logprobs"][0]) >= 2),
+}
+# Fields with tests of their own, in this folder: (field, where).
+ELSEWHERE = {
+    "messages", "prompt", "model", "stream", "stream_options", "priority", "tools", "tool_choice", "reasoning_effort",
+    "chat_template_kwargs",
+}  # fmt: skip
+
+
+def cases(name: str) -> list[str]:
+    return sorted(BODIES[name]["properties"])
+
+
+@pytest.mark.parametrize(
+    ("name", "field"), [(name, field) for name in PATHS for field in cases(name) if field not in ELSEWHERE]
+)
+def test_every_documented_field(http: httpx.Client, name: str, field: str) -> None:
+    base = CHAT if name == "chat" else TEXT
+    if field in IGNORED:
+        kind = BODIES[name]["properties"][field]
+        assert kind["description"] == NO_EFFECT
+        value = {"object": {}, "boolean": True}.get(kind["type"], "x")
+        body = http.post(PATHS[name], json={**base, field: value}).json()
+        assert any(field in warning for warning in body["warnings"])
+        return
+    value, more, check = {**EFFECTS, **(CHAT_EFFECTS if name == "chat" else TEXT_EFFECTS)}[field]
+    without = http.post(PATHS[name], json={**base, **more})
+    with_field = http.post(PATHS[name], json={**base, **more, field: value})
+    assert without.status_code == with_field.status_code == 200, with_field.text
+    assert check(with_field.json(), without.json()), (with_field.json(), without.json())
+
+
+@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("field", sorted(REFUSED))
+def test_refused_fields_are_named(http: httpx.Client, name: str, field: str) -> None:
+    answer = http.post(PATHS[name], json={**(CHAT if name == "chat" else TEXT), field: {"type": "json_object"}})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == field and field in error["message"]
+    assert field not in BODIES[name]["properties"]
+
+
+def test_tools_reach_the_template_or_are_refused(http: httpx.Client) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
+    shown = http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": "auto"}).json()
+    assert any("tools" in warning for warning in shown["warnings"])
+    assert http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": "none"}).status_code == 200
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        refused = http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": choice})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
+
+
+def test_template_variables(http: httpx.Client) -> None:
+    body = http.post(PATHS["chat"], json={**CHAT, "reasoning_effort": "low"}).json()
+    assert any("reasoning_effort" in warning for warning in body["warnings"])
+    assert http.post(PATHS["chat"], json={**CHAT, "reasoning_effort": "huge"}).status_code == 400
+    assert http.post(PATHS["chat"], json={**CHAT, "chat_template_kwargs": {"messages": []}}).status_code == 400
+    assert http.post(PATHS["chat"], json={**CHAT, "priority": 5}).status_code == 200
+    assert http.post(PATHS["chat"], json={**CHAT, "priority": 1001}).status_code == 400
+
+
+def test_unknown_fields(http: httpx.Client, strict: httpx.Client) -> None:
+    warned = http.post(PATHS["chat"], json={**CHAT, "temprature": 1}).json()
+    assert "temprature" in warned["warnings"][0] and "temperature" in warned["warnings"][0]
+    for path, body in ((PATHS["chat"], CHAT), (PATHS["completions"], TEXT), ("/generate", TEXT)):
+        refused = strict.post(path, json={**body, "temprature": 1})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "temprature"
+        assert "'temperature'" in refused.json()["error"]["message"]
+    assert strict.post(PATHS["chat"], json={**CHAT, "user": "me"}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "more"),
+    [
+        ("n", 5, {}),
+        ("stop", ["x"] * 65, {}),
+        ("stop", "y" * 1025, {}),
+        ("logit_bias", {"1": 1, "2": 1, "3": 1, "4": 1}, {}),
+        ("logit_bias", {"384": 1}, {}),
+        ("top_logprobs", 21, {"logprobs": True}),
+        ("max_tokens", 512, {}),
+        ("stop_token_ids", [384], {}),
+        ("temperature", 2.1, {}),
+        ("seed", 2**63, {}),
+        ("stream_options", {"include_usage": True}, {}),
+    ],
+)
+def test_one_above_each_limit(strict: httpx.Client, field: str, value: Any, more: dict[str, Any]) -> None:
+    answer = strict.post(PATHS["chat"], json={**CHAT, **more, field: value})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == field, answer.text
+
+
+def test_at_each_limit(strict: httpx.Client) -> None:
+    limits = {"n": 4, "stop": ["x" * 1024] * 8 + ["y"] * 56, "logit_bias": {"1": 1, "2": 1, "383": 1}, "logprobs": True}
+    answer = strict.post(PATHS["chat"], json={**CHAT, **limits, "top_logprobs": 20, "temperature": 2})
+    assert answer.status_code == 200, answer.text
+
+
+def test_plain_endpoints(http: httpx.Client) -> None:
+    whole = http.post("/generate", json={**TEXT, "temperature": 0}).json()
+    assert whole["usage"]["completion_tokens"] <= 24
+    events = http.post("/generate_stream", json={**TEXT, "temperature": 0}).text.split("\n\n")
+    import json
+
+    records = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
+    assert "".join(record["text"] for record in records) == whole["text"]
+    assert records[-1]["finish_reason"] == whole["finish_reason"] and "data: [DONE]" in events
+    batch = {key: value for key, value in TEXT.items() if key != "prompt"}
+    results = http.post("/batch_generate", json={**batch, "temperature": 0, "prompts": [TEXT["prompt"], "x"]}).json()
+    assert results["results"][0]["text"] == whole["text"] and len(results["results"]) == 2
+
+
+def test_text_endpoints(http: httpx.Client) -> None:
+    ids = http.post("/tokenize", json={"prompt": "Hello <|im_end|>"}).json()
+    assert ids["count"] == len(ids["tokens"]) and ids["max_model_len"] == 512
+    assert http.post("/detokenize", json={"tokens": ids["tokens"]}).json() == {"prompt": "Hello <|im_end|>"}
+    prompt = http.post("/apply-template", json={"messages": CHAT["messages"]}).json()["prompt"]
+    assert prompt.endswith("<|im_start|>assistant\n")
+    chat = http.post("/tokenize", json={"messages": CHAT["messages"]}).json()
+    usage = http.post(PATHS["chat"], json=CHAT).json()["usage"]
+    assert chat["count"] == usage["prompt_tokens"]
+    assert http.post("/detokenize", json={"tokens": [99999]}).status_code == 400

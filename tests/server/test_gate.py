@@ -1,0 +1,127 @@
+"""Who may come in and how much they may bring: keys on every route, bodies, headers, cross-origin pages."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+from conftest import KEY
+from server_harness import Served
+
+from kvik.config import EngineConfig
+from kvik.server.app import make_routes
+from kvik.server.gate import PUBLIC, key_salt
+from kvik.server.metrics import Metrics
+from kvik.server.process import ChildSettings
+from kvik.server.service import Service
+from kvik.server_config import ServerConfig
+
+
+def routes() -> list[tuple[str, str]]:
+    """Every method and path of the route table."""
+    settings = ChildSettings("", EngineConfig("x"), ServerConfig(), ("tiny",), {}, "error")
+    app = make_routes(Service(settings, Metrics("tiny")))
+    found: list[tuple[str, str]] = []
+
+    def walk(items: list[object]) -> None:
+        for route in items:
+            inner = getattr(route, "original_router", None) or getattr(route, "app", None)
+            if getattr(route, "path", None) is not None and getattr(route, "methods", None):
+                found.extend((method, route.path) for method in sorted(route.methods))  # type: ignore[attr-defined]
+            elif inner is not None:
+                walk(getattr(inner, "routes", []))
+
+    walk(list(app.routes))
+    for path, methods in app.openapi()["paths"].items():
+        found += [(method.upper(), path) for method in methods if (method.upper(), path) not in found]
+    return found
+
+
+def test_the_route_table_is_what_it_should_be() -> None:
+    paths = {path for _, path in routes()}
+    assert {"/v1/chat/completions", "/v1/models", "/health", "/metrics", "/debug/events", "/generate"} <= paths
+    assert len(paths) >= 18
+
+
+@pytest.mark.parametrize("headers", [{}, {"authorization": "Bearer wrong"}, {"authorization": f"Basic {KEY}"}])
+def test_every_route_needs_a_key(guarded: Served, headers: dict[str, str]) -> None:
+    with httpx.Client(base_url=guarded.url, headers=headers, timeout=30) as client:
+        for method, path in [*routes(), ("GET", "/no/such/route"), ("POST", "/v1"), ("GET", "/health/")]:
+            status = client.request(method, re.sub(r"{.*}", "tiny", path)).status_code
+            if path in PUBLIC:
+                assert status in (200, 404, 405), (method, path)
+            elif method != "OPTIONS":
+                assert status == 401, (method, path, status)
+        body = client.get("/v1/models").json()["error"]
+    assert (body["type"], body["code"]) == ("authentication_error", "invalid_api_key")
+
+
+@pytest.mark.parametrize("key", [KEY, "another"])
+def test_each_key_opens(guarded: Served, key: str) -> None:
+    headers = {"authorization": f"Bearer {key}"}
+    assert httpx.get(f"{guarded.url}/v1/models", headers=headers).status_code == 200
+
+
+def test_keys_do_not_share_prefixes(guarded: Served) -> None:
+    def cached(key: str) -> int:
+        body = {"prompt": list(range(10, 90)), "max_tokens": 1}
+        answer = httpx.post(
+            f"{guarded.url}/v1/completions", json=body, headers={"authorization": f"Bearer {key}"}, timeout=30
+        )
+        return int(answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert [cached(KEY), cached(KEY), cached("another"), cached("another")] == [0, 64, 0, 64]
+    assert key_salt(b"a") != key_salt(b"b")
+
+
+def test_bodies_are_bounded(strict: httpx.Client) -> None:
+    fine = b'{"prompt": "' + b"x" * (65536 - 14) + b'"}'
+    assert len(fine) == 65536
+    json_type = {"content-type": "application/json"}
+    assert strict.post("/v1/completions", content=fine, headers=json_type).status_code == 400  # above the context
+    answer = strict.post("/v1/completions", content=fine + b" ", headers=json_type)
+    assert answer.status_code == 413 and answer.json()["error"]["code"] == "body_too_large"
+    chunked = strict.post("/v1/completions", content=iter([fine, b" "]), headers=json_type)
+    assert chunked.status_code == 413
+
+
+def test_headers(http: httpx.Client) -> None:
+    answer = http.get("/v1/models", headers={"x-request-id": "my-id-1"})
+    assert answer.headers["x-request-id"] == "my-id-1" and answer.headers["openai-processing-ms"].isdigit()
+    assert len(http.get("/version", headers={"x-request-id": "bad id"}).headers["x-request-id"]) == 32
+    assert "access-control-allow-origin" not in http.get("/health", headers={"origin": "https://a.example"}).headers
+
+
+def test_cors_where_configured(strict: httpx.Client) -> None:
+    origin = {"origin": "https://page.example", "access-control-request-method": "POST"}
+    allowed = strict.options("/v1/chat/completions", headers=origin)
+    assert allowed.headers["access-control-allow-origin"] == "https://page.example"
+    other = strict.options("/v1/chat/completions", headers={**origin, "origin": "https://other.example"})
+    assert "access-control-allow-origin" not in other.headers
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--host", "0.0.0.0"], "--allow-unauthenticated"),
+        (["--api-key-file", "/no/such/file"], "cannot read api_key_file"),
+        (["--ssl-certfile", "a.pem"], "belong together"),
+        (["--prot", "1"], "--port"),
+        (["--temperature", "9"], "temperature"),
+    ],
+)
+def test_starts_that_are_refused(model: str, flags: list[str], words: str) -> None:
+    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) <= 3
+
+
+def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    command = [sys.executable, "-m", "kvik.cli.main", "serve", str(tmp_path), "--port", "0"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "kvik: error:" in done.stderr and "Traceback" not in done.stderr

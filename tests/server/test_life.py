@@ -1,0 +1,153 @@
+"""Life and death of the processes: drains, crashes, hangs and orphans. Every test has a server of its own."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+from server_harness import Served, serve, wait_until
+
+LONG = {"prompt": "Hello", "max_tokens": 500, "ignore_eos": True, "stream": True, "temperature": 0}
+
+
+class Stream(threading.Thread):
+    """A client that reads a stream to its end."""
+
+    def __init__(self, served: Served, **fields: Any) -> None:
+        super().__init__(daemon=True)
+        self.url, self.fields = f"{served.url}/v1/completions", {**LONG, **fields}
+        self.events: list[dict[str, Any]] = []
+        self.done = False
+        self.start()
+
+    def run(self) -> None:
+        try:
+            with httpx.stream("POST", self.url, json=self.fields, timeout=60) as answer:
+                for line in answer.iter_lines():
+                    self.done = self.done or line == "data: [DONE]"
+                    if line.startswith("data: {"):
+                        self.events.append(json.loads(line[6:]))
+        except httpx.HTTPError as error:
+            self.events.append({"broken": repr(error)})
+
+
+def started(served: Served, count: int = 3, **fields: Any) -> list[Stream]:
+    streams = [Stream(served, **fields) for _ in range(count)]
+    wait_until(lambda: all(stream.events for stream in streams))
+    return streams
+
+
+def slow_flags(model: str) -> tuple[str, ...]:
+    """A server on which 500 tokens of one sequence take seconds."""
+    return ("--max-num-seqs", "4", "--log-level", "info")
+
+
+def gone(processes: list[psutil.Process]) -> bool:
+    return not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+@pytest.fixture(scope="module")
+def big_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Slow enough that streams are open for seconds."""
+    from tiny_models import make_tiny
+
+    folder = tmp_path_factory.mktemp("big") / "big"
+    return str(make_tiny(folder, num_hidden_layers=24, hidden_size=256, intermediate_size=512))
+
+
+def test_engine_killed(big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model)) as served:
+        children = served.children
+        streams = started(served)
+        children["engine"][0].send_signal(signal.SIGKILL)
+        assert served.process.wait(20) == 1
+        for stream in streams:
+            stream.join(10)
+            assert stream.events[-1]["error"]["code"] == "engine_dead", stream.events[-1]
+            assert not stream.done
+        wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
+
+
+def test_engine_hangs(big_model: str, tmp_path: Path) -> None:
+    flags = (*slow_flags(big_model), "--stall-timeout", "1", "--engine-timeout", "4")
+    with serve(big_model, tmp_path / "log", *flags) as served:
+        children = served.children
+        streams = started(served)
+        children["engine"][0].suspend()
+        wait_until(lambda: httpx.get(f"{served.url}/ready").status_code == 503, 4)
+        assert httpx.get(f"{served.url}/health").status_code == 200
+        assert served.process.wait(30) == 1
+        for stream in streams:
+            stream.join(10)
+            assert stream.events[-1]["error"]["code"] == "engine_dead"
+        wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
+
+
+def test_supervisor_killed(model: str, tmp_path: Path) -> None:
+    with serve(model, tmp_path / "log", "--api-processes", "2") as served:
+        children = served.children
+        assert len(children["http"]) == 2 and len(children["engine"]) == 1
+        served.process.kill()
+        wait_until(lambda: gone([*children["engine"], *children["http"]]), 10)
+
+
+def test_http_process_killed(model: str, tmp_path: Path) -> None:
+    with serve(model, tmp_path / "log") as served:
+        children = served.children
+        children["http"][0].kill()
+        assert served.process.wait(20) != 0
+        wait_until(lambda: gone(children["engine"]), 5)
+
+
+def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model)) as served:
+        children = served.children
+        streams = started(served, max_tokens=300)
+        connection = served.client()
+        connection.get("/health")
+        served.process.send_signal(signal.SIGTERM)
+        wait_until(lambda: connection.get("/ready").status_code == 503, 5)
+        refused = connection.post("/v1/completions", json={"prompt": "x"})
+        assert refused.status_code == 503 and refused.headers["retry-after"]
+        assert served.process.wait(40) == 0
+        for stream in streams:
+            stream.join(5)
+            assert stream.done and stream.events[-1]["choices"][0]["finish_reason"] == "length"
+        wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
+
+
+def test_drain_has_an_end(big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--drain-timeout", "0") as served:
+        streams = started(served)
+        begin = time.monotonic()
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+        assert time.monotonic() - begin < 15
+        for stream in streams:
+            stream.join(5)
+            assert stream.events[-1]["error"]["code"] == "shutting_down"
+
+
+def test_vanished_clients_free_their_blocks(served: Served) -> None:
+    body = {"prompt": "Hello", "max_tokens": 500, "ignore_eos": True}
+    for stream in (True, False):
+        with pytest.raises(httpx.TimeoutException):
+            httpx.post(f"{served.url}/v1/completions", json={**body, "stream": stream, "n": 8}, timeout=0.05)
+    served.wait_idle()
+
+
+def test_deadlines(big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", "--request-timeout", "0.3") as served:
+        stream = Stream(served)
+        whole = httpx.post(f"{served.url}/v1/completions", json={**LONG, "stream": False}, timeout=30)
+        assert whole.status_code == 504 and whole.json()["error"]["code"] == "deadline_exceeded"
+        stream.join(20)
+        assert stream.events[-1]["error"]["code"] == "deadline_exceeded"
+        served.wait_idle()
