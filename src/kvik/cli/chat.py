@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +36,6 @@ def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     args = _parser().parse(argv)
     options = read_engine_options(args)
-    options.sampling.given.setdefault("max_tokens", Setting(None, "chat: an answer may fill the context"))
     if args.print_config:
         print(render_config(options, sampling=True))
         return 0
@@ -63,6 +63,8 @@ def _check_template(engine: LLMEngine) -> None:
 
 
 def _conversation(engine: LLMEngine, options: EngineOptions, args: argparse.Namespace) -> Conversation:
+    quarter = max(64, engine.resolved.scheduler.max_model_len // 4)
+    options.sampling.given.setdefault("max_tokens", Setting(quarter, "chat: a quarter of the context"))
     params = options.sampling.make(engine.default_sampling_params)
     return Conversation(params, system=args.system, raw=args.raw)
 
@@ -127,11 +129,15 @@ class _Chat:
         prompt = conversation.prompt()
         rendered = prompt if isinstance(prompt, str) else engine.render_chat(prompt)
         try:
-            return engine.add_request(rendered, conversation.params)
+            try:
+                return engine.add_request(rendered, conversation.params)
+            except RequestError as error:
+                if error.code != "context_length_exceeded" or error.param != "max_tokens":
+                    raise
+            return engine.add_request(rendered, replace(conversation.params, max_tokens=None))  # what room is left
         except RequestError as error:
-            raise RequestError(
-                f"{error}\n{_ADVICE}" if error.param in ("prompt", "max_tokens") else str(error)
-            ) from None
+            overflow = error.code == "context_length_exceeded"
+            raise RequestError(f"{error}\n{_ADVICE}" if overflow else str(error)) from None
 
     def _summary(self, output: RequestOutput | None, seconds: float, stopped: bool) -> str:
         if output is None:

@@ -167,7 +167,7 @@ def operation(name: str) -> dict[str, Any]:
     }
     content: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
     if "stream" in BODIES[name]["properties"] or name == "generate_stream":
-        content["text/event-stream"] = {"schema": _TEXT}
+        content["text/event-stream"] = {}
     return {
         "response_model": None,
         "openapi_extra": {

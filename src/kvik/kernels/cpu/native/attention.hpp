@@ -61,9 +61,11 @@ struct Context {
   const Value* value(int token) const { return (const Value*)op.v_cache + offset(token); }
 };
 
+constexpr int kAhead = 4 * kRun;  // tokens between what is computed and what is fetched from memory
+
 template <class Value>
 static inline void prefetch_row(const Value* row, int d) {
-  for (int i = 0; i < d; i += 64 / int(sizeof(Value))) prefetch(row + i);
+  for (int i = 0; i < d; i += 64 / int(sizeof(Value))) __builtin_prefetch(row + i, 0, 3);
 }
 
 // scores[g][t] = q[g] . key t of a run, for `count` <= kLanes tokens, kHidden beyond; `next` is fetched meanwhile. A row
@@ -143,7 +145,7 @@ static void weigh_values(const Context<Cache>& context, const typename Cache::Va
     for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = setf(0);
   for (int run = base; run < end; run += kRun) {
     const Value* row = context.value(run) + from;
-    const Value* next = run + kRun < end ? context.value(run + kRun) + from : row;
+    const Value* next = run + kAhead < end ? context.value(run + kAhead) + from : row;
     int last = min_int(end, run + kRun);
     for (int t = run; t < last; t += Cache::kPerWord, row += d * Cache::kPerWord, next += d * Cache::kPerWord) {
       for (int i = 0; i < Cache::kPerWord; ++i) prefetch_row(next + i * d, Panels * kPanel);
@@ -229,7 +231,7 @@ static void attend_chunk(const Job& job, int s, int part, int head, Scratch& scr
   float* acc = scores + 2 * group * padded;
   for (int run = base; run < end; run += kRun) {
     const uint32_t* keys = (const uint32_t*)context.key(run);
-    const Value* next = run + kRun < end ? context.key(run + kRun) : context.value(base);
+    const Value* next = run + kAhead < end ? context.key(run + kAhead) : context.value(min_int(base + run + kAhead - end, end - 1) / kRun * kRun);
     for (int t = 0; t < kRun; t += kLanes, keys += kLanes * words, next += kLanes * d) {
       int count = max_int(0, min_int(kLanes, end - run - t));
       float* out = scores + run + t - base;
