@@ -76,6 +76,7 @@ class SequenceOutput:
     error: str | None = None
     num_cached_tokens: int = 0
     metrics: RequestMetrics | None = None
+    embedding: tuple[float, ...] = ()  # of the prompt, where the request asked for one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,7 @@ class RequestOutput:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     metrics: RequestMetrics = field(default_factory=RequestMetrics)
     index: int = 0
+    embedding: tuple[float, ...] = ()
 
     @property
     def text(self) -> str:

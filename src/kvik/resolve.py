@@ -8,7 +8,10 @@ import torch
 
 from kvik.config import EngineConfig, SchedulerConfig
 from kvik.errors import CapacityError, ConfigError
+from kvik.kernels.cpu import native
+from kvik.kernels.cpu.ops import MAX_HEAD_DIM
 from kvik.models.spec import DecoderSpec
+from kvik.quantization.formats import BITS, StoredQuantization
 from kvik.runtime.memory import MemoryPlan, activation_bytes, gib
 from kvik.runtime.platform import Platform
 
@@ -23,21 +26,33 @@ class ResolvedConfig:
     """Complete settings of an engine: no None, nothing automatic. `notes` says what was decided and why."""
 
     dtype: torch.dtype
+    kernels: str  # native or torch
+    weight_format: str  # of the blocks' projections: bf16, fp32, int8, int4g32, int4g128
+    head_format: str  # of the output head
     scheduler: SchedulerConfig
     memory: MemoryPlan
     notes: tuple[str, ...]
 
 
 def resolve(
-    config: EngineConfig, spec: DecoderSpec, checkpoint_dtype: torch.dtype, platform: Platform
+    config: EngineConfig,
+    spec: DecoderSpec,
+    checkpoint_dtype: torch.dtype,
+    platform: Platform,
+    stored: StoredQuantization | None = None,
 ) -> ResolvedConfig:
-    """Decide every automatic setting. Raises ConfigError for a contradiction, CapacityError for what does not fit."""
+    """Decide every automatic setting; `stored` is how the model's folder is quantised.
+
+    Raises ConfigError for a contradiction, CapacityError for what does not fit.
+    """
     notes: list[str] = []
     dtype = _dtype(config, checkpoint_dtype, platform, notes)
     block_size = config.kvcache_block_size or platform.default_block_size
+    kernels = _kernels(config, dtype, spec, platform)
+    weight_format, head_format = _formats(config, dtype, stored)
     num_seqs, budget_tokens = _batch(config, platform)
     wanted_len = _wanted_context(config, spec)
-    weights = spec.weight_bytes(dtype)
+    weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
     activations = activation_bytes(spec, dtype, budget_tokens, num_seqs)
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
     block_bytes = block_size * spec.kv_bytes_per_token(dtype)
@@ -64,7 +79,15 @@ def resolve(
         policy=config.scheduling_policy,
         run_ahead=platform.default_run_ahead if config.run_ahead is None else config.run_ahead,
     )
-    return ResolvedConfig(dtype=dtype, scheduler=scheduler, memory=memory, notes=tuple(notes))
+    return ResolvedConfig(
+        dtype=dtype,
+        kernels=kernels,
+        weight_format=weight_format,
+        head_format=head_format,
+        scheduler=scheduler,
+        memory=memory,
+        notes=tuple(notes),
+    )
 
 
 def _dtype(config: EngineConfig, checkpoint: torch.dtype, platform: Platform, notes: list[str]) -> torch.dtype:
@@ -74,6 +97,62 @@ def _dtype(config: EngineConfig, checkpoint: torch.dtype, platform: Platform, no
     if dtype is not checkpoint:
         notes.append(f"dtype {dtype}: the checkpoint's {checkpoint} is slow on this device")
     return dtype
+
+
+def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platform: Platform) -> str:
+    """native where the library, the types and the shapes allow it; an explicit choice is had or refused."""
+    obstacle = None
+    if platform.device.type != "cpu":
+        obstacle = f"they run on the CPU, not on {platform.device}"
+    elif not native.available():
+        obstacle = "Kvik was installed without them; reinstall it where a C++ compiler is"
+    elif dtype not in (torch.bfloat16, torch.float32):
+        obstacle = f"they compute in bfloat16 or float32, not {dtype}; leave dtype out"
+    elif spec.head_dim % 2 or spec.head_dim > MAX_HEAD_DIM:
+        obstacle = f"they need an even head_dim of at most {MAX_HEAD_DIM}; this model has {spec.head_dim}"
+    elif config.attention_backend != "auto":
+        obstacle = f"they have their own attention; attention_backend={config.attention_backend!r} is torch's"
+    if obstacle and config.kernels == "native":
+        raise ConfigError(f"kernels='native' needs the native CPU kernels: {obstacle}")
+    return "torch" if obstacle or config.kernels == "torch" else "native"
+
+
+def _formats(config: EngineConfig, dtype: torch.dtype, stored: StoredQuantization | None) -> tuple[str, str]:
+    """(projections of the blocks, output head). At 4 bits the head keeps 8: it decides every token."""
+    asked = None if config.quantization is None else {"int4": "int4g32"}.get(config.quantization, config.quantization)
+    if stored is not None:
+        if asked is not None and asked != stored.format:
+            raise ConfigError(
+                f"quantization={config.quantization!r}: the folder is quantised to {stored.format} already; leave the"
+                " option out, or start from the unquantised checkpoint"
+            )
+        return stored.format, stored.head_format
+    if asked is None:
+        plain = "fp32" if dtype is torch.float32 else "bf16"
+        return plain, plain
+    return asked, "int8"
+
+
+def _weight_bytes(
+    spec: DecoderSpec,
+    dtype: torch.dtype,
+    kernels: str,
+    weight_format: str,
+    head_format: str,
+    stored: StoredQuantization | None,
+    notes: list[str],
+) -> int:
+    """Bytes of the weights as they will be kept. Without native kernels quantised ones are kept in `dtype`."""
+    bits = BITS.get(weight_format) if stored is None else stored.block_bits(spec)
+    packed = spec.weight_bytes(dtype, bits, BITS.get(head_format))
+    if bits is None or kernels == "native":
+        return packed
+    plain = spec.weight_bytes(dtype)
+    notes.append(
+        f"{weight_format} weights are kept as {str(dtype).removeprefix('torch.')} without the native kernels:"
+        f" {gib(plain)} instead of {gib(packed)}, and no faster"
+    )
+    return plain
 
 
 def _batch(config: EngineConfig, platform: Platform) -> tuple[int, int]:

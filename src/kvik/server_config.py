@@ -42,6 +42,9 @@ class ServerConfig:
     max_n: int = option(64, "largest n, and most prompts in one request", low=1, high=1024)
     max_logit_bias: int = option(1024, "most logit_bias entries in one request", low=0)
     request_timeout: float | None = option(None, "time after which a request ends with an error", above=0, high=_DAY)
+    stream_interval: float = option(
+        0.0, "time between two events of a stream at least; tokens in between share one", low=0, high=10.0
+    )
     slow_client_timeout: float = option(60.0, "time that a client may leave its stream unread", above=0, high=_DAY)
     drain_timeout: float = option(30.0, "time that open requests get to finish after SIGTERM", low=0, high=_DAY)
     stall_timeout: float = option(

@@ -16,20 +16,27 @@ from kvik.config import EngineConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import UniprocExecutor
+from kvik.kernels.cpu.native import NativePool
 from kvik.kernels.reference import ReferenceOps
+from kvik.layers.rope import RopeTable
 from kvik.log import logger
+from kvik.models.decoder import Decoder, DecoderWeights
 from kvik.models.hub import load_config, resolve_model
-from kvik.models.loader import checkpoint_dtype, load_model
+from kvik.models.loader import Pack, checkpoint_dtype, keep_plain, load_weights
 from kvik.models.registry import build_spec
 from kvik.models.spec import DecoderSpec
+from kvik.quantization.formats import GROUPS, StoredQuantization, read_quantization
+from kvik.quantization.loading import PackQuantized, rounded
+from kvik.quantization.receipt import describe_receipt
 from kvik.resolve import ResolvedConfig, resolve
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.model_runner import ModelRunner
+from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
 from kvik.runtime.platform import Platform, select_platform
 from kvik.runtime.request_table import RequestTable
 from kvik.tracing import NO_TRACE, NoTrace
 
-__all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model"]
+__all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model", "load_decoder"]
 
 
 @dataclass(slots=True)
@@ -60,6 +67,7 @@ class ModelInfo:
     spec: DecoderSpec
     platform: Platform
     resolved: ResolvedConfig
+    stored: StoredQuantization | None = None  # how the folder is quantised, if it is
 
 
 def inspect_model(config: EngineConfig) -> ModelInfo:
@@ -68,8 +76,9 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
     hf_config = load_config(path)
     spec = build_spec(hf_config)
     platform = select_platform(config.device)
-    resolved = resolve(config, spec, checkpoint_dtype(hf_config) or torch.float32, platform)
-    return ModelInfo(path, hf_config, spec, platform, resolved)
+    stored = read_quantization(hf_config)
+    resolved = resolve(config, spec, checkpoint_dtype(hf_config) or torch.float32, platform, stored)
+    return ModelInfo(path, hf_config, spec, platform, resolved, stored)
 
 
 def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, tracer: NoTrace = NO_TRACE) -> Engine:
@@ -79,13 +88,32 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
         logger.warning("%s", note)
     info.platform.start(config.threads)
     with ledger.phase("weights"):
-        model = load_model(
-            info.path, info.spec, dtype=info.resolved.dtype, device=device, ops=ReferenceOps(),
-            attention=select_backend(config.attention_backend, device), max_model_len=settings.max_model_len,
-            load_format=config.load_format, seed=config.seed or 0, progress=True,
-        )  # fmt: skip
+        model = load_decoder(config, info)
     with ledger.phase("KV cache"):
         pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.dtype, device)
         table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
     runner = ModelRunner(model, pool, table, tracer)
     return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)
+
+
+def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecoder:
+    """The model with its weights, on the kernels that were resolved."""
+    settings, resolved, device = info.resolved.scheduler, info.resolved, info.platform.device
+    rope = RopeTable(info.spec.rope, settings.max_model_len, device)
+
+    def load(pack: Pack = keep_plain, pack_quantized: PackQuantized | None = None) -> DecoderWeights:
+        return load_weights(
+            info.path, info.spec, dtype=resolved.dtype, device=device, load_format=config.load_format,
+            seed=config.seed or 0, pack=pack, stored=info.stored, pack_quantized=pack_quantized,
+        )  # fmt: skip
+
+    if info.stored is not None:
+        logger.info("%s", describe_receipt(info.stored))
+    if resolved.kernels == "native":
+        pool = NativePool(config.threads)
+        weights = load(native_pack(resolved.weight_format, resolved.head_format, pool), native_pack_quantized(pool))
+        return NativeDecoder(info.spec, weights, rope, pool, settings.max_num_batched_tokens)
+    attention = select_backend(config.attention_backend, device)
+    quantised_on_load = resolved.weight_format in GROUPS and info.stored is None
+    weights = load(rounded(resolved.weight_format, resolved.head_format) if quantised_on_load else keep_plain)
+    return Decoder(info.spec, weights, rope, ReferenceOps(), attention)

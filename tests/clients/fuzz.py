@@ -49,6 +49,7 @@ JUNK: tuple[Any, ...] = (
 BASES: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 2},
+    "/v1/embeddings": {"input": "Hi"},
     "/v1/responses": {"input": "Hi", "max_output_tokens": 2},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1, 2]},
@@ -57,7 +58,13 @@ BASES: dict[str, dict[str, Any]] = {
     "/generate_stream": {"prompt": "Hi", "max_tokens": 2},
     "/batch_generate": {"prompts": ["Hi"], "max_tokens": 2},
 }
-CONTROL = {"prompt": "Once upon a time", "max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1}
+CONTROL = {
+    "prompt": "Once upon a time",
+    "max_tokens": 12,
+    "temperature": 0,
+    "ignore_eos": True,
+    "return_token_ids": True,
+}
 
 
 class Fuzz:
@@ -148,7 +155,7 @@ async def abuse(url: str, connections: int = 500) -> None:
     parts = urlsplit(url)
     sockets = []
     for number in range(connections):
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port)
+        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
         if number % 2:
             writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
         sockets.append(writer)

@@ -1,4 +1,4 @@
-"""What the tests of the native kernels share: pools by instruction set and thread count, and plain integer references."""
+"""What the tests of the native kernels share: pools by instruction set and threads, and plain integer references."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def quantized_linear(x: Tensor, w: PackedLinear, q: Tensor, scales: Tensor) -> T
     total = torch.zeros((len(x), w.out_features), dtype=torch.float64)
     for g, start in enumerate(range(0, w.in_features, group)):
         part = x[:, start : start + group].float()
-        most = part.abs().amax(1, keepdim=True)
-        rounded = torch.where(most > 0, torch.round(part * (127.0 / most)), 0.0)
+        most = part.abs().amax(1, keepdim=True)  # 127.0 / most would multiply with a rounded reciprocal
+        rounded = torch.where(most > 0, torch.round(part * (torch.full_like(most, 127.0) / most)), 0.0)
         sums = rounded.double() @ q[:, start : start + group].double().T
         total += sums * (most / 127.0).double() * scales[:, g].double()
     return total.float()

@@ -142,7 +142,7 @@ def test_refusals() -> None:
         pack_linear(noise(4, 70000), None, "bf16", pool=pool())
     with pytest.raises(ConfigError, match="cannot be packed"):
         pack_linear(noise(5, 4), None, "bf16", pool=pool(), swiglu=True)
-    with pytest.raises(ConfigError, match="cannot pack torch.int64"):
+    with pytest.raises(ConfigError, match=r"cannot pack torch\.int64"):
         pack_linear(torch.ones(4, 4, dtype=torch.int64), None, "bf16", pool=pool())
     with pytest.raises(ConfigError, match="needs 2 scales a row"):
         pack_quantized(torch.ones(4, 40, dtype=torch.int8), torch.ones(4), None, "int4g32", pool=pool())

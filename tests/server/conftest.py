@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
-from server_harness import Served, serve
+from server_harness import KEY, Served, serve
 from tiny_models import make_tiny
-
-KEY = "secret-key-of-the-tests"
 
 
 @pytest.fixture(scope="session")
@@ -32,7 +29,7 @@ def guarded(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
     flags = (
         "--api-key", KEY, "--api-key", "another", "--strict", "--max-body-bytes", "64KiB", "--max-n", "4",
         "--max-logit-bias", "3", "--max-queued-requests", "6", "--api-processes", "2", "--served-model-name", "tiny",
-        "--max-num-seqs", "2", "--cors-origins", "https://page.example",
+        "--max-num-seqs", "2", "--stream-interval", "0.03", "--cors-origins", "https://page.example",
     )  # fmt: skip
     with serve(model, tmp_path_factory.mktemp("logs") / "guarded.log", *flags, key=KEY) as found:
         yield found

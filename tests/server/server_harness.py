@@ -28,8 +28,9 @@ from kvik.distributed.mock import MockExecutor
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
 
-__all__ = ["EngineThread", "Served", "engine_thread", "serve", "wait_until"]
+__all__ = ["KEY", "EngineThread", "Served", "engine_thread", "serve", "wait_until"]
 
+KEY = "secret-key-of-the-tests"
 START_TIMEOUT = 90.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
 
@@ -164,12 +165,19 @@ def test_at_each_limit(strict: httpx.Client) -> None:
     assert answer.status_code == 200, answer.text
 
 
+def test_tokens_share_events(strict: httpx.Client) -> None:
+    body = {**TEXT, "max_tokens": 200, "ignore_eos": True, "temperature": 0}
+    whole = strict.post(PATHS["completions"], json=body).json()
+    lines = strict.post(PATHS["completions"], json={**body, "stream": True}).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == text_of(whole)
+    assert len(chunks) < 100 and chunks[-1]["choices"][0]["finish_reason"] == "length"
+
+
 def test_plain_endpoints(http: httpx.Client) -> None:
     whole = http.post("/generate", json={**TEXT, "temperature": 0}).json()
     assert whole["usage"]["completion_tokens"] <= 24
     events = http.post("/generate_stream", json={**TEXT, "temperature": 0}).text.split("\n\n")
-    import json
-
     records = [json.loads(event.removeprefix("data: ")) for event in events if event.startswith("data: {")]
     assert "".join(record["text"] for record in records) == whole["text"]
     assert records[-1]["finish_reason"] == whole["finish_reason"] and "data: [DONE]" in events

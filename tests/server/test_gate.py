@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
+import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from conftest import KEY
-from server_harness import Served
+from server_harness import KEY, Served, serve
 
 from kvik.config import EngineConfig
 from kvik.server.app import make_routes
@@ -89,6 +93,23 @@ def test_bodies_are_bounded(strict: httpx.Client) -> None:
     assert chunked.status_code == 413
 
 
+def test_heads_are_bounded(served: Served) -> None:
+    parts = urlsplit(served.url)
+    for line in (b"x-%d: " + b"a" * 1000 + b"\r\n", b"a" * 1000):
+        with socket.create_connection((parts.hostname, parts.port or 0), timeout=20) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: x\r\nx-long: ")
+            with contextlib.suppress(OSError):
+                for _ in range(2000):
+                    connection.sendall(line)
+            with contextlib.suppress(ConnectionError):
+                assert b" 400 " in connection.recv(200)
+    large = b"x" * 60_000  # a body in the same packet as the head does not count
+    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (len(large) + 14)
+    with socket.create_connection((parts.hostname, parts.port or 0), timeout=20) as connection:
+        connection.sendall(head + b'{"prompt": "' + large + b'"}')
+        assert b" 200 " in connection.recv(200)
+
+
 def test_headers(http: httpx.Client) -> None:
     answer = http.get("/v1/models", headers={"x-request-id": "my-id-1"})
     assert answer.headers["x-request-id"] == "my-id-1" and answer.headers["openai-processing-ms"].isdigit()
@@ -118,6 +139,28 @@ def test_starts_that_are_refused(model: str, flags: list[str], words: str) -> No
     command = [sys.executable, "-m", "kvik.cli.main", "serve", model, *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.splitlines()) <= 3
+
+
+def test_metrics_of_all_processes_are_added_up(guarded: Served) -> None:
+    before = guarded.metric("vllm:request_success_total")
+    for _ in range(12):  # each on a connection of its own, so that both processes get some
+        answer = httpx.post(
+            f"{guarded.url}/generate", json={"prompt": "x", "max_tokens": 1}, headers=guarded.headers, timeout=30
+        )
+        assert answer.status_code == 200
+    assert guarded.metric("vllm:request_success_total") - before == 12
+
+
+@pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")
+def test_https(model: str, tmp_path: Path) -> None:
+    key, certificate = str(tmp_path / "key.pem"), str(tmp_path / "cert.pem")
+    make = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-keyout", key, "-out", certificate]
+    names = ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make, *names], check=True, capture_output=True, timeout=60)
+    with serve(model, tmp_path / "log", "--ssl-certfile", certificate, "--ssl-keyfile", key) as served:
+        assert served.url.startswith("https://")
+        context = ssl.create_default_context(cafile=certificate)
+        assert httpx.get(f"{served.url}/ready", verify=context).status_code == 200
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -31,7 +32,7 @@ def test_chat(client: OpenAI) -> None:
 def test_chat_stream_equals_chat(client: OpenAI, n: int) -> None:
     options = {"model": "tiny", "messages": CHAT, "max_tokens": 40, "seed": 5, "n": n, "logprobs": True, "stop": ["e"]}
     whole = client.chat.completions.create(**options)  # type: ignore[call-overload]
-    texts, reasons, logprobs, roles = [""] * n, [""] * n, [list[object]() for _ in range(n)], [0] * n
+    texts, reasons, logprobs, roles = [""] * n, [""] * n, [list[Any]() for _ in range(n)], [0] * n
     usage = None
     stream = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})  # type: ignore[call-overload]
     for chunk in stream:
@@ -48,7 +49,11 @@ def test_chat_stream_equals_chat(client: OpenAI, n: int) -> None:
     for choice in whole.choices:
         assert texts[choice.index] == choice.message.content
         assert reasons[choice.index] == choice.finish_reason
-        assert logprobs[choice.index] == choice.logprobs.content
+        content = choice.logprobs.content
+        assert [item.token for item in logprobs[choice.index]] == [item.token for item in content]
+        assert [item.logprob for item in logprobs[choice.index]] == pytest.approx(
+            [i.logprob for i in content], abs=1e-4
+        )
     assert usage is not None and usage.completion_tokens == whole.usage.completion_tokens
 
 
@@ -66,7 +71,13 @@ def test_completions_stream_equals_whole(client: OpenAI, echo: bool) -> None:
                 pieces[choice.index].setdefault(name, []).extend(values)
     for choice in whole.choices:
         assert texts[choice.index] == choice.text
-        assert pieces[choice.index] == choice.logprobs.model_dump()
+        expected = choice.logprobs.model_dump()
+        logprobs = pieces[choice.index].pop("token_logprobs")
+        assert logprobs == [
+            item if item is None else pytest.approx(item, abs=1e-4) for item in expected.pop("token_logprobs")
+        ]
+        assert len(pieces[choice.index].pop("top_logprobs")) == len(expected.pop("top_logprobs"))
+        assert pieces[choice.index] == expected
         assert choice.text.startswith(options["prompt"][choice.index // 2]) == echo  # type: ignore[index]
 
 

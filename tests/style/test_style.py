@@ -44,6 +44,7 @@ EVERYONE = {
     "metrics",
     "outputs",
     "sampling_params",
+    "server_config",
     "tracing",
 }
 CORE_IS_FOR = {"cli", "server", "settings", "llm", "async_llm", "llm_engine", "startup", "core"}

@@ -100,7 +100,7 @@ def step_bytes(engine: LLMEngine, run: Measurement) -> tuple[int, int]:
     decoded = sum(output.usage.completion_tokens - 1 for output in run.outputs)
     alone = sum(step.num_decode_tokens for step in steps)  # the other decodes ran beside a prompt
     kv_bytes = reads * spec.kv_bytes_per_token(dtype) * alone / decoded
-    return spec.weight_bytes(dtype) - looked_up, round(kv_bytes / len(steps))
+    return engine.resolved.memory.weights - looked_up, round(kv_bytes / len(steps))
 
 
 def _kv_tokens_read(num_prompt: int, num_output: int) -> int:

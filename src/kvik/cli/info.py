@@ -19,6 +19,7 @@ from kvik.log import configure
 
 if TYPE_CHECKING:
     from kvik.models.spec import DecoderSpec
+    from kvik.quantization.formats import StoredQuantization
     from kvik.resolve import ResolvedConfig
     from kvik.runtime.platform import Platform
 
@@ -54,6 +55,8 @@ def _model(config: EngineConfig) -> dict[str, Any]:
     from kvik.models.hub import load_config, resolve_model
     from kvik.models.loader import checkpoint_dtype
     from kvik.models.registry import build_spec
+    from kvik.quantization.formats import read_quantization
+    from kvik.quantization.receipt import describe_receipt
     from kvik.runtime.platform import select_platform
 
     path = resolve_model(config.model, config.revision, load_format="dummy")
@@ -61,7 +64,8 @@ def _model(config: EngineConfig) -> dict[str, Any]:
     spec, platform = build_spec(hf_config), select_platform(config.device)
     backend = select_backend(config.attention_backend, platform.device)
     stored = checkpoint_dtype(hf_config)
-    resolved, problem = _try_resolve(config, spec, stored, platform)
+    quantization = read_quantization(hf_config)
+    resolved, problem = _try_resolve(config, spec, stored, platform, quantization)
     facts: dict[str, Any] = {
         "model": config.model,
         "folder": str(path),
@@ -73,8 +77,10 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         "attention backend": type(backend).__name__,
         "fits": resolved is not None,
     }
+    if quantization is not None:
+        facts |= {"quantization": describe_receipt(quantization), "receipt": quantization.receipt}
     if resolved is None:
-        return {**facts, "problem": problem, "fix": _fix(config, spec, stored, platform)}
+        return {**facts, "problem": problem, "fix": _fix(config, spec, stored, platform, quantization)}
     plan, settings = resolved.memory, resolved.scheduler
     memory = {**dataclasses.asdict(plan), "kv_cache": plan.kv_cache, "used": plan.used}
     return {
@@ -89,19 +95,29 @@ def _model(config: EngineConfig) -> dict[str, Any]:
 
 
 def _try_resolve(
-    config: EngineConfig, spec: DecoderSpec, stored: Any, platform: Platform
+    config: EngineConfig,
+    spec: DecoderSpec,
+    stored: Any,
+    platform: Platform,
+    quantization: StoredQuantization | None,
 ) -> tuple[ResolvedConfig | None, str]:
     import torch
 
     from kvik.resolve import resolve
 
     try:
-        return resolve(config, spec, stored or torch.float32, platform), ""
+        return resolve(config, spec, stored or torch.float32, platform, quantization), ""
     except CapacityError as error:
         return None, str(error)
 
 
-def _fix(config: EngineConfig, spec: DecoderSpec, stored: Any, platform: Platform) -> str | None:
+def _fix(
+    config: EngineConfig,
+    spec: DecoderSpec,
+    stored: Any,
+    platform: Platform,
+    quantization: StoredQuantization | None,
+) -> str | None:
     """The first change of options with which the model fits, as flags; None if there is none."""
     length, changes = config.max_model_len or spec.context_len, list[dict[str, Any]]()
     while length > 256:
@@ -115,7 +131,7 @@ def _fix(config: EngineConfig, spec: DecoderSpec, stored: Any, platform: Platfor
         {"dtype": "bfloat16", "max_model_len": 256, "max_num_seqs": 1, "max_num_batched_tokens": 256},
     ]
     for change in changes:
-        if _try_resolve(dataclasses.replace(config, **change), spec, stored, platform)[0] is not None:
+        if _try_resolve(dataclasses.replace(config, **change), spec, stored, platform, quantization)[0] is not None:
             flags = [f"--{name.replace('_', '-')} {value}" for name, value in change.items() if value is not None]
             return " ".join(flags) or "neither --kv-cache-memory nor --num-kvcache-blocks"
     return None
@@ -147,7 +163,7 @@ def _machine_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _model_lines(facts: dict[str, Any]) -> list[str]:
-    plain = ("folder", "architecture", "checkpoint dtype", "dtype", "device", "attention backend")
+    plain = ("folder", "architecture", "quantization", "checkpoint dtype", "dtype", "device", "attention backend")
     rows = {name: facts[name] for name in plain if facts.get(name)}
     rows["parameters"] = f"{facts['parameters']:,}"
     rows["context"] = f"{facts['context']:,} tokens"

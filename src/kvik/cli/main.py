@@ -24,6 +24,7 @@ COMMANDS = {
     "batch": "run a file of OpenAI batch requests",
     "info": "show the machine, a model, and the memory that it would take",
     "bench": "measure throughput or latency",
+    "quantize": "write a model folder with quantised weights",
 }
 INTERRUPTED = 130
 CLOSED_PIPE = 141

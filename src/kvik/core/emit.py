@@ -27,6 +27,7 @@ def sequence_output(
         finish_reason=reason,
         stop_token_id=new[-1] if stopped else None,
         error=error,
+        embedding=seq.embedding,
         num_cached_tokens=seq.num_cached,
         metrics=_metrics(seq, now),
     )

@@ -30,14 +30,15 @@ class RowInit:
     seed: int
     stop_token_ids: tuple[int, ...]  # not to be sampled before params.min_tokens
     bad_words_ids: tuple[tuple[int, ...], ...]
+    pooling: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Compute positions [start, start + num_tokens) of a row; `sample` the next token if the row's tokens end there.
 
-    `new_block_ids` are appended to the row's block table before the step. `prompt_logprobs` asks for the
-    log-probabilities of the prompt tokens that positions of this chunk predict.
+    `new_block_ids` are appended to the row's block table before the step. `prompt_logprobs` asks for what positions of
+    the prompt give: the log-probabilities of the tokens that they predict, or their part of a mean embedding.
     """
 
     row: int
@@ -75,6 +76,7 @@ class RowResult:
     """What one chunk gave: the sampled token ids (none if it did not sample) and the logprobs asked for.
 
     `error` says why this row alone failed (a logits processor raised, say); its sequence ends with that error.
+    `embedding` is that of the prompt, beside the first token of a row with `pooling`.
     """
 
     row: int
@@ -82,6 +84,7 @@ class RowResult:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     error: str | None = None
+    embedding: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

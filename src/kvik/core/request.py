@@ -20,6 +20,7 @@ class Request:
 
     `eos_token_ids` is the union of the model's end-of-sequence ids; `bad_words_ids` are the token sequences of
     `params.bad_words`; `seed` is the seed of completion 0 (completion i uses seed + i); times are `time.monotonic()`.
+    `pooling` ("mean" or "last") asks for an embedding of the prompt as well, which comes with the first token.
     """
 
     request_id: str
@@ -31,6 +32,7 @@ class Request:
     priority: int = 0
     cache_salt: str = ""
     arrival_time: float = 0.0
+    pooling: str | None = None
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -80,6 +82,7 @@ class Sequence:
     scheduled_time: float | None = None
     first_token_time: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    embedding: tuple[float, ...] = ()
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -110,8 +113,12 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the prompt must be computed in full, without cached blocks, for its log-probabilities."""
-        return self.request.params.prompt_logprobs is not None and self.index == 0 and self.num_output_tokens == 0
+        """Whether the prompt must be computed in full, without cached blocks, for what its positions give.
+
+        That is log-probabilities, or their part of a mean.
+        """
+        wanted = self.request.params.prompt_logprobs is not None or self.request.pooling == "mean"
+        return wanted and self.index == 0 and self.num_output_tokens == 0
 
     def start(self, row: int, num_cached: int, now: float) -> None:
         """Run in `row`, with the KV of the first `num_cached` tokens already there."""

@@ -301,6 +301,7 @@ class Scheduler:
             seed=seq.seed,
             stop_token_ids=tuple(sorted(seq.stop_token_ids)),
             bad_words_ids=seq.request.bad_words_ids,
+            pooling=seq.request.pooling,
         )
 
     # Results
@@ -319,6 +320,7 @@ class Scheduler:
             seq.prompt_logprobs.extend(row.prompt_logprobs)
         if not row.token_ids:
             return
+        seq.embedding = row.embedding or seq.embedding
         reason: FinishReason | None = None
         num_new = 0
         for token_id in row.token_ids:

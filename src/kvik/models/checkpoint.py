@@ -1,7 +1,7 @@
 """Reading checkpoint files: which files a folder's weights are in, and their tensors by name, one at a time.
 
 safetensors, single or sharded with an index, and `pytorch_model.bin` likewise (tensors only: nothing in a file is
-executed). Files are memory-mapped, so a tensor costs memory only while it is being copied.
+executed). Files are memory-mapped, and mapped anew every 64 MiB, so a tensor costs memory only while it is copied.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from kvik.errors import ModelLoadError
 
 __all__ = ["Checkpoint", "TensorInfo", "find_checkpoint"]
 
+_MAPPED_BYTES = 64 << 20  # what was read stays in memory as long as its file is mapped
 _NAMES = {"safetensors": "model.safetensors", "pt": "pytorch_model.bin"}
 
 
@@ -67,7 +68,7 @@ class TensorInfo(NamedTuple):
 
 
 class Checkpoint:
-    """The tensors of a folder's weight files by name. Files are mapped while tensors of theirs are still to be read.
+    """The tensors of a folder's weight files by name. Files are mapped while they are read.
 
     Raises ModelLoadError when a file is truncated, corrupt, or holds anything but tensors, and for a name in two files.
     """
@@ -76,6 +77,7 @@ class Checkpoint:
         self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[Path, Callable[[str], Tensor]] = {}
         self._unread: Counter[Path] = Counter()
+        self._mapped: Counter[Path] = Counter()
         for file in find_checkpoint(folder, load_format):
             with _readable(file):
                 infos = _open_file(file)[0]
@@ -97,12 +99,19 @@ class Checkpoint:
             if file not in self._open:
                 self._open[file] = _open_file(file)[1]
             into.copy_(self._open[file](name))
+        self._mapped[file] += into.nbytes
+        if self._mapped[file] > _MAPPED_BYTES:
+            self._close(file)
         self._done(file)
 
     def _done(self, file: Path) -> None:
         self._unread[file] -= 1
         if self._unread[file] == 0:
-            self._open.pop(file, None)
+            self._close(file)
+
+    def _close(self, file: Path) -> None:
+        self._open.pop(file, None)
+        self._mapped[file] = 0
 
 
 @contextmanager

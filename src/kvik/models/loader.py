@@ -34,8 +34,16 @@ from kvik.models.weights import (
     parameter_shapes,
     random_fill,
 )
+from kvik.quantization.formats import StoredQuantization
+from kvik.quantization.loading import (
+    PackQuantized,
+    build_quantized_weights,
+    dequantized,
+    expected_tensors,
+    read_values,
+)
 
-__all__ = ["Pack", "build_weights", "checkpoint_dtype", "load_model", "load_weights"]
+__all__ = ["Pack", "build_weights", "checkpoint_dtype", "keep_plain", "load_model", "load_weights", "open_checkpoint"]
 
 Pack = Callable[[str, LinearWeight], LinearWeight]
 """`pack(role, weight)` for role qkv, o, gate_up, down and lm_head: the form in which the projection is kept."""
@@ -79,25 +87,35 @@ def load_weights(
     seed: int = 0,
     progress: bool = True,
     pack: Pack = keep_plain,
+    stored: StoredQuantization | None = None,
+    pack_quantized: PackQuantized | None = None,
 ) -> DecoderWeights:
     """The weights in the folder `path`. Raises ModelLoadError listing every name that is wrong.
 
     `load_format` is auto, safetensors, pt, or dummy for random weights from `seed` (no file is read). `progress` shows
-    a bar on a terminal.
+    a bar on a terminal. `stored` says how the folder is quantised: its projections go to `pack_quantized` rather than
+    to `pack`, and by default are kept in `dtype`.
     """
     if load_format == "dummy":
         return build_weights(spec, dtype, device, random_fill(spec, seed, device), pack)
-    checkpoint = Checkpoint(path, load_format)
-    _check(path, spec, checkpoint)
+    checkpoint = open_checkpoint(path, spec, load_format, stored)
     with tqdm(
-        total=len(checkpoint.tensors), desc="Loading weights", unit="tensor", delay=0.5, leave=False, disable=None if progress else True
+        total=len(checkpoint.tensors),
+        desc="Loading weights",
+        unit="tensor",
+        delay=0.5,
+        leave=False,
+        disable=None if progress else True,
     ) as bar:
 
         def fill(views: Mapping[str, Tensor]) -> None:
             for name, view in views.items():
-                checkpoint.read(name, view)
+                read_values(checkpoint, name, view)
                 bar.update()
 
+        if stored is not None:
+            keep = pack_quantized or dequantized(dtype, device)
+            return build_quantized_weights(spec, stored, dtype, device, fill, keep)
         return build_weights(spec, dtype, device, fill, pack)
 
 
@@ -126,22 +144,41 @@ def build_weights(
     if not spec.tie_word_embeddings:
         head = LinearWeight(torch.empty_like(embedding))
         fill({LM_HEAD: head.weight})
-    return DecoderWeights(embedding, tuple(layers), final_norm, pack("lm_head", head))
+    packed = pack("lm_head", head)
+    if spec.tie_word_embeddings:
+        embedding = packed.weight
+    return DecoderWeights(embedding, tuple(layers), final_norm, packed)
 
 
-def _check(path: Path, spec: DecoderSpec, checkpoint: Checkpoint) -> None:
+def open_checkpoint(
+    path: Path, spec: DecoderSpec, load_format: str = "auto", stored: StoredQuantization | None = None
+) -> Checkpoint:
+    """The checkpoint in the folder `path`, its names, dtypes and shapes compared with those of `spec`.
+
+    Raises ModelLoadError listing every name that is wrong.
+    """
+    checkpoint = Checkpoint(path, load_format)
+    _check(path, spec, checkpoint, stored)
+    return checkpoint
+
+
+def _check(path: Path, spec: DecoderSpec, checkpoint: Checkpoint, stored: StoredQuantization | None) -> None:
     """Compare names, dtypes and shapes with those of `spec`."""
-    expected = parameter_shapes(spec)
+    floats: tuple[str, ...] = ("float64", "float32", "float16", "bfloat16")
+    expected = {name: (shape, floats) for name, shape in parameter_shapes(spec).items()}
+    if stored is not None:
+        expected = expected_tensors(spec, stored)
     unexpected, misshaped = [], []
     for name, info in checkpoint.tensors.items():
         if name not in expected:
             checkpoint.skip(name)
             if not is_ignored(name, spec):
                 unexpected.append(name)
-        elif info.dtype not in ("float64", "float32", "float16", "bfloat16"):
-            raise ModelLoadError(f"{name} in {info.file} is {info.dtype}: Kvik loads unquantised float weights only")
-        elif info.shape != expected[name]:
-            misshaped.append(f"{name} (expected {list(expected[name])}, found {list(info.shape)})")
+        elif info.dtype not in expected[name][1]:
+            wanted = "unquantised float weights only" if stored is None else f"{' or '.join(expected[name][1])} there"
+            raise ModelLoadError(f"{name} in {info.file} is {info.dtype}: Kvik loads {wanted}")
+        elif info.shape != expected[name][0]:
+            misshaped.append(f"{name} (expected {list(expected[name][0])}, found {list(info.shape)})")
     missing = [name for name in expected if name not in checkpoint.tensors]
     problems = [
         f"{len(names)} {kind}: {_first(names)}"

@@ -12,6 +12,7 @@ from kvik.models.mistral import mistral_spec
 from kvik.models.qwen2 import qwen2_spec
 from kvik.models.qwen3 import qwen3_spec
 from kvik.models.spec import DecoderSpec
+from kvik.quantization.formats import read_quantization
 
 __all__ = ["ARCHITECTURES", "build_spec"]
 
@@ -30,12 +31,10 @@ _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_i
 def build_spec(config: Mapping[str, Any]) -> DecoderSpec:
     """The spec of a model from its config.json.
 
-    Raises ModelLoadError for an architecture Kvik does not have, for quantised weights, and for a damaged config.
+    Raises ModelLoadError for an architecture Kvik does not have, for another program's quantised weights, and for a
+    damaged config.
     """
-    quantization = config.get("quantization_config") or config.get("compression_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise ModelLoadError(f"quantised weights ({method}) are not supported; use the model's unquantised checkpoint")
+    read_quantization(config)
     architecture = _architecture(config)
     if architecture not in ARCHITECTURES:
         hint, known = did_you_mean(architecture, ARCHITECTURES), ", ".join(ARCHITECTURES)

@@ -67,20 +67,26 @@ class DecoderSpec:
     def num_parameters(self) -> int:
         """Parameters held in memory; a tied embedding counts once."""
         embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
-        return embeddings + self.hidden_size + self.num_layers * self._layer_parameters
+        return embeddings + self.hidden_size + self.num_layers * (self._layer_matrices + self._layer_vectors)
 
     @property
-    def _layer_parameters(self) -> int:
+    def _layer_matrices(self) -> int:
         qkv = self.q_size + 2 * self.kv_size
-        matrices = self.hidden_size * (qkv + self.q_size + 3 * self.intermediate_size)
-        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
-        biases = (qkv if self.qkv_bias else 0) + (self.hidden_size if self.o_bias else 0)
-        if self.mlp_bias:
-            biases += 2 * self.intermediate_size + self.hidden_size
-        return matrices + norms + biases
+        return self.hidden_size * (qkv + self.q_size + 3 * self.intermediate_size)
 
-    def weight_bytes(self, dtype: torch.dtype) -> int:
-        return self.num_parameters * dtype.itemsize
+    @property
+    def _layer_vectors(self) -> int:
+        norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
+        qkv = self.q_size + 2 * self.kv_size
+        biases = (qkv if self.qkv_bias else 0) + (self.hidden_size if self.o_bias else 0)
+        return norms + biases + (2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0)
+
+    def weight_bytes(self, dtype: torch.dtype, bits: float | None = None, head_bits: float | None = None) -> int:
+        """Bytes of all weights in `dtype`; with the projections of the blocks at `bits` and the head at `head_bits`."""
+        plain = 8 * dtype.itemsize
+        matrices, head = self.num_layers * self._layer_matrices, self.vocab_size * self.hidden_size
+        rest = self.num_parameters - matrices - head
+        return int(matrices * (bits or plain) + head * (head_bits or plain) + rest * plain) // 8
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
         """Bytes of keys and values of one token over all layers."""

@@ -10,6 +10,7 @@ from kvik.models.decoder import Decoder
 from kvik.outputs import TokenLogprobs
 from kvik.runtime.forward_batch import PromptRows, StepBatch, build_batch
 from kvik.runtime.kv_pool import KVPool
+from kvik.runtime.native_decoder import NativeDecoder
 from kvik.runtime.request_table import RequestTable
 from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.row import RowSampling
@@ -25,11 +26,14 @@ PROMPT_LOGPROB_ROWS = 64
 class ModelRunner:
     """Executes plans one after the other. Not thread-safe."""
 
-    def __init__(self, model: Decoder, kv_pool: KVPool, table: RequestTable, tracer: NoTrace = NO_TRACE) -> None:
+    def __init__(
+        self, model: Decoder | NativeDecoder, kv_pool: KVPool, table: RequestTable, tracer: NoTrace = NO_TRACE
+    ) -> None:
         self._model = model
         self._kv_pool = kv_pool
         self._table = table
         self._sampler = Sampler(model.spec.vocab_size)
+        self._pooled: dict[int, Tensor | None] = {}  # rows that want an embedding: the sum of what came so far
         self._tracer = tracer
 
     @torch.inference_mode()
@@ -38,6 +42,9 @@ class ModelRunner:
         with self._tracer.span("prepare"):
             for init in plan.joined:
                 self._table.join(init, RowSampling.from_init(init, self._model.spec.vocab_size))
+                self._pooled.pop(init.row, None)
+                if init.pooling is not None:
+                    self._pooled[init.row] = None
             for chunk in plan.chunks:
                 self._table.add_blocks(chunk)
             rope_lens = self._model.spec.rope.depends_on_length
@@ -47,10 +54,23 @@ class ModelRunner:
         with self._tracer.span("sample"):
             samples = self._sample(batch, hidden)
             prompts = {rows.row: self._prompt_logprobs(rows, hidden) for rows in batch.prompt_rows}
+            embeddings = {row: self._embedding(row, hidden[i]) for i, row in enumerate(batch.sampling_rows)}
         rows = tuple(
-            _row_result(chunk.row, samples.get(chunk.row), prompts.get(chunk.row, ())) for chunk in plan.chunks
+            _row_result(chunk.row, samples.get(chunk.row), prompts.get(chunk.row, ()), embeddings.get(chunk.row, ()))
+            for chunk in plan.chunks
         )
         return StepResult(plan.step_id, rows)
+
+    def _embedding(self, row: int, last: Tensor) -> tuple[float, ...]:
+        """The embedding of a row's prompt, of length 1, where one is wanted; `last` is the last token's hidden state.
+
+        It is the mean over what `_prompt_logprobs` has seen and `last`, which alone is the mean under "last" pooling.
+        """
+        if row not in self._pooled:
+            return ()
+        before = self._pooled.pop(row)
+        total = last.float() if before is None else before + last.float()  # [hidden_size]
+        return tuple((total / total.norm().clamp(min=1e-12)).tolist())
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[int, RowSample]:
         """Sample the rows whose sequences end in this step, and append the tokens to the table."""
@@ -66,7 +86,11 @@ class ModelRunner:
         return dict(zip(rows, samples, strict=True))
 
     def _prompt_logprobs(self, rows: PromptRows, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt tokens that follow the positions of `rows`."""
+        """Log-probabilities of the prompt tokens that follow the positions of `rows`; none where those are pooled."""
+        if rows.row in self._pooled:
+            total, before = hidden[rows.start : rows.stop].float().sum(0), self._pooled[rows.row]
+            self._pooled[rows.row] = total if before is None else before + total
+            return ()
         num_top = self._sampling(rows.row).params.prompt_logprobs or 0
         next_ids = self._table.tokens(rows.row)[rows.first_position + 1 :]
         found: list[TokenLogprobs] = []
@@ -82,10 +106,12 @@ class ModelRunner:
         return state
 
 
-def _row_result(row: int, sample: RowSample | None, prompt: tuple[TokenLogprobs, ...]) -> RowResult:
+def _row_result(
+    row: int, sample: RowSample | None, prompt: tuple[TokenLogprobs, ...], embedding: tuple[float, ...]
+) -> RowResult:
     if sample is None:
         return RowResult(row, prompt_logprobs=prompt)
     if sample.error is not None:
         return RowResult(row, prompt_logprobs=prompt, error=sample.error)
     logprobs = () if sample.logprobs is None else (sample.logprobs,)
-    return RowResult(row, (sample.token_id,), logprobs, prompt)
+    return RowResult(row, (sample.token_id,), logprobs, prompt, embedding=embedding)

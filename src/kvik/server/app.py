@@ -17,7 +17,7 @@ from starlette.types import ASGIApp
 
 from kvik import __version__
 from kvik.errors import KvikError
-from kvik.server import openai_routes, ops_routes, plain_routes, responses_routes, text_routes
+from kvik.server import embeddings_routes, openai_routes, ops_routes, plain_routes, responses_routes, text_routes
 from kvik.server.errors import ApiError, to_api_error
 from kvik.server.gate import Gate
 from kvik.server.replies import error_reply
@@ -31,9 +31,10 @@ CLIENT_CLOSED = 499
 
 def make_routes(service: Service) -> FastAPI:
     """The application without its gate."""
-    app = FastAPI(title="Kvik", version=__version__, docs_url=None, redoc_url=None)
+    app = FastAPI(title="Kvik", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
     app.state.service = service
-    for module in (openai_routes, responses_routes, plain_routes, text_routes, ops_routes):
+    modules = (openai_routes, responses_routes, embeddings_routes, plain_routes, text_routes, ops_routes)
+    for module in modules:
         app.include_router(module.router)
     _add_pages(app)
     app.add_exception_handler(KvikError, _kvik_error)

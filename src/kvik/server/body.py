@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -20,11 +21,15 @@ _KINDS: Mapping[type, str] = {
 
 
 async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises ApiError (400, 413, 415)."""
+    """The body as a JSON object. Raises ApiError (400, 408, 413, 415)."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind != "application/json" and not kind.endswith("+json"):
         raise ApiError(415, f"send the body as application/json, not {show(kind)}", code="unsupported_media_type")
-    data = await request.body()
+    patience = request.app.state.service.config.slow_client_timeout
+    try:
+        data = await asyncio.wait_for(request.body(), patience)
+    except asyncio.TimeoutError:
+        raise ApiError(408, f"the body did not come within {patience} s", code="request_timeout") from None
     try:
         body = msgspec.json.decode(data)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:

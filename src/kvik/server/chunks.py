@@ -24,6 +24,7 @@ class _Choice:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.num_tokens = 0
+        self.begun = False
         self.ended = False
         self.legacy = LegacyLogprobs(tokenizer)
 
@@ -37,6 +38,7 @@ class Chunks:
         self._chat = served.request.chat
         self._n = served.request.params.n
         self._usages: dict[int, Usage] = {}
+        self._warnings: dict[str, Any] = {"warnings": list(served.warnings)} if served.warnings else {}
         self._choices = [_Choice(tokenizer) for _ in range(self._n * len(served.request.inputs))]
         self._head: dict[str, Any] = {
             "id": reply_id,
@@ -47,14 +49,11 @@ class Chunks:
         }
 
     def first(self) -> Iterator[bytes]:
-        """What comes before any token: the role of each message, and warnings."""
-        warnings = {"warnings": list(self._served.warnings)} if self._served.warnings else {}
+        """What comes before any token: the role of each message."""
         if self._chat:
             for index in range(len(self._choices)):
                 delta = {"role": "assistant", "content": ""}
-                yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None}, **warnings)
-        elif warnings:
-            yield event({**self._head, "choices": [], **warnings})
+                yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
     def of(self, place: int, output: RequestOutput) -> Iterator[bytes]:
         """What is new in an output of the prompt at `place`."""
@@ -103,11 +102,14 @@ class Chunks:
         if self._chat:
             return {"content": [chat_logprob(item, self._tokenizer) for item in new], "refusal": None}
         items: list[Any] = [(item.token_id, item) for item in new]
-        if start == 0 and output.prompt_logprobs is not None:
+        if not choice.begun and output.prompt_logprobs is not None:
             items = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=False), *items]
+        choice.begun = True
         return choice.legacy.add(items)
 
-    def _event(self, choice: dict[str, Any], **more: Any) -> bytes:
+    def _event(self, choice: dict[str, Any]) -> bytes:
+        """A chunk with one choice; the first one has the warnings."""
+        more, self._warnings = self._warnings, {}
         if self._served.continuous_usage:
             more["usage"] = usage_body(list(self._usages.values()))
         elif self._served.include_usage:

@@ -28,6 +28,9 @@ __all__ = ["EngineClient", "Generation"]
 BURST = 8
 """Messages handled in a row before other coroutines get their turn."""
 
+MAX_PAUSE = 0.02
+"""Longest sleep while outputs gather: how late the end of a stream may be noticed."""
+
 MAX_EVENTS = 1000
 """Records kept for a watcher that does not read; the oldest are dropped."""
 
@@ -83,6 +86,12 @@ class Generation:
             await self._changed.wait()
             if timer is not None:
                 timer.cancel()
+
+    async def pause(self, seconds: float) -> None:
+        """Let outputs gather for `seconds`, or until there is nothing more to wait for."""
+        end = asyncio.get_running_loop().time() + seconds
+        while not self.done and self._error is None and (left := end - asyncio.get_running_loop().time()) > 0:
+            await asyncio.sleep(min(left, MAX_PAUSE))
 
     def close(self) -> None:
         """Abort what is unfinished: its blocks are free after the engine's current step."""
@@ -154,7 +163,7 @@ class EngineClient:
         stream: bool,
         deadline: float | None = None,
     ) -> Generation:
-        """Start requests, all or none. Raises ApiError (429, 503, 400 with both numbers) or RequestError."""
+        """Start requests, all or none. Raises ApiError (429, 503) or RequestError (both numbers)."""
         if self.failure is not None:
             raise self.failure
         if self._processor is None or self._checker is None:
@@ -225,12 +234,7 @@ class EngineClient:
     def _check(self, request: Request) -> None:
         """Refuse here, before anything was sent, what the engine would refuse."""
         assert self._checker is not None
-        try:
-            self._checker.check(request)
-        except RequestError as error:
-            too_long = bool(request.prompt_token_ids) and error.param in ("prompt", "max_tokens")
-            code = "context_length_exceeded" if too_long else None
-            raise ApiError(400, str(error), code=code, param=error.param) from error
+        self._checker.check(request)
         if request.request_id in self._generations:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
 
@@ -301,7 +305,7 @@ class EngineClient:
         generation = self._generations.get(message.request_id)
         if generation is not None:
             self.release(generation, FinishReason.ERROR)
-            generation.fail(ApiError(400, message.message, param=message.param))
+            generation.fail(ApiError(400, message.message, code=message.code, param=message.param))
 
     def _expire(self, generation: Generation) -> None:
         """End what a generation has not finished by its deadline; the engine's terminal outputs say so."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
+
+import psutil
 
 from kvik.errors import KvikError
 from kvik.log import configure
@@ -25,7 +28,7 @@ GRACE = 5.0
 
 def start(settings: ChildSettings) -> EngineServer:
     """Load the model and bind the endpoint. Raises the errors of a start."""
-    ledger = StartupLedger()
+    ledger = StartupLedger({"imports": time.time() - psutil.Process().create_time()})
     with ledger.phase("config"):
         info = inspect_model(settings.engine)
     engine = build_engine(settings.engine, info, ledger)

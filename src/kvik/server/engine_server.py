@@ -110,7 +110,7 @@ class EngineServer:
             request = wire.unpack_request(message)
             self._engine.add(request)
         except RequestError as error:
-            self._send(peer, wire.Rejected(message.request_id, str(error), error.param))
+            self._send(peer, wire.Rejected(message.request_id, str(error), error.param, error.code))
             return
         num_prompt = len(request.prompt_token_ids)
         self._open[request.request_id] = _Open(peer, num_prompt, request.arrival_time, request.params.n)

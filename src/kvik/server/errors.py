@@ -48,7 +48,7 @@ def to_api_error(error: KvikError) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        return ApiError(400, str(error), param=error.param)
+        return ApiError(400, str(error), code=error.code, param=error.param)
     return ApiError(400 if isinstance(error, CapacityError) else 500, str(error))
 
 

@@ -1,27 +1,30 @@
 """The engine's diary for whoever watches (`GET /debug/events`): one JSON record per step, nothing when nobody does.
 
     {"type": "snapshot", "at", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens",
-     "sequences": [[id, index, num_prompt_tokens, num_tokens, num_cached, [block, ...]], ...], "waiting": [...]}
-    {"type": "step", "at", "step", "chunks": [[id, index, start, num_tokens, kind], ...],
-     "blocks": [[id, index, [new block, ...]], ...], "left": [[id, index, why], ...], "num_waiting", "used",
-     "waiting": [[id, num_prompt_tokens, seconds waited], ...], "ms": [schedule, execute, update]}
-    {"type": "left", "at", "left": [...], "used"}                  requests that ended without a step
+     "sequences": [[row, id, index, num_prompt_tokens, num_tokens, num_cached, [block, ...]], ...], "used", "waiting"}
+    {"type": "step", "at", "step", "left": [[row, why], ...], "joined": [[row, id, index, num_prompt_tokens,
+     num_cached], ...], "blocks": [[row, [new block, ...]], ...], "decode": [row, ...], "prefill": [[row, start,
+     num_tokens], ...], "used", "num_waiting", "waiting": [[id, num_prompt_tokens, seconds], ...],
+     "ms": [schedule, execute, update]}
+    {"type": "left", "at", "left": [[row, why], ...], "used"}       sequences that ended with nothing after them
 
-`kind` is "decode" or "prefill"; `why` is "finished" or "preempted"; `at` is Unix time. A watcher keeps the block lists
-of the snapshot up to date with `blocks` and `left`: a block in two lists is a shared prefix.
+A row is a sequence's number while it runs. `why` is "finished" or "preempted", `at` is Unix time. A watcher applies
+`left`, then `joined`, then `blocks`, ignoring rows that it does not know, and has every block list; a block in two
+lists is a shared prefix.
 """
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterable
+from typing import Any
+
+import msgspec
 
 from kvik.core.engine import Engine
 from kvik.core.plan import StepPlan, StepResult
 from kvik.core.request import Sequence, SequenceStatus
 from kvik.distributed.executor import Executor
-from kvik.metrics import StepStats
 
 __all__ = ["MAX_WAITING_SHOWN", "EventFeed", "Waiting"]
 
@@ -59,8 +62,8 @@ class EventFeed:
         self._engine = engine
         self._open_requests = open_requests
         self._watched: _WatchedExecutor | None = None
-        self._known: dict[tuple[str, int], Sequence] = {}
-        self._pending: dict[int, dict[str, object]] = {}
+        self._rows: dict[int, Sequence] = {}
+        self._pending: dict[int, dict[str, Any]] = {}
         self._done: list[str] = []
 
     @property
@@ -70,7 +73,7 @@ class EventFeed:
     def switch(self, on: bool) -> None:
         """Begin or stop to look."""
         if on and self._watched is None:
-            self._known = {_key(seq): seq for seq in self._engine.scheduler.running}
+            self._rows = {seq.row: seq for seq in self._engine.scheduler.running}
             self._watched = _WatchedExecutor(self._engine.executor, self._record)
             self._engine.executor = self._watched
         elif not on and self._watched is not None:
@@ -82,11 +85,14 @@ class EventFeed:
     def complete(self) -> None:
         """Add to the record of the step that just ended how long it took. To be called after every step."""
         stats = self._engine.stats.last
-        if stats is not None and stats.step_id in self._pending:
-            self._complete(self._pending.pop(stats.step_id), stats)
+        record = None if stats is None else self._pending.pop(stats.step_id, None)
+        if stats is not None and record is not None:
+            times = (stats.schedule_time, stats.execute_time, stats.update_time)
+            record["ms"] = [round(seconds * 1e3, 3) for seconds in times]
+            self._done.append(_json(record))
 
     def take(self) -> list[str]:
-        """The records that are complete by now; what left without a step has a record of its own."""
+        """The records that are complete by now."""
         self.complete()
         if not self._pending and (left := self._left()):
             used = self._engine.scheduler.kv.num_used
@@ -95,56 +101,54 @@ class EventFeed:
         return done
 
     def snapshot(self) -> str:
-        """The state that the next step changes."""
-        config = self._engine.scheduler.config
-        running = self._engine.scheduler.running
+        """The state that the next records change."""
+        scheduler = self._engine.scheduler
         return _json(
             {
                 "type": "snapshot",
                 "at": _now(),
-                "block_size": config.block_size,
-                "num_blocks": config.num_blocks,
-                "max_num_seqs": config.max_num_seqs,
-                "max_num_batched_tokens": config.max_num_batched_tokens,
+                "block_size": scheduler.config.block_size,
+                "num_blocks": scheduler.config.num_blocks,
+                "max_num_seqs": scheduler.config.max_num_seqs,
+                "max_num_batched_tokens": scheduler.config.max_num_batched_tokens,
                 "sequences": [
-                    [*_key(seq), seq.num_prompt_tokens, len(seq.token_ids), seq.num_cached, seq.block_ids]
-                    for seq in running
+                    [*_introduce(seq), len(seq.token_ids), seq.num_cached, seq.block_ids] for seq in scheduler.running
                 ],
+                "used": scheduler.kv.num_used,
                 "waiting": self._waiting(),
             }
         )
 
     def _record(self, plan: StepPlan) -> None:
-        """Note a plan that is about to run: rows still have the sequences that it was made for."""
-        running = {seq.row: seq for seq in self._engine.scheduler.running}
-        rows = [(running[chunk.row], chunk) for chunk in plan.chunks]
-        self._known.update((_key(seq), seq) for seq, _ in rows)
+        """Note a plan that is about to run. This runs once per step: a pass over the chunks is all that it may cost."""
+        left = self._left()
+        joined = [init.row for init in plan.joined]
+        if joined:
+            running = {seq.row: seq for seq in self._engine.scheduler.running}
+            self._rows.update((row, running[row]) for row in joined)
         self._pending[plan.step_id] = {
             "type": "step",
             "at": _now(),
             "step": plan.step_id,
-            "chunks": [
-                [*_key(seq), chunk.start, chunk.num_tokens, "decode" if chunk.is_decode else "prefill"]
-                for seq, chunk in rows
+            "left": left,
+            "joined": [[*_introduce(self._rows[row]), self._rows[row].num_cached] for row in joined],
+            "blocks": [[chunk.row, chunk.new_block_ids] for chunk in plan.chunks if chunk.new_block_ids],
+            "decode": [chunk.row for chunk in plan.chunks if chunk.num_tokens == 1 and chunk.sample],
+            "prefill": [
+                [chunk.row, chunk.start, chunk.num_tokens]
+                for chunk in plan.chunks
+                if chunk.num_tokens != 1 or not chunk.sample
             ],
-            "blocks": [[*_key(seq), chunk.new_block_ids] for seq, chunk in rows if chunk.new_block_ids],
-            "waiting": self._waiting(),
+            "used": self._engine.scheduler.kv.num_used,
             "num_waiting": self._engine.scheduler.num_waiting,
+            "waiting": self._waiting() if self._engine.scheduler.num_waiting else [],
         }
 
-    def _complete(self, record: dict[str, object], stats: StepStats) -> None:
-        record["left"] = self._left()
-        times = (stats.schedule_time, stats.execute_time, stats.update_time)
-        record.update(used=stats.num_blocks_used, ms=[round(seconds * 1e3, 3) for seconds in times])
-        self._done.append(_json(record))
-
     def _left(self) -> list[list[object]]:
-        """Sequences that do not run any more, told once."""
-        running = {_key(seq) for seq in self._engine.scheduler.running}
-        left = [(key, seq) for key, seq in self._known.items() if key not in running]
-        for key, _ in left:
-            del self._known[key]
-        return [[*key, "preempted" if seq.status is SequenceStatus.WAITING else "finished"] for key, seq in left]
+        """Rows whose sequences do not run any more, told once."""
+        rows = [row for row, seq in self._rows.items() if seq.row != row]
+        left = [(row, self._rows.pop(row).status) for row in rows]
+        return [[row, "preempted" if status is SequenceStatus.WAITING else "finished"] for row, status in left]
 
     def _waiting(self) -> list[list[object]]:
         running = {seq.request.request_id for seq in self._engine.scheduler.running}
@@ -157,13 +161,13 @@ class EventFeed:
         return shown
 
 
-def _key(seq: Sequence) -> tuple[str, int]:
-    return seq.request.request_id, seq.index
+def _introduce(seq: Sequence) -> tuple[int, str, int, int]:
+    return seq.row, seq.request.request_id, seq.index, seq.num_prompt_tokens
 
 
 def _now() -> float:
     return round(time.time(), 4)
 
 
-def _json(record: dict[str, object]) -> str:
-    return json.dumps(record, separators=(",", ":"))
+def _json(record: dict[str, Any]) -> str:
+    return msgspec.json.encode(record).decode()

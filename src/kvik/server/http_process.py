@@ -12,6 +12,7 @@ import logging
 import signal
 import socket
 import sys
+from typing import Any
 
 import uvicorn
 
@@ -43,6 +44,7 @@ class HttpProcess:
         self._server = uvicorn.Server(
             uvicorn.Config(
                 make_app(self.service),
+                http=_http_protocol(),
                 log_level="warning",
                 access_log=False,
                 server_header=False,
@@ -90,7 +92,8 @@ class HttpProcess:
 
     def _give_up(self, why: str) -> None:
         """Every stream ends with an error event; then this process ends with a failure."""
-        logger.error("%s; this server ends", why)
+        level = logging.INFO if self.service.not_started else logging.ERROR  # a failed start has said why already
+        logger.log(level, "%s; this server ends", why)
         self._code = self._code or 1
         self.service.fail(unavailable(f"{why}; the server has to be restarted", "engine_dead"))
         self._server.should_exit = True
@@ -113,6 +116,15 @@ class HttpProcess:
         while self.service.client.silence < self._settings.server.engine_timeout:
             await asyncio.sleep(CHECK_INTERVAL)
         self._give_up(f"the engine gave no sign for {self.service.client.silence:.0f} s")
+
+
+def _http_protocol() -> Any:
+    """httptools' parser where it is installed; uvicorn's other one bounds heads by itself."""
+    if importlib.util.find_spec("httptools") is None:
+        return "h11"
+    from kvik.server.http_protocol import BoundedProtocol
+
+    return BoundedProtocol
 
 
 def main() -> int:

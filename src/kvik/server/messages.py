@@ -46,6 +46,7 @@ class Add(msgspec.Struct, tag="add", frozen=True):
     priority: int = 0
     cache_salt: str = ""
     arrival_time: float = 0.0
+    pooling: str | None = None
 
 
 class Finish(msgspec.Struct, tag="finish", frozen=True):
@@ -87,6 +88,7 @@ class Rejected(msgspec.Struct, tag="rejected", frozen=True):
     request_id: str
     message: str
     param: str | None = None
+    code: str | None = None
 
 
 class Status(msgspec.Struct, tag="status", frozen=True):
@@ -138,6 +140,7 @@ def pack_request(request: Request) -> Add:
         priority=request.priority,
         cache_salt=request.cache_salt,
         arrival_time=request.arrival_time,
+        pooling=request.pooling,
     )
 
 
@@ -153,6 +156,7 @@ def unpack_request(message: Add) -> Request:
         priority=message.priority,
         cache_salt=message.cache_salt,
         arrival_time=message.arrival_time,
+        pooling=message.pooling,
     )
 
 

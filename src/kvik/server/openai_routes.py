@@ -57,7 +57,8 @@ async def _complete(http: Request, *, chat: bool) -> Response:
     )
     if served.request.stream:
         chunks = Chunks(served, reply_id, int(time.time()), model, frontend.tokenizer)
-        return EventStream(_events(generation, chunks), generation.close, patience=service.config.slow_client_timeout)
+        events = _events(generation, chunks, service.config.stream_interval)
+        return EventStream(events, generation.close, patience=service.config.slow_client_timeout)
     outputs = await gather(generation, http)
     body = response_body(served.request, outputs, frontend.tokenizer, model)
     body["id"] = reply_id
@@ -75,8 +76,8 @@ def _extend(body: dict[str, object], served: ServedRequest, token_ids: list[tupl
             choice["token_ids"] = ids
 
 
-async def _events(generation: Generation, chunks: Chunks) -> AsyncIterator[bytes]:
-    """The events of a stream. Raises ApiError where the engine ends a request early."""
+async def _events(generation: Generation, chunks: Chunks, interval: float) -> AsyncIterator[bytes]:
+    """The events of a stream, at least `interval` seconds apart. Raises ApiError where the engine ends it early."""
     for data in chunks.first():
         yield data
     done = False
@@ -92,5 +93,7 @@ async def _events(generation: Generation, chunks: Chunks) -> AsyncIterator[bytes
             data = b"".join(chunks.of(place, output))
             if data:
                 yield data
+        if interval and not done:
+            await generation.pause(interval)
     for data in chunks.last():
         yield data

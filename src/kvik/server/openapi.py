@@ -39,6 +39,9 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "chat_template_kwargs": {**_OBJECT, "description": "variables of the chat template, such as enable_thinking"},
     "continue_final_message": {**_FLAG, "description": "go on with the last message instead of beginning a new one"},
     "echo": {**_FLAG, "description": "put the prompt before the completion"},
+    "dimensions": {"type": "integer", "minimum": 1, "description": "leave it out, or give the model's own number"},
+    "encoding_format": {"enum": ["float", "base64"], "description": "base64 is little-endian float32"},
+    "pooling": {"enum": ["mean", "last"], "description": "mean over the tokens (default), or the last token"},
     "input": {"description": "a text, token ids, or a list of either", "anyOf": [_TEXT, {"type": "array"}]},
     "instructions": {**_TEXT, "description": "a system message before the input"},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "description": "tokens to generate at most"},
@@ -131,7 +134,7 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "tokenize": _body((*_TEMPLATE, "prompt", "add_special_tokens", "model")),
     "detokenize": _body(("tokens", "skip_special_tokens", "model"), "tokens"),
     "apply_template": _body((*_TEMPLATE, "model"), "messages"),
-    "embeddings": _body(("input", "model")),
+    "embeddings": _body(("input", "model", "encoding_format", "pooling", "dimensions", "user"), "input"),
 }
 """Schemas of request bodies by operation."""
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from importlib.resources import files
 
 from fastapi import APIRouter
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 from starlette.requests import Request
 
 from kvik import __version__
@@ -41,7 +41,7 @@ async def version() -> Response:
     return json_reply({"version": __version__})
 
 
-@router.get("/metrics", response_model=None)
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""
     service = _service(request)

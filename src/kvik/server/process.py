@@ -23,7 +23,9 @@ from kvik.server_config import ServerConfig
 
 __all__ = ["DRAIN", "ENGINE_ENDED", "PARENT_GONE", "ChildSettings", "announce", "read_settings", "watch_parent"]
 
-DRAIN, ENGINE_ENDED, PARENT_GONE = "drain", "engine", "parent"
+DRAIN = "drain"
+ENGINE_ENDED = "engine"
+PARENT_GONE = "parent"
 _PR_SET_PDEATHSIG = 1
 _STDIN = 0
 

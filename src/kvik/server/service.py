@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import time
 import uuid
@@ -118,6 +119,11 @@ class Service:
         return name
 
     @property
+    def not_started(self) -> bool:
+        """Whether the model has not been there yet."""
+        return self._frontend is None
+
+    @property
     def num_open(self) -> int:
         """Requests that are not finished."""
         return 0 if self._client is None else self._client.num_open
@@ -150,8 +156,9 @@ class Service:
         stream: bool,
         priority: int = 0,
         cache_salt: str = "",
+        pooling: str | None = None,
     ) -> Generation:
-        """Start generating for `prompts`. Raises ApiError or RequestError."""
+        """Start generating for `prompts`; with `pooling` embed them as well. Raises ApiError or RequestError."""
         self.frontend  # noqa: B018  refuses while the model is loading
         if self.draining:
             raise unavailable("the server is shutting down", "shutting_down")
@@ -159,10 +166,9 @@ class Service:
         ids = (call_id if len(prompts) == 1 else f"{call_id}-{place}" for place in itertools.count())
 
         def make() -> list[EngineRequest]:
-            return [
-                self.frontend.make_request(prompt, params, request_id=next(ids), priority=priority, cache_salt=salt)
-                for prompt in prompts
-            ]
+            options: dict[str, Any] = {"priority": priority, "cache_salt": salt}
+            made = [self.frontend.make_request(prompt, params, request_id=next(ids), **options) for prompt in prompts]
+            return made if pooling is None else [dataclasses.replace(request, pooling=pooling) for request in made]
 
         requests = await self.run(make, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
         texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
@@ -204,5 +210,6 @@ def _load_frontend(config: EngineConfig, ready: Any) -> Frontend:
         ModelFacts(ready.vocab_size, ready.rope_depends_on_length),
         tokenizer_folder=None if config.tokenizer is None else resolve_model(config.tokenizer),
         chat_template=config.chat_template,
+        dummy=config.load_format == "dummy",
         seed=uuid.uuid4().int,
     )

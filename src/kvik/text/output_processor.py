@@ -94,6 +94,7 @@ class _OpenRequest:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
         self._metrics: RequestMetrics | None = None
+        self._embedding: tuple[float, ...] = ()
         self._first_token_time: float | None = None
         echo = ""
         if params.echo:
@@ -118,6 +119,7 @@ class _OpenRequest:
         if output.index == 0:
             self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
             self._prompt_logprobs.extend(output.prompt_logprobs)
+            self._embedding = output.embedding or self._embedding
         if output.new_token_ids and self._first_token_time is None:
             self._first_token_time = clock()
         self._metrics = output.metrics or self._metrics
@@ -143,6 +145,7 @@ class _OpenRequest:
                 cached_tokens=self._num_cached_tokens,
             ),
             prompt_logprobs=(None, *self._prompt_logprobs) if with_prompt_logprobs else None,
+            embedding=self._embedding,
             metrics=self._metrics or (self._own_metrics(clock(), num_tokens) if self.finished else _NO_METRICS),
         )
 

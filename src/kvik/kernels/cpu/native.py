@@ -48,6 +48,7 @@ OP_CODES = {
     "unpack": 9,
     "unpack_quantized": 10,
     "read": 11,
+    "peak": 12,
 }
 
 

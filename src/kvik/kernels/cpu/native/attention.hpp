@@ -1,10 +1,12 @@
-// Attention over the paged cache, shared parts and decode. Included per instruction set. One item is one key/value head
-// of one sequence with
-//   decode    one query of each head of the group, against one chunk of the context (chunks are merged by the last one)
-//   prefill   a tile of queries of each head of the group, against all keys they see (attention_prefill.hpp)
+// Attention over the paged cache, shared parts and decode. Included per instruction set. One item is of one sequence
+//   decode    one query of each head, some key/value heads, one chunk of the context (the last chunk to end merges all)
+//   prefill   a tile of queries of the heads of one group, all keys that they see (attention_prefill.hpp)
 //
 //     cache     [block][kv head][offset][head_dim]; 16 consecutive tokens lie in one block, side by side: a run
 //     decode    scores [head][token] of the chunk -> weights, rounded as the cache is -> sum of weighted values
+//
+// Decode goes through a block with all heads of the item before it goes to the next block, which is the order of memory:
+// pieces of one head alone are too short for the memory to reach its speed (measured: half of it).
 //
 // Weights are powers of two: exp(scale * s) = 2^(slope * s) with slope = scale / ln 2.
 
@@ -36,36 +38,41 @@ struct Fp32Cache {
   }
 };
 
-struct Add {
-  inline F operator()(F a, F b) const { return add(a, b); }
-};
-struct Max {
-  inline F operator()(F a, F b) const { return maxf(a, b); }
-};
-
 static inline int min_int(int a, int b) { return a < b ? a : b; }
 static inline int max_int(int a, int b) { return a > b ? a : b; }
 
-// Where the tokens of one sequence lie, for one key/value head.
+// Where the tokens of one sequence lie.
 template <class Cache>
 struct Context {
   using Value = typename Cache::Value;
   const KvikOp& op;
   const int32_t* table;
-  int head;
-  int64_t offset(int token) const {
+  int64_t offset(int token, int head) const {
     int64_t block = table[token / op.block_size];
     return ((block * op.num_kv_heads + head) * op.block_size + token % op.block_size) * op.head_dim;
   }
-  const Value* key(int token) const { return (const Value*)op.k_cache + offset(token); }
-  const Value* value(int token) const { return (const Value*)op.v_cache + offset(token); }
+  const Value* key(int token, int head) const { return (const Value*)op.k_cache + offset(token, head); }
+  const Value* value(int token, int head) const { return (const Value*)op.v_cache + offset(token, head); }
 };
 
-constexpr int kAhead = 4 * kRun;  // tokens between what is computed and what is fetched from memory
+constexpr int kAhead = 2 * kRun;  // rows between what is computed and what is fetched from memory
+
+// Which rows to fetch while decode is at (token, head): those kAhead further in the order of memory, which is the next
+// block's for the last rows of a block.
+template <class Value>
+struct Ahead {
+  const Value* here;  // the item's first head in this block, and in the next one
+  const Value* next;
+  int64_t size;  // of the item's heads in a block
+  const Value* row(int64_t at, int d) const {
+    at += int64_t{kAhead} * d;
+    return at < size ? here + at : next + (at - size) % size;
+  }
+};
 
 template <class Value>
 static inline void prefetch_row(const Value* row, int d) {
-  for (int i = 0; i < d; i += 64 / int(sizeof(Value))) __builtin_prefetch(row + i, 0, 3);
+  for (int i = 0; i < d; i += 64 / int(sizeof(Value))) prefetch(row + i);
 }
 
 // scores[g][t] = q[g] . key t of a run, for `count` <= kLanes tokens, kHidden beyond; `next` is fetched meanwhile. A row
@@ -101,12 +108,25 @@ static void score_run(const uint32_t* q, const uint32_t* keys, int words, int co
   }
 }
 
-template <class Cache, int Heads>
-static inline void score_heads(const uint32_t* q, const uint32_t* keys, int words, int count,
+// The first `heads` <= Heads rows of q; returns how many were done.
+template <class Cache, int Heads, int Vecs>
+static inline int score_heads(int heads, const uint32_t* q, const uint32_t* keys, int words, int count,
+                              const typename Cache::Value* next, float* scores, int stride) {
+  if constexpr (Heads > 1)
+    if (heads < Heads) return score_heads<Cache, Heads - 1, Vecs>(heads, q, keys, words, count, next, scores, stride);
+  score_run<Cache, Heads, Vecs>(q, keys, words, count, next, scores, stride);
+  return Heads;
+}
+
+// All rows of q of a group, as many at a time as the registers hold.
+template <class Cache>
+static inline void score_group(int group, const uint32_t* q, const uint32_t* keys, int words, int count,
                                const typename Cache::Value* next, float* scores, int stride) {
-  if (words == 4 * kLanes) score_run<Cache, Heads, 4>(q, keys, words, count, next, scores, stride);
-  else if (words == 2 * kLanes) score_run<Cache, Heads, 2>(q, keys, words, count, next, scores, stride);
-  else score_run<Cache, Heads, 0>(q, keys, words, count, next, scores, stride);
+  for (int g = 0, done; g < group; g += done, q += done * words, scores += done * stride, next = nullptr) {
+    if (words == 4 * kLanes) done = score_heads<Cache, 4, 4>(group - g, q, keys, words, count, next, scores, stride);
+    else if (words == 2 * kLanes) done = score_heads<Cache, 8, 2>(group - g, q, keys, words, count, next, scores, stride);
+    else done = score_heads<Cache, 4, 0>(group - g, q, keys, words, count, next, scores, stride);
+  }
 }
 
 static inline float row_max(const float* x, int n) {
@@ -134,61 +154,76 @@ static inline void divide_row(const float* acc, float total, int n, float* out) 
   for (; i < n; ++i) out[i] = acc[i] / total;
 }
 
-// acc[g][panel * 32 ...] = sum over tokens [base, end) of weights[g][t] * value t, for Heads heads and Panels panels
+// acc[g][first * 32 ...] += sum over `count` rows of values of weights[g][t] * row t, for Heads heads and Panels panels
 template <class Cache, int Heads, int Panels>
-static void weigh_values(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int base, int end,
-                         int first_panel, float* acc, int dims) {
-  using Value = typename Cache::Value;
-  int d = context.op.head_dim, from = first_panel * kPanel;
+static void weigh_values(const typename Cache::Value* row, int d, int count, const typename Cache::Value* next,
+                         const typename Cache::Value* weights, int stride, int first, float* acc, int dims) {
+  int from = first * kPanel;
   F sums[Heads][Panels * kVectors];
-  for (int g = 0; g < Heads; ++g)
-    for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = setf(0);
-  for (int run = base; run < end; run += kRun) {
-    const Value* row = context.value(run) + from;
-    const Value* next = run + kAhead < end ? context.value(run + kAhead) + from : row;
-    int last = min_int(end, run + kRun);
-    for (int t = run; t < last; t += Cache::kPerWord, row += d * Cache::kPerWord, next += d * Cache::kPerWord) {
-      for (int i = 0; i < Cache::kPerWord; ++i) prefetch_row(next + i * d, Panels * kPanel);
-      I values[Panels * kVectors];
 #pragma GCC unroll 4
-      for (int p = 0; p < Panels; ++p)
-        Cache::load_values(row + p * kPanel, d, t + 1 < last, min_int(kPanel, d - from - p * kPanel), values + p * kVectors);
-#pragma GCC unroll 8
-      for (int g = 0; g < Heads; ++g) {
-        I weight = bcastw((const uint32_t*)(weights + g * stride + (t - base)));
+  for (int g = 0; g < Heads; ++g)
 #pragma GCC unroll 16
-        for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = Cache::Dot::dot(sums[g][j], weight, values[j]);
-      }
+    for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = loadf(acc + g * dims + from + j * kLanes);
+  row += from;
+  for (int t = 0; t < count; t += Cache::kPerWord, row += d * Cache::kPerWord) {
+    if (next)
+      for (int i = 0; i < Cache::kPerWord; ++i, next += d) prefetch_row(next, d);
+    I values[Panels * kVectors];
+#pragma GCC unroll 4
+    for (int p = 0; p < Panels; ++p)
+      Cache::load_values(row + p * kPanel, d, t + 1 < count, min_int(kPanel, d - from - p * kPanel), values + p * kVectors);
+#pragma GCC unroll 4
+    for (int g = 0; g < Heads; ++g) {
+      I weight = bcastw((const uint32_t*)(weights + g * stride + t));
+#pragma GCC unroll 16
+      for (int j = 0; j < Panels * kVectors; ++j) sums[g][j] = Cache::Dot::dot(sums[g][j], weight, values[j]);
     }
   }
+#pragma GCC unroll 4
   for (int g = 0; g < Heads; ++g)
+#pragma GCC unroll 16
     for (int j = 0; j < Panels * kVectors; ++j) storef(acc + g * dims + from + j * kLanes, sums[g][j]);
 }
 
+// The first `heads` <= Heads rows of weights; returns how many were done.
+template <class Cache, int Heads, int Panels>
+static inline int weigh_heads(int heads, const typename Cache::Value* row, int d, int count, const typename Cache::Value* next,
+                              const typename Cache::Value* weights, int stride, int first, float* acc, int dims) {
+  if constexpr (Heads > 1)
+    if (heads < Heads)
+      return weigh_heads<Cache, Heads - 1, Panels>(heads, row, d, count, next, weights, stride, first, acc, dims);
+  weigh_values<Cache, Heads, Panels>(row, d, count, next, weights, stride, first, acc, dims);
+  return Heads;
+}
+
 template <class Cache, int Panels>
-static inline void weigh_panels(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int group,
-                                int base, int end, int first_panel, float* acc, int dims) {
-  constexpr int kMost = kAccumulators / (Panels * kVectors), kHeads = kMost < 1 ? 1 : kMost > 4 ? 4 : kMost;
-  for (int g = 0; g < group;) {
-    int now = min_int(kHeads, group - g);
-    const typename Cache::Value* w = weights + g * stride;
-    float* out = acc + g * dims;
-    if (now == kHeads) weigh_values<Cache, kHeads, Panels>(context, w, stride, base, end, first_panel, out, dims);
-    else if (now >= 2) now = 2, weigh_values<Cache, 2, Panels>(context, w, stride, base, end, first_panel, out, dims);
-    else weigh_values<Cache, 1, Panels>(context, w, stride, base, end, first_panel, out, dims);
-    g += now;
+static inline void weigh_panels(const typename Cache::Value* row, int d, int count, const typename Cache::Value* next,
+                                const typename Cache::Value* weights, int stride, int group, int first, float* acc, int dims) {
+  constexpr int kMost = kAccumulators / (Panels * kVectors), kHeads = kMost < 1 ? 1 : kMost > 6 ? 6 : kMost;
+  for (int g = 0; g < group; next = nullptr) {
+    int left = group - g, now = left > kHeads && left < 2 * kHeads ? (left + 1) / 2 : left;  // 7 heads are 4 and 3
+    g += weigh_heads<Cache, kHeads, Panels>(now, row, d, count, next, weights + g * stride, stride, first, acc + g * dims, dims);
   }
 }
 
-// As many panels at a time as the registers hold with one head; returns how many.
+// All panels of a run of values, as many at a time as the registers hold with one head.
 template <class Cache>
-static inline int weigh_some(const Context<Cache>& context, const typename Cache::Value* weights, int stride, int group,
-                             int base, int end, int first, int left, float* acc, int dims) {
-  if constexpr (kAccumulators >= 4 * kVectors) {
-    if (left >= 4) return weigh_panels<Cache, 4>(context, weights, stride, group, base, end, first, acc, dims), 4;
-    if (left >= 2) return weigh_panels<Cache, 2>(context, weights, stride, group, base, end, first, acc, dims), 2;
+static void weigh_run(const typename Cache::Value* row, int d, int count, const typename Cache::Value* next,
+                      const typename Cache::Value* weights, int stride, int group, float* acc, int dims) {
+  int panels = dims / kPanel;
+  for (int p = 0; p < panels; next = nullptr) {
+    if constexpr (kAccumulators >= 4 * kVectors) {
+      if (panels - p >= 4) {
+        weigh_panels<Cache, 4>(row, d, count, next, weights, stride, group, p, acc, dims), p += 4;
+        continue;
+      }
+      if (panels - p >= 2) {
+        weigh_panels<Cache, 2>(row, d, count, next, weights, stride, group, p, acc, dims), p += 2;
+        continue;
+      }
+    }
+    weigh_panels<Cache, 1>(row, d, count, next, weights, stride, group, p, acc, dims), p += 1;
   }
-  return weigh_panels<Cache, 1>(context, weights, stride, group, base, end, first, acc, dims), 1;
 }
 
 // The partial results of a sequence's chunks, in order, into the output row of each head of the group.
@@ -211,63 +246,100 @@ static void merge_chunks(const KvikOp& op, const float* partials, int64_t stride
   }
 }
 
+// A chunk of the context of one sequence: tokens [base, end), of which those before `begin` are outside the window.
+struct Chunk {
+  int base, begin, end, padded;
+};
+
+// scores [heads * group][padded] of the item's heads, block by block
+template <class Cache>
+static void score_chunk(const Context<Cache>& context, const Chunk& chunk, const uint32_t* q, int head, int heads, float* scores) {
+  using Value = typename Cache::Value;
+  const KvikOp& op = context.op;
+  int d = op.head_dim, words = d / Cache::kPerWord, group = op.num_heads / op.num_kv_heads, size = op.block_size;
+  for (int first = chunk.base, last; first < chunk.end; first = last) {
+    last = min_int(chunk.end, (first / size + 1) * size);
+    const Value* follows = last < chunk.end ? context.key(last, head) : context.value(chunk.base, head);
+    Ahead<Value> ahead{context.key(first / size * size, head), follows, int64_t{heads} * size * d};
+    for (int h = 0; h < heads; ++h)
+      for (int t = first; t < first + (last - first + kRun - 1) / kRun * kRun; t += kLanes) {
+        const uint32_t* keys = (const uint32_t*)context.key(t, head + h);
+        const Value* next = ahead.row((int64_t{h} * size + t % size) * d, d);
+        float* out = scores + h * group * chunk.padded + t - chunk.base;
+        int count = max_int(0, min_int(kLanes, last - t));
+        score_group<Cache>(group, q + h * group * words, keys, words, count, next, out, chunk.padded);
+      }
+  }
+}
+
+// acc [heads * group][dims] = weights . values
+template <class Cache>
+static void weigh_chunk(const Context<Cache>& context, const Chunk& chunk, const typename Cache::Value* weights, int head,
+                        int heads, float* acc, int dims) {
+  using Value = typename Cache::Value;
+  const KvikOp& op = context.op;
+  int d = op.head_dim, group = op.num_heads / op.num_kv_heads, size = op.block_size;
+  for (int i = 0; i < heads * group * dims; i += kLanes) storef(acc + i, setf(0));
+  for (int first = chunk.base, last; first < chunk.end; first = last) {
+    last = min_int(chunk.end, (first / size + 1) * size);
+    const Value* here = context.value(first / size * size, head);
+    Ahead<Value> ahead{here, last < chunk.end ? context.value(last, head) : here, int64_t{heads} * size * d};
+    for (int h = 0; h < heads; ++h)
+      for (int t = first; t < last; t += kRun)
+        weigh_run<Cache>(context.value(t, head + h), d, min_int(kRun, last - t),
+                         ahead.row((int64_t{h} * size + t % size) * d, d),
+                         weights + h * group * chunk.padded + t - chunk.base, chunk.padded, group, acc + h * group * dims, dims);
+  }
+}
+
 template <class Cache>
 static void attend_chunk(const Job& job, int s, int part, int head, Scratch& scratch) {
   using Value = typename Cache::Value;
   const KvikOp& op = *job.op;
   const KvikStep& step = *job.step;
   const SequencePlan& plan = job.sequences[s];
-  int d = op.head_dim, words = d / Cache::kPerWord, group = op.num_heads / op.num_kv_heads;
+  int d = op.head_dim, group = op.num_heads / op.num_kv_heads, heads = plan.heads, rows = heads * group;
   int len = step.seq_lens[s], token = step.query_starts[s], low = op.window > 0 ? max_int(0, len - op.window) : 0;
-  int begin = max_int(low, (plan.first_part + part) * plan.chunk);
-  int end = min_int(len, (plan.first_part + part + 1) * plan.chunk), base = begin / kRun * kRun;
-  int padded = (end - base + kRun - 1) / kRun * kRun, panels = (d + kPanel - 1) / kPanel, dims = panels * kPanel;
-  Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride, head};
-  const uint32_t* q = (const uint32_t*)((const Value*)op.x + (int64_t{token} * op.num_heads + head * group) * d);
+  Chunk chunk;
+  chunk.begin = max_int(low, (plan.first_part + part) * plan.chunk);
+  chunk.end = min_int(len, (plan.first_part + part + 1) * plan.chunk);
+  chunk.base = chunk.begin / kRun * kRun;
+  chunk.padded = (chunk.end - chunk.base + kRun - 1) / kRun * kRun;
+  int padded = chunk.padded, dims = (d + kPanel - 1) / kPanel * kPanel;
+  Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride};
+  int64_t query = (int64_t{token} * op.num_heads + head * group) * d;
 
-  // scores [group][padded] | weights [group][padded] | acc [group][dims]
-  float* scores = (float*)scratch.get(sizeof(float) * size_t(2 * group * padded + group * dims + 64));
-  Value* weights = (Value*)(scores + group * padded);
-  float* acc = scores + 2 * group * padded;
-  for (int run = base; run < end; run += kRun) {
-    const uint32_t* keys = (const uint32_t*)context.key(run);
-    const Value* next = run + kAhead < end ? context.key(run + kAhead) : context.value(min_int(base + run + kAhead - end, end - 1) / kRun * kRun);
-    for (int t = 0; t < kRun; t += kLanes, keys += kLanes * words, next += kLanes * d) {
-      int count = max_int(0, min_int(kLanes, end - run - t));
-      float* out = scores + run + t - base;
-      for (int g = 0, left; g < group; g += left >= 4 ? 4 : left >= 2 ? 2 : 1) {
-        left = group - g;
-        const Value* fetch = g == 0 ? next : nullptr;
-        if (left >= 4) score_heads<Cache, 4>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
-        else if (left >= 2) score_heads<Cache, 2>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
-        else score_heads<Cache, 1>(q + g * words, keys, words, count, fetch, out + g * padded, padded);
-      }
-    }
+  // scores [rows][padded] | weights [rows][padded] | acc [rows][dims] | tops [rows] | totals [rows]
+  float* scores = (float*)scratch.get(sizeof(float) * size_t(rows) * size_t(2 * padded + dims + 2));
+  Value* weights = (Value*)(scores + rows * padded);
+  float* acc = scores + 2 * rows * padded;
+  float* tops = acc + rows * dims;
+  float* totals = tops + rows;
+  score_chunk(context, chunk, (const uint32_t*)((const Value*)op.x + query), head, heads, scores);
+  for (int r = 0; r < rows; ++r) {
+    float* row = scores + r * padded;
+    for (int t = chunk.base; t < chunk.begin; ++t) row[t - chunk.base] = kHidden;
+    tops[r] = row_max(row, padded);
+    totals[r] = sum(exponentials<Cache>(row, padded, setf(tops[r]), setf(op.scale * kSlope), weights + r * padded));
   }
-  bool only = plan.parts == 1;
+  weigh_chunk(context, chunk, weights, head, heads, acc, dims);
+  float* out = (float*)op.y + query;
+  if (plan.parts == 1) {
+    for (int r = 0; r < rows; ++r) divide_row(acc + r * dims, totals[r], d, out + r * d);
+    return;
+  }
   int64_t stride = int64_t{group} * (d + 2);
-  float* partials = job.partials + plan.partial + int64_t{head} * plan.parts * stride;
-  float* partial = partials + part * stride;
-  float tops[1024], totals[1024];
-  for (int g = 0; g < group; ++g) {
-    float* row = scores + g * padded;
-    for (int t = base; t < begin; ++t) row[t - base] = kHidden;
-    tops[g] = row_max(row, padded);
-    totals[g] = sum(exponentials<Cache>(row, padded, setf(tops[g]), setf(op.scale * kSlope), weights + g * padded));
-  }
-  for (int p = 0; p < panels;) p += weigh_some<Cache>(context, weights, padded, group, base, end, p, panels - p, acc, dims);
-  float* out = (float*)op.y + (int64_t{token} * op.num_heads + head * group) * d;
-  for (int g = 0; g < group; ++g) {
-    if (only) {
-      divide_row(acc + g * dims, totals[g], d, out + g * d);
-    } else {
-      partial[g] = tops[g], partial[group + g] = totals[g];
-      for (int i = 0; i < d; ++i) partial[2 * group + g * d + i] = acc[g * dims + i];
+  for (int h = 0; h < heads; ++h) {
+    float* partials = job.partials + plan.partial + int64_t{head + h} * plan.parts * stride;
+    float* partial = partials + part * stride;
+    for (int g = 0; g < group; ++g) {
+      int r = h * group + g;
+      partial[g] = tops[r], partial[group + g] = totals[r];
+      for (int i = 0; i < d; ++i) partial[2 * group + g * d + i] = acc[r * dims + i];
     }
+    std::atomic<int>& arrivals = job.arrivals[s * op.num_kv_heads + head + h];
+    if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < plan.parts) continue;
+    arrivals.store(0, std::memory_order_relaxed);
+    merge_chunks(op, partials, stride, plan.parts, group, acc + h * group * dims, out + h * group * d);
   }
-  if (only) return;
-  std::atomic<int>& arrivals = job.arrivals[s * op.num_kv_heads + head];
-  if (arrivals.fetch_add(1, std::memory_order_acq_rel) + 1 < plan.parts) return;
-  arrivals.store(0, std::memory_order_relaxed);
-  merge_chunks(op, partials, stride, plan.parts, group, acc, out);
 }

@@ -6,7 +6,7 @@
 
 // Keys of tokens [begin, begin + kKeyTile) as panels [token / 32][word][32]; whatever lies past `end` stays unread.
 template <class Cache>
-static void pack_keys(const Context<Cache>& context, int begin, int end, int words, uint32_t* out) {
+static void pack_keys(const Context<Cache>& context, int head, int begin, int end, int words, uint32_t* out) {
   for (int t = 0; t < kKeyTile; t += kLanes) {
     uint32_t* panel = out + int64_t{t / kPanel} * words * kPanel + t % kPanel;
     int rows = max_int(0, min_int(kLanes, end - begin - t));
@@ -15,7 +15,7 @@ static void pack_keys(const Context<Cache>& context, int begin, int end, int wor
         for (int i = 0; i < kLanes; ++i) panel[k * kPanel + i] = 0;
       continue;
     }
-    const uint32_t* keys = (const uint32_t*)context.key(begin + t);
+    const uint32_t* keys = (const uint32_t*)context.key(begin + t, head);
     for (int k = 0; k < words; k += kLanes) {
       transpose(keys + k, words, panel + k * kPanel, kPanel, rows, min_int(kLanes, words - k));
       for (int i = rows; i < kLanes; ++i)
@@ -26,11 +26,11 @@ static void pack_keys(const Context<Cache>& context, int begin, int end, int wor
 
 // Values of tokens [begin, end) as panels [output / 32][token pair or token][32]; `words` words, zeros past the end.
 template <class Cache>
-static void pack_values(const Context<Cache>& context, int begin, int end, int words, uint32_t* out) {
+static void pack_values(const Context<Cache>& context, int head, int begin, int end, int words, uint32_t* out) {
   int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel;
   for (int k = 0; k < words; ++k) {
     int token = begin + k * Cache::kPerWord;
-    const typename Cache::Value* row = token < end ? context.value(token) : nullptr;
+    const typename Cache::Value* row = token < end ? context.value(token, head) : nullptr;
     for (int p = 0; p < panels; ++p) {
       I values[kVectors];
       for (int j = 0; j < kVectors; ++j) values[j] = seti(0);
@@ -127,7 +127,7 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   int first = part * plan.chunk, count = min_int(plan.chunk, num_queries - first);
   int token = step.query_starts[s] + first, position = step.seq_lens[s] - num_queries + first;
   if (count <= 0) return;
-  Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride, head};
+  Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride};
   QueryRows state{count * group, position, group, (d + kPanel - 1) / kPanel * kPanel, nullptr, nullptr, nullptr};
   Tiling tiling = Tiling::of(state.rows);
 
@@ -154,8 +154,8 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   }
   int low = op.window > 0 ? max_int(0, position - op.window + 1) : 0, end = position + count;
   for (int begin = low / kKeyTile * kKeyTile; begin < end; begin += kKeyTile) {
-    pack_keys(context, begin, end, words, keys);
-    pack_values(context, begin, end, kPairs, values);
+    pack_keys(context, head, begin, end, words, keys);
+    pack_values(context, head, begin, end, kPairs, values);
     for (int t = 0; t < tiling.tiles; ++t) {
       int row = tiling.start(t), rows = tiling.size(t);
       if (begin > state.position(row + rows - 1)) continue;  // all of it lies in the future
@@ -181,10 +181,15 @@ static int sequence_of(const Job& job, int item) {  // the last one that starts 
 
 static void attention(const Job& job, int item, Scratch& scratch) {
   const KvikOp& op = *job.op;
-  int s = sequence_of(job, item), inner = item - job.sequences[s].first_item;
-  int part = inner / op.num_kv_heads, head = inner % op.num_kv_heads;
-  bool one = job.step->query_starts[s + 1] - job.step->query_starts[s] == 1;
-  if (!one) part = job.sequences[s].parts - 1 - part;  // the longest first
-  if (op.type == KVIK_BF16) one ? attend_chunk<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Bf16Cache>(job, s, part, head, scratch);
-  else one ? attend_chunk<Fp32Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
+  int s = sequence_of(job, item);
+  const SequencePlan& plan = job.sequences[s];
+  int inner = item - plan.first_item, turns = op.num_kv_heads / plan.heads;
+  int part = inner / turns, head = inner % turns * plan.heads;
+  bool bf16 = op.type == KVIK_BF16;
+  if (job.step->query_starts[s + 1] - job.step->query_starts[s] == 1) {
+    bf16 ? attend_chunk<Bf16Cache>(job, s, part, head, scratch) : attend_chunk<Fp32Cache>(job, s, part, head, scratch);
+  } else {
+    part = plan.parts - 1 - part;  // the longest first
+    bf16 ? attend_queries<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
+  }
 }

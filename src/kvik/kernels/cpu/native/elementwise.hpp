@@ -144,3 +144,29 @@ static void read(const void* data, int64_t bytes) {
   volatile int32_t keep = sumi(addi(addi(acc[0], acc[1]), addi(acc[2], acc[3])));
   (void)keep;
 }
+
+// `products` dot products of two words, in registers only.
+template <class Dot>
+static void multiply(int64_t products) {
+  constexpr int kChains = 2 * kRowsInRegisters;
+  typename Dot::Acc acc[kChains];
+  I a = as_int(setf(1.0f)), b = as_int(setf(0.5f));
+  for (int i = 0; i < kChains; ++i) clear(acc[i]);
+  for (int64_t n = 0; n < products; n += kChains * kLanes) {
+#pragma GCC unroll 32
+    for (int i = 0; i < kChains; ++i) acc[i] = Dot::dot(acc[i], a, b);
+    asm volatile("" ::: "memory");
+  }
+  alignas(64) uint32_t lanes[kLanes];
+  volatile uint32_t keep = 0;
+  for (int i = 0; i < kChains; ++i) {
+    __builtin_memcpy(lanes, &acc[i], sizeof lanes);
+    keep = keep ^ lanes[0];
+  }
+}
+
+static void peak(int format, int64_t products) {
+  if (format == KVIK_FP32) multiply<Fp32Dot>(products);
+  else if (format == KVIK_BF16) multiply<Bf16Dot>(products);
+  else multiply<Int8Dot>(products);
+}

@@ -163,8 +163,10 @@ static inline void some_rows_int4(int rows, const uint32_t* a, int tile_rows, co
 template <int Subs>
 static void gemm_int4(int rows, const uint32_t* a, const uint8_t* b, int groups, const float* scales,
                       const int32_t* sums, float* c) {
+  constexpr int kMost = kRowsInRegisters / 2 < 1 ? 1 : kRowsInRegisters / 2;  // with two vectors: half as many loads
   for (int m = 0, now; m < rows; m += now) {
-    now = rows - m < kRowsInRegisters ? rows - m : kRowsInRegisters;
-    some_rows_int4<kRowsInRegisters, Subs>(now, a + m, rows, b, groups, scales + m, sums + m, c + m * kPanel);
+    int left = rows - m, turns = (left + kMost - 1) / kMost;
+    now = (left + turns - 1) / turns;
+    some_rows_int4<kMost, Subs>(now, a + m, rows, b, groups, scales + m, sums + m, c + m * kPanel);
   }
 }

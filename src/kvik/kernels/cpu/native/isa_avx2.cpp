@@ -14,7 +14,8 @@ namespace avx2 {
 #include "attention.hpp"
 #include "attention_prefill.hpp"
 
-const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read};
+const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
+                        peak};
 
 }  // namespace avx2
 

@@ -17,7 +17,8 @@ namespace avx512_bf16 {
 #include "attention.hpp"
 #include "attention_prefill.hpp"
 
-const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read};
+const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
+                        peak};
 
 }  // namespace avx512_bf16
 

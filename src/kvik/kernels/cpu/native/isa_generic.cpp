@@ -11,7 +11,8 @@ namespace generic {
 #include "attention.hpp"
 #include "attention_prefill.hpp"
 
-const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read};
+const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
+                        peak};
 
 }  // namespace generic
 

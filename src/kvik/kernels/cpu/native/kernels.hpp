@@ -52,7 +52,8 @@ struct Tiling {
 
 // How the queries of one sequence are split into items: chunks of context for one query, tiles of queries for several.
 struct SequencePlan {
-  int first_item, parts;  // items = parts * num_kv_heads
+  int first_item, parts;  // items = parts * num_kv_heads / heads
+  int heads;              // key/value heads per item, which changes no bit of the result
   int first_part;         // decode: index of the first chunk of context
   int chunk;              // decode: tokens per chunk; prefill: queries per tile
   int64_t partial;        // decode: offset of the sequence's partial results, in floats
@@ -76,6 +77,7 @@ using ItemFn = void (*)(const Job& job, int item, Scratch& scratch);
 struct Kernels {
   ItemFn embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax;
   void (*read)(const void* data, int64_t bytes);
+  void (*peak)(int format, int64_t products);
 };
 
 // Levels, lowest first. A build for another architecture has the generic one only.

@@ -26,7 +26,8 @@ enum KvikOpCode : int32_t {
   KVIK_UNPACK = 9,       // linear -> y fp32 [n, k]
   KVIK_UNPACK_QUANTIZED = 10,  // linear -> y int8 [n, k], `scales` fp32 [n, groups]
   KVIK_READ = 11,        // read x[0, width) bytes: the bandwidth probe
-  KVIK_OP_COUNT = 12,
+  KVIK_PEAK = 12,        // `rows` items of `width` products of a pair of words of `type`: the arithmetic probe
+  KVIK_OP_COUNT = 13,
 };
 
 extern "C" {

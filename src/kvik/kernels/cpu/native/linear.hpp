@@ -3,6 +3,13 @@
 //
 //     packed tile    words [words][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32     (the last two: int8, int4)
 
+struct Add {
+  inline F operator()(F a, F b) const { return add(a, b); }
+};
+struct Max {
+  inline F operator()(F a, F b) const { return maxf(a, b); }
+};
+
 // src [rows, words] -> dst [words, rows]
 static void interleave(const uint32_t* src, int64_t src_stride, int rows, int words, uint32_t* dst) {
   for (int r = 0; r < rows; r += kLanes)
@@ -46,6 +53,37 @@ static float quantise(const float* x, int n, int8_t* q, int32_t* total) {
   return most / 127.0f;
 }
 
+// The same for groups of `size` (32 or 128) values, a row of kLanes groups at a time; scales and sums are `step` apart.
+static void quantise_groups(const float* x, int groups, int size, int8_t* q, float* scales, int32_t* sums, int step) {
+  alignas(64) float parts[kLanes * kLanes], most[kLanes], inverse[kLanes], totals[kLanes];
+  for (int first = 0; first < groups; first += kLanes) {
+    int count = groups - first < kLanes ? groups - first : kLanes;
+    for (int g = 0; g < kLanes; ++g) {
+      F top = setf(0);
+      const float* group = x + (first + (g < count ? g : 0)) * size;
+      for (int i = 0; i < size; i += kLanes) top = maxf(top, absf(loadf(group + i)));
+      storef(parts + g * kLanes, top);
+    }
+    F tops = reduce_rows(parts, Max());
+    storef(most, divide(tops, setf(127.0f)));
+    storef(inverse, divide(setf(127.0f), maxf(tops, setf(1e-30f))));
+    for (int g = 0; g < count; ++g) {
+      I total = seti(0);
+      for (int i = 0; i < size; i += kLanes) {
+        I value = to_int(mul(loadf(x + (first + g) * size + i), setf(inverse[g])));
+        total = addi(total, value);
+        store_s8(q + (first + g) * size + i, value);
+      }
+      storef(parts + g * kLanes, to_float(total));
+    }
+    storef(totals, reduce_rows(parts, Add()));  // exact: integers below 2^24
+    for (int g = 0; g < count; ++g) {
+      scales[(first + g) * step] = most[g];
+      sums[(first + g) * step] = -8 * int32_t(totals[g]);
+    }
+  }
+}
+
 struct TileView {
   uint32_t* words;
   float* scales;
@@ -81,11 +119,7 @@ static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
       view.scales[m] = quantise(row, padded, (int8_t*)out, &total);
       view.sums[m] = -128 * total;
     } else {
-      for (int g = 0; g < w.blocks; ++g) {
-        int32_t total;
-        view.scales[g * view.rows + m] = quantise(row + g * w.group, w.group, (int8_t*)out + g * w.group, &total);
-        view.sums[g * view.rows + m] = -8 * total;
-      }
+      quantise_groups(row, w.blocks, w.group, (int8_t*)out, view.scales + m, view.sums + m, view.rows);
     }
   }
   interleave(packed, row_words, view.rows, w.words, view.words);

@@ -96,9 +96,8 @@ uint16_t quantise_group(const float* x, int n, int8_t* q) {
     if (std::fabs(x[i]) > most) most = std::fabs(x[i]), extreme = x[i];
   uint16_t best_scale = 0;
   float best = INFINITY;
-  int8_t trial[128];
-  std::memset(q, 0, size_t(n));
-  if (most == 0) return 0;
+  int8_t trial[128] = {};
+  if (most == 0) return 0;  // q is zero already
   for (float range : {-8.0f, -8.6f, -9.2f, -7.5f, 7.0f}) {
     uint16_t half = to_half(extreme / range);
     float scale = from_half(half), error = 0;

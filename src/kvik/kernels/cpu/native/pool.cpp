@@ -247,25 +247,34 @@ int Pool::plan_gemm(const KvikOp& op) {
 
 int Pool::plan_attention(const KvikOp& op) {
   const KvikStep& step = *job_.step;
-  int group = op.num_heads / op.num_kv_heads, items = 0;
+  int group = op.num_heads / op.num_kv_heads, items = 0, chunks = 0;
   int64_t partial = 0;
   sequences_.resize(size_t(step.num_seqs));
   for (int s = 0; s < step.num_seqs; ++s) {
     int queries = step.query_starts[s + 1] - step.query_starts[s], len = step.seq_lens[s];
     SequencePlan& plan = sequences_[size_t(s)];
-    plan = SequencePlan{items, 0, 0, 0, partial};
+    plan = SequencePlan{0, 0, 1, 0, 0, partial};
     if (queries == 1) {
       int low = op.window > 0 && len > op.window ? len - op.window : 0;
       plan.chunk = len - low > kLongContext ? 4 * kChunk : kChunk;
       plan.first_part = low / plan.chunk;
       plan.parts = (len + plan.chunk - 1) / plan.chunk - plan.first_part;
+      chunks += plan.parts;
       if (plan.parts > 1) partial += int64_t{plan.parts} * op.num_heads * (op.head_dim + 2);
     } else if (queries > 1) {
       int most = kQueryRows / group > 1 ? kQueryRows / group : 1;
       plan.parts = (queries + most - 1) / most;
       plan.chunk = (queries + plan.parts - 1) / plan.parts;
     }
-    items += plan.parts * op.num_kv_heads;
+  }
+  // All heads of a chunk in one item read memory in order; fewer where that leaves too few items to share.
+  int heads = op.num_kv_heads;
+  while (heads > 1 && chunks * (op.num_kv_heads / heads) < 4 * threads_) heads = heads % 2 ? 1 : heads / 2;
+  for (int s = 0; s < step.num_seqs; ++s) {
+    SequencePlan& plan = sequences_[size_t(s)];
+    if (step.query_starts[s + 1] - step.query_starts[s] == 1) plan.heads = heads;
+    plan.first_item = items;
+    items += plan.parts * (op.num_kv_heads / plan.heads);
   }
   if (step.num_seqs * op.num_kv_heads > num_arrivals_) {
     num_arrivals_ = step.num_seqs * op.num_kv_heads;
@@ -296,6 +305,7 @@ void Pool::execute(int item, Scratch& scratch) {
       int64_t begin = int64_t{item} << 17, left = op.width - begin;
       return kernels_.read(static_cast<const uint8_t*>(op.x) + begin, left < (1 << 17) ? left : (1 << 17));
     }
+    case KVIK_PEAK: return kernels_.peak(op.type, op.width);
     default: std::abort();
   }
 }

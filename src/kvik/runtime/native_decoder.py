@@ -1,0 +1,114 @@
+"""The decoder on the native CPU kernels: the block as `Decoder.forward` writes it, recorded once and run in one call.
+
+Takes the place of `kvik.models.decoder.Decoder` in the model runner: the same `spec`, `forward` and `logits`. Owns the
+thread pool, the packed weights and the tape; the KV cache and the batch are arguments, as everywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.kernels.api import LinearWeight
+from kvik.kernels.cpu.native import NativePool, StepStruct, data_pointer
+from kvik.kernels.cpu.ops import linear_entry
+from kvik.kernels.cpu.packing import PackedLinear, pack_linear, pack_quantized
+from kvik.kernels.cpu.tape import Tape, TapeOps
+from kvik.layers.rope import RopeTable
+from kvik.models.decoder import Decoder, DecoderWeights
+from kvik.models.loader import Pack
+from kvik.models.spec import DecoderSpec
+from kvik.quantization.loading import PackQuantized, QuantizedWeight
+
+__all__ = ["NativeDecoder", "native_pack", "native_pack_quantized"]
+
+
+def native_pack(fmt: str, head_fmt: str, pool: NativePool) -> Pack:
+    """Packs projections as they are loaded: `fmt` for those of the blocks, `head_fmt` for the output head."""
+
+    def pack(role: str, weight: LinearWeight) -> LinearWeight:
+        chosen = head_fmt if role == "lm_head" else fmt
+        return pack_linear(weight.weight, weight.bias, chosen, pool=pool, swiglu=role == "gate_up")
+
+    return pack
+
+
+def native_pack_quantized(pool: NativePool) -> PackQuantized:
+    """Packs projections that are quantised already, as they are loaded."""
+
+    def pack(role: str, weight: QuantizedWeight) -> LinearWeight:
+        return pack_quantized(weight.q, weight.scales, weight.bias, weight.fmt, pool=pool, swiglu=role == "gate_up")
+
+    return pack
+
+
+class _TapeAttention:
+    """`AttentionBackend` that records."""
+
+    def __init__(self, ops: TapeOps) -> None:
+        self._ops = ops
+
+    def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
+        return self._ops.attention(q, kv.k, kv.v, scale=scale, window=window)
+
+
+class NativeDecoder:
+    """A decoder whose steps of up to `max_tokens` tokens run natively. `weights` were packed with `native_pack`."""
+
+    def __init__(
+        self, spec: DecoderSpec, weights: DecoderWeights, rope: RopeTable, pool: NativePool, max_tokens: int
+    ) -> None:
+        head = weights.lm_head
+        assert isinstance(head, PackedLinear)
+        if spec.tie_word_embeddings:
+            weights = replace(weights, embedding=head.weight)  # the embedding is read from the packed head
+        self.spec = spec
+        self._weights = weights
+        self._head = head
+        self._rope = rope
+        self._pool = pool
+        self._max_tokens = max_tokens
+        self._tape: Tape | None = None
+        self._kv: Sequence[KVLayer] = ()
+
+    def forward(self, batch: ForwardBatch, kv: Sequence[KVLayer]) -> Tensor:
+        """As `Decoder.forward`: hidden states [num_rows, hidden_size] fp32 of the tokens at `batch.logit_indices`."""
+        if self._tape is None or self._kv is not kv:
+            self._tape, self._kv = self._record(kv), kv
+        num_rows = len(batch.logit_indices)
+        hidden = torch.empty((max(num_rows, 1), self.spec.hidden_size))
+        cos, sin = self._rope.cos_sin(batch.positions, batch.rope_lens)
+        held = (batch.input_ids, cos, sin, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables)
+        inputs = [tensor.contiguous() for tensor in (*held, batch.logit_indices)]
+        step = StepStruct(
+            len(batch.input_ids), batch.num_seqs, num_rows, batch.block_tables.shape[1], *map(data_pointer, inputs)
+        )
+        self._tape.set_result(hidden.data_ptr())
+        self._tape.run(self._pool, step)
+        return hidden[:num_rows]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32."""
+        scores = torch.empty((len(hidden), self.spec.vocab_size))
+        if len(hidden):
+            self._pool.run_one(linear_entry(hidden, scores, self._head, len(hidden)))
+        return scores
+
+    def _record(self, kv: Sequence[KVLayer]) -> Tape:
+        """Run the decoder once over operations that note what they are asked."""
+        tape = Tape(self._max_tokens)
+        ops = TapeOps(tape, self._head if self.spec.tie_word_embeddings else None)
+        Decoder(self.spec, self._weights, self._rope, ops, _TapeAttention(ops)).forward(_one_token(), kv)
+        tape.seal()
+        return tape
+
+
+def _one_token() -> ForwardBatch:
+    """A batch of the right types; recording reads nothing of it."""
+    zero, wide = torch.zeros(1, dtype=torch.int32), torch.zeros(1, dtype=torch.int64)
+    ends = torch.tensor([0, 1], dtype=torch.int32)
+    return ForwardBatch(wide, wide, wide, ends, zero + 1, zero.view(1, 1), wide, (0, 1), (1,), wide + 1)

@@ -1,0 +1,260 @@
+"""The recorded decoder against the torch one on tiny models, and the library around it: threads, errors, rest."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+from native_cases import ISAS, QuantizedReferenceOps, noise, pool
+from torch import Tensor
+
+from kvik.attention.base import AttentionBackend, ForwardBatch, KVLayer
+from kvik.attention.reference import ReferenceAttention
+from kvik.errors import ConfigError
+from kvik.kernels.api import LinearWeight
+from kvik.kernels.cpu.native import NativePool, available, load_library
+from kvik.kernels.cpu.ops import NativeOps
+from kvik.kernels.cpu.packing import FORMATS
+from kvik.kernels.reference import ReferenceOps
+from kvik.layers.rope import RopeSpec, RopeTable
+from kvik.models.decoder import Decoder, DecoderWeights, allocate_layer
+from kvik.models.native import NativeDecoder, pack_weights
+from kvik.models.spec import DecoderSpec
+
+pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not compiled")
+
+CPU = torch.device("cpu")
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3": {"qk_norm": True, "head_dim": 80, "num_heads": 6},
+    "qwen2": {"qkv_bias": True, "tie_word_embeddings": True},
+    "gqa7": {"num_heads": 14, "head_dim": 16, "hidden_size": 112},
+    "biases": {"qkv_bias": True, "o_bias": True, "mlp_bias": True, "intermediate_size": 100},
+    "windowed": {"windows": (12, None), "qk_norm": True},
+    "dynamic": {"rope": RopeSpec("dynamic", 16, 10000.0, factor=2.0, original_len=40), "head_dim": 16},
+}
+
+
+def model(dtype: torch.dtype = torch.float32, **changes: Any) -> tuple[DecoderSpec, DecoderWeights, RopeTable]:
+    fields: dict[str, Any] = {
+        "architecture": "tiny", "vocab_size": 384, "hidden_size": 64, "intermediate_size": 96, "num_layers": 2,
+        "num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-6, "max_position_embeddings": 512,
+        "windows": (None, None),
+    } | changes  # fmt: skip
+    fields.setdefault("rope", RopeSpec("default", fields["head_dim"], 10000.0))
+    spec = DecoderSpec(**fields)
+    embedding, head = (torch.empty(spec.vocab_size, spec.hidden_size, dtype=dtype) for _ in range(2))
+    layers = tuple(allocate_layer(spec, dtype, CPU) for _ in range(spec.num_layers))
+    lm_head = LinearWeight(embedding if spec.tie_word_embeddings else head)
+    weights = DecoderWeights(embedding, layers, torch.empty(spec.hidden_size, dtype=dtype), lm_head)
+    for i, tensor in enumerate(weights.tensors()):
+        values = noise(*tensor.shape, seed=i)
+        if tensor.ndim == 2:
+            tensor.copy_(values if tensor is weights.embedding else values * 1.2 / tensor.shape[1] ** 0.5)
+        else:
+            tensor.copy_(1.0 + 0.2 * values)
+    return spec, weights, RopeTable(spec.rope, 512, CPU)
+
+
+class Paged:
+    """Steps of several sequences over one cache, NaN where nothing was written."""
+
+    def __init__(self, decoder: Decoder | NativeDecoder, dtype: torch.dtype, block_size: int = 16) -> None:
+        spec = decoder.spec
+        shape = (64, spec.num_kv_heads, block_size, spec.head_dim)
+        self.kv = [KVLayer(*(torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")) for _ in spec.windows]
+        self.decoder, self.block_size = decoder, block_size
+        self.lens: dict[int, int] = {}
+
+    def step(self, work: dict[int, list[int]]) -> Tensor:
+        """Logits of the last token of each sequence; sequence i owns the blocks 7 i, 7 i + 1, ..."""
+        positions, slots, starts, lens = [], [], [0], []
+        for i, tokens in work.items():
+            begin = self.lens.get(i, 0)
+            self.lens[i] = begin + len(tokens)
+            positions += range(begin, self.lens[i])
+            slots += [7 * i * self.block_size + p for p in range(begin, self.lens[i])]
+            starts.append(starts[-1] + len(tokens))
+            lens.append(self.lens[i])
+        batch = ForwardBatch(
+            input_ids=torch.tensor([token for tokens in work.values() for token in tokens]),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            seq_lens=torch.tensor(lens, dtype=torch.int32),
+            block_tables=torch.tensor([range(7 * i, 7 * i + 7) for i in work], dtype=torch.int32),
+            logit_indices=torch.tensor(starts[1:]) - 1,
+            query_starts_host=tuple(starts),
+            seq_lens_host=tuple(lens),
+            rope_lens=torch.tensor(positions) + 1,
+        )
+        return self.decoder.logits(self.decoder.forward(batch, self.kv)).clone()
+
+    def greedy(self, prompts: dict[int, list[int]], count: int) -> tuple[list[Tensor], list[list[int]]]:
+        rows, tokens, work = [], [], prompts
+        for _ in range(count):
+            rows.append(self.step(work))
+            tokens.append(rows[-1].argmax(1).tolist())
+            work = {i: [token] for i, token in zip(prompts, tokens[-1], strict=True)}
+        return rows, tokens
+
+
+def prompts(*lens: int) -> dict[int, list[int]]:
+    return {i: [(7 * i + 31 * j) % 384 for j in range(n)] for i, n in enumerate(lens)}
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got - want).abs().max() / want.abs().max())
+
+
+class EagerAttention:
+    """`AttentionBackend` of single native operations."""
+
+    def __init__(self, ops: NativeOps) -> None:
+        self._ops = ops
+
+    def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
+        tables, starts = batch.block_tables, batch.query_starts
+        return self._ops.attention(q, kv.k, kv.v, starts, batch.seq_lens, tables, scale=scale, window=window)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_fp32_agrees_with_torch(name: str, isa: str) -> None:
+    spec, weights, rope = model(**SHAPES[name])
+    native = NativeDecoder(spec, pack_weights(weights, "fp32", pool(isa)), rope, pool(isa), 128)
+    plain = Decoder(spec, weights, rope, ReferenceOps(), ReferenceAttention())
+    work = prompts(1, 70, 33)
+    got, got_tokens = Paged(native, torch.float32).greedy(work, 24)
+    want, want_tokens = Paged(plain, torch.float32).greedy(work, 24)
+    assert got_tokens == want_tokens
+    assert max(map(error, got, want)) < 1e-5
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_bfloat16_is_at_least_as_close_to_fp32_as_torch_is(name: str) -> None:
+    spec, weights, rope = model(torch.bfloat16, **SHAPES[name])
+    wide = model(**SHAPES[name])[1]
+    for tensor, source in zip(wide.tensors(), weights.tensors(), strict=True):
+        tensor.copy_(source)
+    work = prompts(1, 70, 33)
+    decoders: dict[str, tuple[Decoder | NativeDecoder, torch.dtype]] = {
+        "native": (NativeDecoder(spec, pack_weights(weights, "bf16", pool()), rope, pool(), 128), torch.bfloat16),
+        "torch": (Decoder(spec, weights, rope, ReferenceOps(), ReferenceAttention()), torch.bfloat16),
+        "exact": (Decoder(spec, wide, rope, ReferenceOps(), ReferenceAttention()), torch.float32),
+    }
+    logits = {key: Paged(decoder, dtype).step(work) for key, (decoder, dtype) in decoders.items()}
+    exact = logits["exact"]
+    assert error(logits["native"], exact) < 1.2 * error(logits["torch"], exact) + 0.002
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_tape_equals_single_operations(fmt: str) -> None:
+    for name in ("qwen3", "biases", "windowed"):
+        spec, weights, rope = model(**SHAPES[name])
+        packed, ops = pack_weights(weights, fmt, pool()), NativeOps(pool())
+        attention: AttentionBackend = EagerAttention(ops)
+        work = prompts(5, 70, 33)
+        got, _ = Paged(NativeDecoder(spec, packed, rope, pool(), 128), torch.float32).greedy(work, 3)
+        want, _ = Paged(Decoder(spec, packed, rope, ops, attention), torch.float32).greedy(work, 3)
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("fmt", ["int8", "int4g32", "int4g128"])
+@pytest.mark.parametrize("name", ["qwen3", "biases", "gqa7"])
+def test_quantised_greedy_equals_a_plain_integer_reference(name: str, fmt: str) -> None:
+    spec, weights, rope = model(**SHAPES[name])
+    packed = pack_weights(weights, fmt, pool())
+    plain = Decoder(spec, packed, rope, QuantizedReferenceOps(pool()), ReferenceAttention())
+    native = NativeDecoder(spec, packed, rope, pool(), 128)
+    work = prompts(20)
+    assert Paged(native, torch.float32).greedy(work, 64)[1] == Paged(plain, torch.float32).greedy(work, 64)[1]
+
+
+@pytest.mark.parametrize("fmt", FORMATS)
+def test_a_tied_embedding_is_read_from_the_packed_lm_head(fmt: str) -> None:
+    spec, weights, rope = model(tie_word_embeddings=True)
+    packed = pack_weights(weights, fmt, pool())
+    assert packed.embedding is packed.lm_head.weight
+    table = packed.lm_head.dequantize(pool())  # type: ignore[attr-defined]
+    untied = DecoderWeights(table, packed.layers, packed.final_norm, packed.lm_head)
+    work = prompts(9, 30)
+    got = Paged(NativeDecoder(spec, packed, rope, pool(), 128), torch.float32).step(work)
+    assert torch.equal(got, Paged(NativeDecoder(spec, untied, rope, pool(), 128), torch.float32).step(work))
+
+
+def test_bits_depend_on_neither_threads_nor_company() -> None:
+    spec, weights, rope = model()
+    for fmt in ("fp32", "bf16", "int4g32"):
+        results = []
+        for threads in (1, 2, 4):
+            workers = pool(threads=threads)
+            decoder = NativeDecoder(spec, pack_weights(weights, fmt, workers), rope, workers, 128)
+            results.append(Paged(decoder, torch.float32).greedy(prompts(40, 40, 40), 8)[0])
+        alone = Paged(decoder, torch.float32).greedy(prompts(40), 8)[0]
+        for got in results[1:]:
+            assert all(map(torch.equal, got, results[0]))
+        assert all(torch.equal(row[0], whole[0]) for row, whole in zip(alone, results[0], strict=True))
+
+
+def test_the_tape_grows_with_the_steps() -> None:
+    spec, weights, rope = model()
+    decoder = NativeDecoder(spec, pack_weights(weights, "fp32", pool()), rope, pool(), 100)
+    paged = Paged(decoder, torch.float32)
+    paged.step(prompts(3))
+    assert decoder._tape is not None
+    small = decoder._tape
+    paged.step({1: [1] * 99})
+    assert small.capacity == 64
+    assert decoder._tape.capacity == 100
+    assert decoder._tape.nbytes > small.nbytes
+    with pytest.raises(AssertionError, match="at most 100"):
+        paged.step({2: [1] * 101})
+
+
+def test_threads_sleep_when_nothing_runs() -> None:
+    workers = NativePool(4, pin=False)
+    NativeOps(workers).rms_norm(noise(64, 64), noise(64), 1e-6)
+    time.sleep(0.05)
+    process = psutil.Process()
+    before = sum(process.cpu_times()[:2])
+    time.sleep(0.5)
+    used = sum(process.cpu_times()[:2]) - before
+    assert used < 0.05
+    workers.close()
+    workers.close()
+
+
+def test_many_pools_come_and_go() -> None:
+    x, norm = noise(40, 64), noise(64)
+    for threads in range(1, 9):
+        workers = NativePool(threads)
+        assert NativeOps(workers).rms_norm(x, norm, 1e-6).shape == x.shape
+        workers.close()
+    with pytest.raises(ConfigError, match="threads must be at least 1"):
+        NativePool(-1)
+
+
+@pytest.mark.parametrize(
+    ("isa", "outcome"), [("generic", "generic"), ("avx3", "did you mean 'avx2'"), ("", load_library().best_isa)]
+)
+def test_the_instruction_set_can_be_forced(isa: str, outcome: str) -> None:
+    code = "from kvik.kernels.cpu.native import load_library; print(load_library().isa)"
+    environment = {**os.environ, "KVIK_CPU_ISA": isa}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert outcome in run.stdout + run.stderr
+
+
+def test_without_a_library_the_reason_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    import kvik.kernels.cpu.native as module
+
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "native.py"))
+    assert not module.available()
+    with pytest.raises(ConfigError, match="without its native CPU kernels"):
+        module.load_library()
