@@ -26,8 +26,8 @@ from kvik.kernels.cpu.ops import attention_entry, linear_entry
 from kvik.kernels.cpu.packing import FORMATS, PackedLinear, allocate_bytes, pack_linear
 from kvik.layers.rope import RopeSpec, RopeTable
 from kvik.models.decoder import DecoderWeights, LayerWeights
-from kvik.models.native import NativeDecoder
 from kvik.models.spec import DecoderSpec
+from kvik.runtime.native_decoder import NativeDecoder
 
 SHAPES = ((3072, 1024), (1024, 3072), (151936, 1024))
 CYCLED_BYTES = 400 << 20

@@ -296,7 +296,7 @@ def test_a_config_is_frozen_comparable_and_replaceable() -> None:
 def test_every_option_has_a_help_text_and_a_default_among_its_choices() -> None:
     for f in dataclasses.fields(EngineConfig):
         assert f.metadata["help"]
-        assert not f.metadata["choices"] or f.default in f.metadata["choices"]
+        assert not f.metadata["choices"] or f.default is None or f.default in f.metadata["choices"]
 
 
 # SchedulerConfig

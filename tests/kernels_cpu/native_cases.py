@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -11,8 +12,10 @@ from kvik.kernels.api import LinearWeight
 from kvik.kernels.cpu.native import NativePool, available, load_library
 from kvik.kernels.cpu.packing import PackedLinear
 from kvik.kernels.reference import ReferenceOps
+from kvik.models.decoder import DecoderWeights
+from kvik.runtime.native_decoder import native_pack
 
-__all__ = ["ISAS", "QuantizedReferenceOps", "noise", "pool", "quantized_linear"]
+__all__ = ["ISAS", "QuantizedReferenceOps", "noise", "pack_weights", "pool", "quantized_linear"]
 
 if available():
     _LIBRARY = load_library()
@@ -28,6 +31,24 @@ def pool(isa: str = "", threads: int = 2) -> NativePool:
 
 def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(dtype)
+
+
+def pack_weights(weights: DecoderWeights, fmt: str, workers: NativePool) -> DecoderWeights:
+    """All projections packed; a tied embedding becomes the packed lm_head."""
+    pack = native_pack(fmt, fmt, workers)
+    layers = tuple(
+        replace(
+            layer,
+            qkv=pack("qkv", layer.qkv),
+            o=pack("o", layer.o),
+            gate_up=pack("gate_up", layer.gate_up),
+            down=pack("down", layer.down),
+        )
+        for layer in weights.layers
+    )
+    lm_head = pack("lm_head", weights.lm_head)
+    embedding = lm_head.weight if weights.lm_head.weight is weights.embedding else weights.embedding
+    return replace(weights, embedding=embedding, layers=layers, lm_head=lm_head)
 
 
 def quantized_linear(x: Tensor, w: PackedLinear, q: Tensor, scales: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def test_config_makes_a_round_trip() -> None:
     [
         ({"quant_method": "gptq"}, r"quantised weights \(gptq\) are not supported"),
         ({"version": 2}, "version 2 of Kvik's layout"),
-        ({"format": "int3"}, r"\['int3'\] is not one of int8, int4g32"),
+        ({"format": "int3"}, r"'int3' is not one of int8, int4g32"),
         ({"head_format": None}, "is not one of"),
         ({"overrides": {"0.o": "bf16"}}, "bf16"),
         ({"overrides": ["int8"]}, "quantization_config"),

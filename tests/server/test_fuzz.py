@@ -30,8 +30,8 @@ def load_fuzz() -> ModuleType:
 
 def test_malformed_requests(served: Served) -> None:
     fuzz = load_fuzz()
-    statuses = asyncio.run(asyncio.wait_for(fuzz.run(served.url, 2500, seed=time.time_ns() % 10**6), 200))
-    assert statuses[400] > 500 and statuses[200] > 100
+    statuses = asyncio.run(asyncio.wait_for(fuzz.run(served.url, 2000, seed=time.time_ns() % 10**6), 200))
+    assert statuses[400] > 400 and statuses[200] > 100
     served.wait_idle()
     assert served.process.poll() is None
 
@@ -48,7 +48,7 @@ def test_slow_client_is_ended(model: str, tmp_path: Path) -> None:
         stalled = socket.create_connection((parts.hostname, parts.port or 0))
         stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         body = (
-            b'{"prompt": "x", "n": 64, "max_tokens": 500, "ignore_eos": true, "stream": true, "return_token_ids": true,'
+            b'{"prompt": "x", "n": 40, "max_tokens": 500, "ignore_eos": true, "stream": true, "return_token_ids": true,'
             b'"logprobs": 5, "stream_options": {"continuous_usage_stats": true}}'
         )
         head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
@@ -68,7 +68,7 @@ def test_slow_client_is_ended(model: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(importlib.util.find_spec("schemathesis") is None, reason="schemathesis is not installed")
 def test_schemathesis(served: Served, tmp_path: Path) -> None:
     command = [
-        str(Path(sys.executable).parent / "schemathesis"), "run", f"{served.url}/openapi.json", "--max-examples", "15",
+        str(Path(sys.executable).parent / "schemathesis"), "run", f"{served.url}/openapi.json", "--max-examples", "5",
         "--checks", "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance",
         "--exclude-path", "/debug/events", "--phases", "examples,coverage,fuzzing", "--request-timeout", "20",
         "--suppress-health-check", "all", "--no-color",

@@ -163,6 +163,12 @@ def test_https(model: str, tmp_path: Path) -> None:
         assert httpx.get(f"{served.url}/ready", verify=context).status_code == 200
 
 
+def test_secrets_are_not_printed(model: str) -> None:
+    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--api-key", KEY, "--print-config"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert KEY not in done.stdout and "api_key" in done.stdout
+
+
 def test_a_model_that_cannot_be_loaded(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     command = [sys.executable, "-m", "kvik.cli.main", "serve", str(tmp_path), "--port", "0"]

@@ -76,7 +76,7 @@ def test_engine_killed(big_model: str, tmp_path: Path) -> None:
 
 
 def test_engine_hangs(big_model: str, tmp_path: Path) -> None:
-    flags = (*slow_flags(big_model), "--stall-timeout", "1", "--engine-timeout", "4")
+    flags = (*slow_flags(big_model), "--stall-timeout", "1", "--engine-timeout", "3")
     with serve(big_model, tmp_path / "log", *flags) as served:
         children = served.children
         streams = started(served)

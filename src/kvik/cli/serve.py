@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_SECRETS = ("api_key", "ssl_keyfile_password")
 _NEEDED = ("fastapi", "uvicorn", "msgspec", "zmq", "prometheus_client")
 
 
@@ -37,7 +38,8 @@ def run(argv: Sequence[str]) -> int:
     server_settings = load_server_settings(_server_flags(args), os.environ, args.config)
     if args.print_config:
         for name, value, origin in [*server_settings.rows(), *options.engine.rows()]:
-            print(f"{name:<24}  {value:<24}  {origin}")
+            shown = "(not shown)" if name in _SECRETS and origin != "default" else value
+            print(f"{name:<24}  {shown:<24}  {origin}")
         return 0
     config = server_settings.make()
     engine = options.engine.make()

@@ -19,7 +19,9 @@ from kvik.models.spec import DecoderSpec
 
 __all__ = ["EMBEDDING", "FINAL_NORM", "LM_HEAD", "Fill", "is_ignored", "layer_views", "parameter_shapes", "random_fill"]
 
-EMBEDDING, FINAL_NORM, LM_HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+LM_HEAD = "lm_head.weight"
 
 Fill = Callable[[Mapping[str, Tensor]], None]
 """Fills tensors by their names in a checkpoint."""

@@ -120,10 +120,12 @@ def read_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:
             f" {VERSION}; quantise the original again"
         )
     overrides = entry.get("overrides") or {}
-    formats = [entry.get("format"), entry.get("head_format"), *(overrides.values() if overrides else ())]
+    if not isinstance(overrides, Mapping):
+        raise ModelLoadError(f"quantization_config: overrides is a {type(overrides).__name__}, not an object")
+    formats = [entry.get("format"), entry.get("head_format"), *overrides.values()]
     unknown = [name for name in formats if not isinstance(name, str) or name not in GROUPS]
-    if unknown or not isinstance(overrides, Mapping):
-        raise ModelLoadError(f"quantization_config: format {unknown[:1]} is not one of {', '.join(GROUPS)}")
+    if unknown:
+        raise ModelLoadError(f"quantization_config: format {unknown[0]!r} is not one of {', '.join(GROUPS)}")
     return StoredQuantization(
         entry["format"], entry["head_format"], dict(overrides), entry.get("calibration"), entry.get("receipt")
     )

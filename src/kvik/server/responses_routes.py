@@ -122,7 +122,8 @@ async def responses(request: Request) -> Response:
     stream = body.take("stream", bool, False)
     limit = body.take("max_output_tokens", int)
     sampling = body.take_all(("temperature", "top_p"))
-    params = dataclasses.replace(service.defaults, **{**service.overrides, **sampling, "max_tokens": limit})
+    chosen = {"max_tokens": None, **service.overrides, **sampling, **({} if limit is None else {"max_tokens": limit})}
+    params = dataclasses.replace(service.defaults, **{**chosen, "n": 1})
     warnings = body.finish((*BODIES["responses"]["properties"], *_REFUSED), strict=service.config.strict)
     fields = {
         "created_at": int(time.time()),
