@@ -2,9 +2,9 @@
 
     python benchmarks/compare_llamacpp.py --llama-python PEER/bin/python --folder FOLDER --pairs 5 --json FILE
 
-PEER is an environment with `llama-cpp-python` (built natively) and `gguf`; FOLDER keeps the GGUF files. Each engine lives
-in a process of its own and sleeps while the other runs, so both meet the machine in the same minute; what is reported
-are medians of pairwise ratios. A prompt has 512 tokens; 128 are generated.
+PEER is an environment with `llama-cpp-python` (built natively) and `gguf`; FOLDER keeps the GGUF files. Each engine
+lives in a process of its own and sleeps while the other runs, so both meet the machine in the same minute; what is
+reported are medians of pairwise ratios. A prompt has 512 tokens; 128 are generated.
 """
 
 from __future__ import annotations
@@ -195,7 +195,8 @@ def compare(shape: str, fmt: str, args: argparse.Namespace) -> list[dict[str, An
                 "shape": shape, "format": fmt, "users": users, "phase": phase,
                 "kvik_tok_s": statistics.median(ours[phase] for ours, _ in pairs),
                 "llamacpp_tok_s": statistics.median(theirs[phase] for _, theirs in pairs),
-                "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1], "pairs": len(pairs),
+                "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1],
+                "pairs": len(pairs),
             }  # fmt: skip
             records.append(record)
             print("{shape} {format:5} {users} users {phase:8} kvik {kvik_tok_s:8.1f}  llama.cpp {llamacpp_tok_s:8.1f}  "

@@ -1,10 +1,10 @@
-"""Rewrite the generated parts of docs/configuration.md: the tables of engine options and of sampling options.
+"""Rewrite the generated parts of docs/configuration.md: the tables of engine, sampling and server options.
 
     python tools/make_docs.py            write them
     python tools/make_docs.py --check    exit with 1 if they are not what the code says
 
-The tables are made from the fields of EngineConfig and SamplingParams, as the command line is; a generated part stands
-between `<!-- generated: NAME -->` and `<!-- end -->`.
+The tables are made from the fields of EngineConfig, SamplingParams and ServerConfig, as the command line is; a
+generated part stands between `<!-- generated: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from kvik.config import parse_bytes
-from kvik.settings import ENGINE, SAMPLING, Option, Pair, Table
+from kvik.settings import ENGINE, SAMPLING, SERVER, Option, Pair, Table
 
 __all__ = ["main", "render"]
 
@@ -32,7 +32,7 @@ _COLUMNS = ("option", "value", "default", "meaning", "flag", "variable")
 
 def render(page: str) -> str:
     """`page` with every generated part as the code has it now."""
-    tables: Mapping[str, Table[Any]] = {table.name: table for table in (ENGINE, SAMPLING)}
+    tables: Mapping[str, Table[Any]] = {table.name: table for table in (ENGINE, SAMPLING, SERVER)}
     return _PART.sub(lambda part: f"{part[1]}\n{_table(tables[part[2]])}\n\n{part[3]}", page)
 
 
@@ -61,8 +61,12 @@ def _bounds(metadata: Mapping[str, Any]) -> str:
     low, above, high = (metadata.get(name) for name in ("low", "above", "high"))
     limited = high is not None and high < _HUGE
     if above is not None:
-        return f", above {above:g}" + (f", at most {high:,}" if limited else "")
-    return "" if low is None else f", {low:,} to {high:,}" if limited else f", {low:,} or more"
+        return f", above {above:g}" + (f", at most {_number(high)}" if limited else "")
+    return "" if low is None else f", {_number(low)} to {_number(high)}" if limited else f", {_number(low)} or more"
+
+
+def _number(value: Any) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 def _default(value: Any, none_word: str) -> str:

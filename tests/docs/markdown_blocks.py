@@ -1,8 +1,9 @@
 """Fenced code blocks of the documentation, and how the tests run them.
 
 A section is everything under one `##` heading: its blocks share a namespace and a folder. Python blocks run, and so do
-shell blocks with a `kvik` command in them, unless the fence says `no-run reason="..."`. A `text output` block right
-after a block is what that block prints.
+shell blocks with a `kvik` or `curl` command in them, unless the fence says `no-run reason="..."`. A `text output` block
+right after a block is what that block prints. `kvik serve` starts a server on a free port, which the later blocks of
+the section reach where they say 127.0.0.1:8000, and which ends with the section.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import re
 import shlex
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +28,9 @@ ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "README.zh-CN.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 _SHELL = ("sh", "bash", "console")
+_DEFAULT_ADDRESS = "127.0.0.1:8000"
+_SERVER_TIMEOUT = 120.0
+_CAPTURED: dict[str, Any] = {"capture_output": True, "text": True, "timeout": 60}
 _ASSIGNMENT = re.compile(r"([A-Z_][A-Z0-9_]*)=(\S*)\s+")
 
 
@@ -57,7 +63,8 @@ class Block:
     def runs(self) -> bool:
         if self.skipped:
             return False
-        commands = [command for command in _commands(self.code) if re.search(r"(^|\| )([A-Z_]+=\S* )*kvik ", command)]
+        pattern = r"(^|\| )([A-Z_]+=\S* )*kvik |^curl "
+        commands = [command for command in _commands(self.code) if re.search(pattern, command)]
         return self.language == "python" or (self.language in _SHELL and bool(commands))
 
 
@@ -110,13 +117,42 @@ def _fences(lines: list[str]) -> Iterator[tuple[int, list[str]]]:
 def run_section(section: Section) -> None:
     """Run the blocks of a section in the current folder. Raises AssertionError that names the block."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
+    servers: list[Server] = []
     try:
         for block in section.blocks:
             if block.runs:
-                printed = _run(block, namespace)
+                printed = _run(block, namespace, servers)
                 assert block.output is None or printed == block.output, f"{block.place} printed\n{printed}"
     finally:
         _close_engines(namespace)
+        for server in servers:
+            server.close()
+
+
+class Server:
+    """A `kvik serve` in a process of its own, on a free port."""
+
+    def __init__(self, words: list[str]) -> None:
+        self._log = Path("server.log")
+        with self._log.open("w") as log:
+            command = [sys.executable, "-m", "kvik", *words, "--port", "0"]
+            self._process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+        end = time.monotonic() + _SERVER_TIMEOUT
+        while not (found := re.search(r"serving on http://(\S+)", self._log.read_text())):
+            alive = self._process.poll() is None and time.monotonic() < end
+            if not alive:
+                self.close()
+            assert alive, f"the server did not start:\n{self._log.read_text()}"
+            time.sleep(0.1)
+        self.address = found[1]
+
+    def close(self) -> None:
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
 
 def _close_engines(namespace: dict[str, Any]) -> None:
@@ -125,16 +161,20 @@ def _close_engines(namespace: dict[str, Any]) -> None:
             value.close()
 
 
-def _run(block: Block, namespace: dict[str, Any]) -> str:
+def _run(block: Block, namespace: dict[str, Any], servers: list[Server]) -> str:
     """Run one block and return what it printed on standard output."""
     out = io.StringIO()
+    code = block.code.replace(_DEFAULT_ADDRESS, servers[-1].address) if servers else block.code
     with contextlib.redirect_stdout(out):
         if block.language == "python":
-            source = "\n" * block.line + block.code  # so that tracebacks show the line of the page
+            source = "\n" * block.line + code  # so that tracebacks show the line of the page
             exec(compile(source, str(block.page), "exec"), namespace)
         else:
-            for command in _commands(block.code):
-                _run_command(command, block.place)
+            for command in _commands(code):
+                if command.startswith("kvik serve "):
+                    servers.append(Server(shlex.split(command, comments=True)[1:]))
+                else:
+                    _run_command(command, block.place)
     return out.getvalue()
 
 
@@ -159,6 +199,11 @@ def _run_command(command: str, place: str) -> None:
     Understands `VARIABLE=value kvik ...`, `producer | kvik ...`, `kvik ... > file` and comments at the end of a line.
     """
     producer, pipe, consumer = command.rpartition(" | ")
+    if consumer.startswith("curl "):
+        done = subprocess.run(["bash", "-ec", command.replace("curl ", "curl -sS --fail-with-body ", 1)], **_CAPTURED)
+        print(done.stdout)
+        assert done.returncode == 0, f"{place}: {done.stdout}{done.stderr}"
+        return
     if not re.match(r"([A-Z_]+=\S* )*kvik ", consumer):
         subprocess.run(["bash", "-ec", command], check=True)
         return

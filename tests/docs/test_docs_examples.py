@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from markdown_blocks import PAGES, ROOT, Section, run_section, sections
 
+from kvik.kernels.cpu import native
 from kvik.log import logger
 from kvik.runtime.platform import CpuPlatform
 
@@ -19,6 +20,8 @@ RUNNING = [section for section in ALL if section.page != TRANSLATION and any(blo
 def test_examples_run(section: Section, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CpuPlatform, "num_cores", 1)  # threads that wait for each other are slow on a busy machine
+    monkeypatch.setattr(native, "usable_cores", lambda: [0])
+    monkeypatch.setenv("KVIK_THREADS", "1")
     monkeypatch.setattr(logger, "handlers", list(logger.handlers))
     monkeypatch.setattr(logger, "level", logger.level)
     run_section(section)

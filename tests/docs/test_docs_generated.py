@@ -10,6 +10,7 @@ from markdown_blocks import ROOT
 
 from kvik.config import EngineConfig
 from kvik.sampling_params import SamplingParams
+from kvik.server_config import ServerConfig
 
 PAGE = ROOT / "docs" / "configuration.md"
 
@@ -29,6 +30,6 @@ def test_configuration_is_up_to_date() -> None:
 
 def test_configuration_has_every_option() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    for cls in (EngineConfig, SamplingParams):
+    for cls in (EngineConfig, SamplingParams, ServerConfig):
         missing = [field.name for field in dataclasses.fields(cls) if f"| `{field.name}` |" not in page]
         assert not missing

@@ -11,9 +11,9 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import Response
+from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from kvik import __version__
 from kvik.errors import KvikError
@@ -25,6 +25,8 @@ from kvik.server.service import Service
 
 __all__ = ["make_app", "make_routes"]
 
+PAGES = Path(str(files("kvik"))) / "ui"
+PAGE_HEADERS = {"cache-control": "no-cache", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
 CLIENT_CLOSED = 499
 """What is logged for a client that left before its answer; nobody receives it."""
 
@@ -48,11 +50,13 @@ def make_routes(service: Service) -> FastAPI:
 def make_app(service: Service) -> ASGIApp:
     """The application as it is served."""
     config = service.config
-    app: ASGIApp = Gate(
-        make_routes(service),
-        api_keys=service.settings.api_keys,
-        max_body_bytes=config.max_body_bytes,
-        on_response=service.metrics.responded,
+    app = _with_assets(
+        Gate(
+            make_routes(service),
+            api_keys=service.settings.api_keys,
+            max_body_bytes=config.max_body_bytes,
+            on_response=service.metrics.responded,
+        )
     )
     if config.cors_origins:
         app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
@@ -61,9 +65,32 @@ def make_app(service: Service) -> ASGIApp:
 
 def _add_pages(app: FastAPI) -> None:
     """Serve the chat page and the inspector where this installation has them."""
-    folder = Path(str(files("kvik"))) / "ui"
-    if (folder / "index.html").is_file():
-        app.mount("/", StaticFiles(directory=folder, html=True), name="ui")
+
+    def add(path: str, name: str) -> None:
+        @app.get(path, response_model=None, include_in_schema=False)
+        async def page() -> Response:
+            return FileResponse(PAGES / name, media_type="text/html; charset=utf-8", headers=dict(PAGE_HEADERS))
+
+    if (PAGES / "index.html").is_file():
+        add("/", "index.html")
+        add("/inspector", "inspector.html")
+
+
+def _with_assets(app: ASGIApp) -> ASGIApp:
+    """Answer `/ui/NAME` for the scripts and styles of the pages in front of the gate: a browser sends no key for them.
+
+    Only files that the folder has at the start are answered; every other path goes on to the gate.
+    """
+    assets = {f"/ui/{path.name}" for path in PAGES.glob("*") if path.suffix in (".css", ".js", ".svg")}
+    served = StaticFiles(directory=PAGES, check_dir=False)
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in assets:
+            await served({**scope, "path": scope["path"].removeprefix("/ui"), "root_path": ""}, receive, send)
+        else:
+            await app(scope, receive, send)
+
+    return answer
 
 
 def _kvik_error(request: Request, error: Exception) -> Response:

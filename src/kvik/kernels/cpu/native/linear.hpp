@@ -182,8 +182,14 @@ static void linear_gemm(const Job& job, int item, Scratch&) {
   int panel = item % w.panels, first = item / w.panels * job.tiles_per_item;
   int last = first + job.tiles_per_item < job.tiling.tiles ? first + job.tiles_per_item : job.tiling.tiles;
   const uint8_t* data = w.data + w.panel_bytes * panel;
+  // With several tiles, the panel that this worker probably takes next comes in meanwhile, a part with every tile.
+  const uint8_t* next = panel + 1 < w.panels && last - first > 1 ? data + w.panel_bytes : nullptr;
+  int64_t slice = (w.panel_bytes / (last - first) + 63) / 64 * 64;
   alignas(64) float c[kMaxTile * kPanel];
   for (int tile = first; tile < last; ++tile) {
+    if (next)
+      for (int64_t i = 0, at = slice * (tile - first); i < slice && at + i < w.panel_bytes; i += 64)
+        __builtin_prefetch(next + at + i, 0, 2);
     TileView view = tile_view(job, tile);
     switch (w.format) {
       case KVIK_FP32:

@@ -17,6 +17,7 @@ namespace {
 constexpr uint64_t kIndexOne = uint64_t{1} << 20, kFieldMask = kIndexOne - 1;
 constexpr int kMaxItems = 1 << 20;
 constexpr int kSpins = 2000;        // pauses before a waiting worker starts to yield its core
+constexpr int64_t kTileBytes = 4 << 20;  // of packed activations that one item goes through
 constexpr int kItemsPerWorker = 6;  // of a large matrix product, so that the last ones finish together
 
 inline void pause() {
@@ -236,11 +237,12 @@ int Pool::plan_prepare(const KvikOp& op) {
 }
 
 int Pool::plan_gemm(const KvikOp& op) {
-  // Few rows: an item is one panel. Many rows: also cut the rows, but keep at least 4 tiles on a panel.
+  // An item is one panel and all rows: the panel stays in the second-level cache while the tiles stream by from the
+  // third. Rows are cut where that cache would not hold them, or to have enough items; 4 tiles stay on a panel.
   int panels = op.linear->panels, tiles = job_.tiling.tiles, cuts = 1;
   if (tiles == 0) return 0;
   while (panels * cuts < kItemsPerWorker * threads_ && tiles / (cuts + 1) >= 4) ++cuts;
-  while (job_.tile_bytes * ((tiles + cuts - 1) / cuts) > (int64_t{512} << 10) && tiles / (cuts + 1) >= 4) ++cuts;
+  while (job_.tile_bytes * ((tiles + cuts - 1) / cuts) > kTileBytes && tiles / (cuts + 1) >= 4) ++cuts;
   job_.tiles_per_item = (tiles + cuts - 1) / cuts;
   return panels * ((tiles + job_.tiles_per_item - 1) / job_.tiles_per_item);
 }
