@@ -66,7 +66,7 @@ def convert(
     if not spec.tie_word_embeddings:
         writer.add(EMBEDDING, embedding)
     measured = LayerStream(spec, text, embedding)
-    moving = None if calibration is None else _Calibration(spec, calibration, embedding)
+    moving = None if calibration is None else LayerStream(spec, calibration, embedding)
     for index in tqdm(range(spec.num_layers), desc="Quantising", unit="layer", delay=0.5, leave=False, disable=None):
         layer = job.read_layer(index)
         measured.hidden = measured.advance(index, layer)
@@ -78,7 +78,7 @@ def convert(
     def normed(hidden: Tensor) -> Tensor:
         return ReferenceOps().rms_norm(hidden, final_norm.float(), spec.rms_norm_eps)
 
-    moments = None if moving is None else Moments.of(normed(moving.quantised.hidden), normed(moving.exact.hidden))
+    moments = None if moving is None else Moments.of(normed(moving.hidden))
     job.store(name, stored.head_format, *job.quantise_rows(head, stored.head_format, moments))
     writer.finish()
     return Baseline(normed(measured.hidden), head)
@@ -87,35 +87,6 @@ def convert(
 def _parts(weight: Tensor) -> list[Tensor]:
     """Some rows at a time, so that no wide copy of a whole vocabulary is made."""
     return [weight[begin : begin + _HEAD_ROWS] for begin in range(0, len(weight), _HEAD_ROWS)]
-
-
-class _Calibration:
-    """A text on its way through the exact model and through the one that is being made."""
-
-    def __init__(self, spec: DecoderSpec, windows: Tensor, embedding: Tensor) -> None:
-        self.exact = LayerStream(spec, windows, embedding)
-        self.quantised = LayerStream(spec, windows, embedding)
-
-    def observe(self, index: int, layer: LayerWeights) -> dict[int, Moments]:
-        """The moments of each projection of `layer`, by its id; moves the exact text on."""
-        moments: dict[int, Moments] = {}
-        seen: dict[int, Tensor] = {}
-
-        def note(weight: LinearWeight, x: Tensor) -> None:
-            seen[id(weight)] = x
-
-        def count(weight: LinearWeight, x: Tensor) -> None:
-            moments.setdefault(id(weight), Moments.zero(x.shape[1])).add(x, seen.pop(id(weight)))
-
-        out, unused = torch.empty_like(self.exact.hidden), torch.empty_like(self.exact.hidden)
-        for _ in zip(
-            self.exact.steps(index, layer, out, note),
-            self.quantised.steps(index, layer, unused, count),
-            strict=True,
-        ):
-            assert not seen, "both texts move in step"
-        self.exact.hidden = out
-        return moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -139,9 +110,15 @@ class _Job:
             self.checkpoint.read(name, view)
         return layer
 
-    def quantise_layer(self, index: int, layer: LayerWeights, moving: _Calibration | None) -> None:
+    def quantise_layer(self, index: int, layer: LayerWeights, moving: LayerStream | None) -> None:
         """Store the layer; with `moving` text, calibrate on its activations and move it on."""
-        moments = {} if moving is None else moving.observe(index, layer)
+        moments: dict[int, Moments] = {}
+        if moving is not None:
+
+            def observe(weight: LinearWeight, x: Tensor) -> None:
+                moments.setdefault(id(weight), Moments.zero(x.shape[1])).add(x)
+
+            moving.advance(index, layer, observe)
         values, scales, rounded = dict[str, Any](), dict[str, Any](), dict[str, Any]()
         for role in _ROLES:
             weight: LinearWeight = getattr(layer, role)
@@ -151,7 +128,7 @@ class _Job:
             if moving is not None:
                 rounded[role] = LinearWeight(dequantize(q, scale, fmt), weight.bias)
         if moving is not None:
-            moving.quantised.hidden = moving.quantised.advance(index, replace(layer, **rounded))
+            moving.hidden = moving.advance(index, replace(layer, **rounded))
         self._store_layer(index, replace(layer, **values), replace(layer, **scales))
 
     def _store_layer(self, index: int, layer: LayerWeights, scales: LayerWeights) -> None:

@@ -74,18 +74,11 @@ class LayerStream:
         self._rope = RopeTable(spec.rope, windows.shape[1], _CPU)
         self.hidden = embedding[windows.view(-1)].float()  # [num_tokens, hidden_size]
 
-    def advance(self, index: int, layer: LayerWeights) -> Tensor:
+    def advance(self, index: int, layer: LayerWeights, observe: Observe | None = None) -> Tensor:
         """The hidden states after `layer`, an fp32 one; `self.hidden` is left as it is."""
-        out = torch.empty_like(self.hidden)
-        for _ in self.steps(index, layer, out):
-            pass
-        return out
-
-    def steps(self, index: int, layer: LayerWeights, out: Tensor, observe: Observe | None = None) -> Iterator[None]:
-        """Write the hidden states after `layer` to `out`, some windows at each step."""
-        length, begin = self._windows.shape[1], 0
+        length = self._windows.shape[1]
         spec = replace(self._spec, num_layers=1, windows=(self._spec.windows[index],))
-        kv = kv_layers(spec, length, torch.float32)
+        kv, out, begin = kv_layers(spec, length, torch.float32), torch.empty_like(self.hidden), 0
         for part in _parts(self._windows, _TOKENS_AT_ONCE):
             rows = slice(begin, begin + part.numel())
             ops = _LayerOps(self.hidden[rows], observe)
@@ -93,7 +86,7 @@ class LayerStream:
             decoder = Decoder(spec, weights, self._rope, ops, select_backend("auto", _CPU))
             out[rows] = decoder.forward(_batch(part), kv)
             begin = rows.stop
-            yield
+        return out
 
 
 class _LayerOps(ReferenceOps):
