@@ -51,7 +51,6 @@ def run(argv: Sequence[str]) -> int:
 
 def _model(config: EngineConfig) -> dict[str, Any]:
     """Everything about a model that its config.json tells, and the plan of an engine for it."""
-    from kvik.attention.registry import select_backend
     from kvik.models.hub import load_config, resolve_model
     from kvik.models.loader import checkpoint_dtype
     from kvik.models.registry import build_spec
@@ -62,7 +61,6 @@ def _model(config: EngineConfig) -> dict[str, Any]:
     path = resolve_model(config.model, config.revision, load_format="dummy")
     hf_config = load_config(path)
     spec, platform = build_spec(hf_config), select_platform(config.device)
-    backend = select_backend(config.attention_backend, platform.device)
     stored = checkpoint_dtype(hf_config)
     quantization = read_quantization(hf_config)
     resolved, problem = _try_resolve(config, spec, stored, platform, quantization)
@@ -74,7 +72,6 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         "context": spec.context_len,
         "checkpoint dtype": None if stored is None else str(stored).removeprefix("torch."),
         "device": platform.name,
-        "attention backend": type(backend).__name__,
         "fits": resolved is not None,
     }
     if quantization is not None:
@@ -86,12 +83,23 @@ def _model(config: EngineConfig) -> dict[str, Any]:
     return {
         **facts,
         "dtype": str(resolved.dtype).removeprefix("torch."),
+        "kernels": _kernels(config, resolved, platform),
         "KV bytes per token": plan.kv_bytes_per_token,
         "settings": dataclasses.asdict(settings),
         "notes": list(resolved.notes),
         "memory": memory,
         "ledger": plan.render(),
     }
+
+
+def _kernels(config: EngineConfig, resolved: ResolvedConfig, platform: Platform) -> str:
+    """What computes: the native kernels and their instruction set, or torch and its attention."""
+    from kvik.attention.registry import select_backend
+    from kvik.kernels.cpu.native import load_library
+
+    if resolved.kernels == "native":
+        return f"native ({load_library().isa})"
+    return f"torch ({type(select_backend(config.attention_backend, platform.device)).__name__})"
 
 
 def _try_resolve(
@@ -163,7 +171,7 @@ def _machine_lines(facts: dict[str, Any]) -> list[str]:
 
 
 def _model_lines(facts: dict[str, Any]) -> list[str]:
-    plain = ("folder", "architecture", "quantization", "checkpoint dtype", "dtype", "device", "attention backend")
+    plain = ("folder", "architecture", "quantization", "checkpoint dtype", "dtype", "device", "kernels")
     rows = {name: facts[name] for name in plain if facts.get(name)}
     rows["parameters"] = f"{facts['parameters']:,}"
     rows["context"] = f"{facts['context']:,} tokens"

@@ -70,10 +70,9 @@ export function keyDialog(dialog, accepted) {
 
 /** An answer that is an error, in words for people. */
 export class ApiError extends Error {
-  constructor(status, message, retryAfter = null) {
+  constructor(status, message) {
     super(message);
     this.status = status;
-    this.retryAfter = retryAfter;
   }
 }
 
@@ -94,9 +93,9 @@ export async function request(path, { body, signal } = {}) {
   const after = answer.headers.get("retry-after");
   if (answer.status === 401) throw new ApiError(401, "This server needs an API key.");
   if (answer.status === 429) {
-    throw new ApiError(429, `The server is busy: ${why}. ${after ? `Try again in ${after} s.` : ""}`.trim(), after);
+    throw new ApiError(429, `The server is busy: ${why}. ${after ? `Try again in ${after} s.` : ""}`.trim());
   }
-  throw new ApiError(answer.status, `${why} (${answer.status})`, after);
+  throw new ApiError(answer.status, `${why} (${answer.status})`);
 }
 
 /** The JSON records of a stream of server-sent events. Raises ApiError when it breaks off. */

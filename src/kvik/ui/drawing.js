@@ -6,9 +6,8 @@ const hues = new Map();
 
 /** The colour of a request; neighbours in time differ by the golden angle. */
 export function color(key, alpha = 1) {
-  if (!hues.has(key)) hues.set(key, (hues.size * 137.508 + 250) % 360);
-  const dark = document.documentElement.dataset.theme === "dark";
-  return `oklch(${dark ? 0.74 : 0.64} 0.13 ${hues.get(key).toFixed(1)} / ${alpha})`;
+  if (!hues.has(key)) hues.set(key, ((hues.size * 137.508 + 250) % 360).toFixed(1));
+  return `oklch(${document.documentElement.dataset.theme === "dark" ? 0.74 : 0.64} 0.13 ${hues.get(key)} / ${alpha})`;
 }
 
 const variable = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
@@ -25,12 +24,18 @@ function fit(canvas, height) {
   const pen = canvas.getContext("2d");
   pen.setTransform(scale, 0, 0, scale, 0, 0);
   pen.clearRect(0, 0, width, height);
+  pen.ink = null;
   return { pen, width };
+}
+
+/** Set the fill, where it is another one: reading colours is most of the work of many small rectangles. */
+function ink(pen, fill) {
+  if (pen.ink !== fill) pen.fillStyle = pen.ink = fill;
 }
 
 // --- the block map -------------------------------------------------------------------------------------------------
 
-const MAX_CELL = 18, MIN_CELL = 2, MAP_HEIGHT = 430;
+const MAX_CELL = 48, MIN_CELL = 2, MAP_HEIGHT = 400;
 let grid = { cell: MAX_CELL, columns: 1 };
 
 function layOut(width, blocks) {
@@ -50,13 +55,13 @@ function paintCell(pen, x, y, size, look, colors) {
   const gap = size > 7 ? 2 : size > 4 ? 1 : 0;
   const side = size - gap;
   const rect = (fill, top = 0) => {
-    pen.fillStyle = fill;
+    ink(pen, fill);
+    if (size <= 7) return pen.fillRect(x, y + top, side, side - top);
     pen.beginPath();
-    if (size > 7) pen.roundRect(x, y + top, side, side - top, top ? 1 : 2.5);
-    else pen.rect(x, y + top, side, side - top);
+    pen.roundRect(x, y + top, side, side - top, top ? 1 : Math.min(5, side / 6));
     pen.fill();
   };
-  rect(colors.cell);
+  if (size > 7 || look.kind === FREED || !look.kind) rect(colors.cell);
   if (look.kind === CACHED) {
     rect(look.color(0.3));
   } else if (look.kind === HELD) {
@@ -65,12 +70,12 @@ function paintCell(pen, x, y, size, look, colors) {
     pen.lineWidth = 1;
     pen.strokeRect(x + 0.5, y + 0.5, side - 1, side - 1);
   } else if (look.kind === OWNED) {
-    rect(look.color(0.38));
+    if (look.fill < 1) rect(look.color(0.38));
     if (look.fill > 0) rect(look.color(1), side * (1 - look.fill));
     if (look.shared && size > 4) {
-      pen.fillStyle = colors.shared;
+      ink(pen, colors.shared);
       pen.beginPath();
-      pen.arc(x + side / 2, y + side / 2, side * 0.19, 0, 7);
+      pen.arc(x + side / 2, y + side / 2, Math.min(5, side * 0.19), 0, 7);
       pen.fill();
     }
   }
@@ -81,9 +86,10 @@ export function drawMap(canvas, state, selected) {
   const { pen } = fit(canvas, height);
   const colors = { cell: variable("--cell"), shared: variable("--shared") };
   const spot = (block) => [(block % grid.columns) * grid.cell, Math.floor(block / grid.columns) * grid.cell, grid.cell];
-  const fade = (key, alpha) => color(key, selected && key !== selected ? alpha * 0.22 : alpha);
+  const fade = (key, alpha) => color(key, selected && key !== selected ? alpha * 0.28 : alpha);
   state.state.forEach((kind, block) => {
     if (kind === OWNED) return;
+    if (!kind || kind === FREED) return paintCell(pen, ...spot(block), { kind }, colors);
     const key = state.owner[block]?.key;
     paintCell(pen, ...spot(block), { kind, color: (alpha) => fade(key, alpha) }, colors);
   });
@@ -114,7 +120,7 @@ export function stepAt(x, y, steps) {
 
 export function drawTimeline(canvas, player, cursor, selected) {
   const { steps, length } = player;
-  const lanes = Math.max(8, ...steps.flatMap((step) => [...step.rows.keys()].map((row) => row + 1)));
+  const lanes = steps.reduce((most, step) => Math.max(most, step.lanes), 8);
   const { pen, width } = fit(canvas, LANES_HEIGHT + SPACE + BARS_HEIGHT);
   const column = width / length, lane = LANES_HEIGHT / lanes;
   const first = width - steps.length * column;
@@ -124,31 +130,39 @@ export function drawTimeline(canvas, player, cursor, selected) {
   const most = Math.max(64, ...steps.map(tokensOf));
   const scale = BARS_HEIGHT / Math.log2(1 + most);
   const [dim, accent, danger] = [variable("--dim"), variable("--accent"), variable("--danger")];
-  const fade = (key, alpha) => color(key, selected && key !== selected ? alpha * 0.2 : alpha);
+  const fade = (key, alpha) => color(key, selected && key !== selected ? alpha * 0.28 : alpha);
+  const side = Math.max(1, lane - (lane > 4 ? 2 : 0.5));
+  const runs = new Map(); // row -> steps of one request's decodes without a break, drawn as one ribbon
+  const ribbon = (row, run) => {
+    if (!run) return;
+    ink(pen, fade(run.key, 0.8));
+    pen.fillRect(first + run.from * column, row * lane + side * 0.3, (run.to - run.from) * column, Math.max(0.5, side * 0.4));
+  };
   steps.forEach((step, i) => {
     const x = first + i * column;
-    const side = Math.max(1, lane - 2);
     for (const row of step.decode) {
-      if (!step.rows.has(row)) continue;
-      pen.fillStyle = fade(step.rows.get(row), 0.8);
-      pen.fillRect(x, row * lane + side * 0.3, column + 0.3, side * 0.4);
+      const key = step.rows.get(row);
+      const run = runs.get(row);
+      if (run?.key === key && run.to === i) run.to = i + 1;
+      else if (key) ribbon(row, run), runs.set(row, { key, from: i, to: i + 1 });
     }
     for (const [row] of step.prefill) {
       if (!step.rows.has(row)) continue;
-      pen.fillStyle = fade(step.rows.get(row), 1);
+      ink(pen, fade(step.rows.get(row), 1));
       pen.fillRect(x, row * lane, Math.max(column - 0.4, 1.6), side);
     }
-    pen.fillStyle = danger;
+    ink(pen, danger);
     for (const [row, why] of step.left) if (why === "preempted") pen.fillRect(x - 1, row * lane, 2, side);
     const total = tokensOf(step);
     const bar = (tokens, fill) => {
       const tall = Math.log2(1 + tokens) * scale;
-      pen.fillStyle = fill;
+      ink(pen, fill);
       pen.fillRect(x, LANES_HEIGHT + SPACE + BARS_HEIGHT - tall, Math.max(column - 0.6, 1), tall);
     };
     if (step.prefill.length) bar(total, accent);
     if (step.decode.length) bar(step.decode.length, dim);
   });
+  for (const [row, run] of runs) ribbon(row, run);
   if (cursor !== null) {
     pen.fillStyle = variable("--text");
     pen.fillRect(first + (cursor + 0.5) * column - 0.75, 0, 1.5, LANES_HEIGHT + SPACE + BARS_HEIGHT);

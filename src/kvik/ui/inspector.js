@@ -2,7 +2,7 @@
 
 import { byId, el, events, keyDialog, request, themeButton } from "./common.js";
 import { blockAt, color, drawMap, drawTimeline, LEGENDS, sparkline, stepAt, sample } from "./drawing.js";
-import { FREED, CACHED, HELD, Journal, NEVER, OWNED, Player, verdict } from "./replay.js";
+import { FREED, CACHED, HELD, Journal, NEVER, OWNED, Player, spansOf, verdict } from "./replay.js";
 
 const SPARK = 150; // samples of a sparkline, one each SAMPLE_MS
 const SAMPLE_MS = 200;
@@ -11,7 +11,7 @@ const SHOWN_WAITING = 6;
 
 const journal = new Journal();
 let player = null;
-let frozen = null; // {player, place, state} while paused
+let frozen = null; // {player, place, state, requests, now} while paused
 let selected = null; // key of the request that is lit up
 let clock = 0; // the server's time minus this browser's
 let dirty = true;
@@ -73,7 +73,8 @@ function pause(place) {
   if (!player?.steps.length) return;
   const kept = frozen?.player ?? player.freeze();
   const at = Math.max(0, Math.min(kept.steps.length - 1, place ?? kept.steps.length - 1));
-  frozen = { player: kept, place: at, state: kept.at(at) };
+  const { requests, now: then } = frozen ?? { requests: structuredClone(latest()), now: now() };
+  frozen = { player: kept, place: at, state: kept.at(at), requests, now: then };
   showPlayer();
 }
 
@@ -252,10 +253,13 @@ const line = (key, name, doing, bar = null) =>
 
 const requestRows = new Map(); // key -> {item, button, track, why}
 
+const latest = () => [...journal.all.values()].slice(-SHOWN_REQUESTS);
+
 function showRequests() {
-  const shown = [...journal.all.values()].slice(-SHOWN_REQUESTS);
+  const shown = frozen?.requests ?? latest();
+  const at = frozen?.now ?? now();
   byId("waterfall-empty").hidden = shown.length > 0;
-  const place = busyClock(shown);
+  const place = busyClock(shown, at);
   for (const [key, row] of requestRows) {
     if (shown.some((one) => one.key === key)) continue;
     row.item.remove();
@@ -264,10 +268,10 @@ function showRequests() {
   for (const one of shown) {
     let row = requestRows.get(one.key);
     if (!row) requestRows.set(one.key, (row = requestRow(one)));
-    const text = verdict(one, now());
+    const text = verdict(one, at);
     row.why.textContent = row.why.title = text;
     row.button.setAttribute("aria-pressed", String(one.key === selected));
-    row.track.replaceChildren(...spansOf(one).map((span) => {
+    row.track.replaceChildren(...spansOf(one, at).map((span) => {
       const piece = el("i", { className: span.kind });
       piece.style.left = `${100 * place(span.from)}%`;
       piece.style.width = `${100 * (place(span.to) - place(span.from))}%`;
@@ -287,18 +291,11 @@ function requestRow(one) {
   return { item, button, track, why };
 }
 
-/** The spans of a request, with the wait that is still going on. */
-function spansOf(one) {
-  if (one.end) return one.spans;
-  if (one.began === null) return [{ kind: "queued", from: one.begin, to: now() }];
-  return one.left ? [...one.spans, { kind: "preempted", from: one.left, to: now() }] : one.spans;
-}
-
 /** Time to a place between 0 and 1, where times without any request are cut out. */
-function busyClock(shown) {
+function busyClock(shown, last) {
   const parts = [];
   for (const one of [...shown].sort((a, b) => a.begin - b.begin)) {
-    const end = one.end ?? now();
+    const end = one.end ?? last;
     if (parts.length && one.begin <= parts.at(-1).end) parts.at(-1).end = Math.max(end, parts.at(-1).end);
     else parts.push({ begin: one.begin, end });
   }
@@ -352,14 +349,14 @@ const BEGINNINGS = ["One day, they found a red ball.", "The dog was sad.", "Tom 
 
 /** Requests of many sizes, some with a prefix in common. A browser opens few connections, so each brings several. */
 async function demo() {
-  byId("demo").disabled = true;
+  byId("demo").disabled = byId("problem").hidden = true;
   if (frozen) play();
   const some = (from, to) => Math.floor(from + Math.random() * (to - from));
   const worker = async (number) => {
     await new Promise((done) => setTimeout(done, number * 250));
-    for (let round = 0; round < 3; round++) {
+    for (let round = 0; round < 4; round++) {
       const prompt = BEGINNINGS.map((text, i) => PREFACE.repeat([0, 9, 9, 18, some(1, 5)][i]) + text);
-      const body = { prompt, max_tokens: some(30, 240), temperature: 1, ...(number % 2 ? { stop: ["\n\n"] } : {}) };
+      const body = { prompt, max_tokens: some(40, 320), temperature: 1, min_tokens: 20, ...(number % 2 ? { stop: ["\n\n"] } : {}) };
       await (await request("v1/completions", { body })).text();
     }
   };
@@ -367,7 +364,8 @@ async function demo() {
     await Promise.all([0, 1, 2, 3, 4].map(worker));
   } catch (error) {
     if (error.status === 401) askKey();
-    else tell("lost", error.message);
+    byId("problem").textContent = error.message;
+    byId("problem").hidden = false;
   }
   byId("demo").disabled = false;
 }

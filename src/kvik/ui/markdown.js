@@ -49,13 +49,20 @@ function split(lines) {
     } else if (QUOTE.test(line)) {
       if (last?.kind === "quote") last.lines.push(line.replace(QUOTE, ""));
       else add("quote", line.replace(QUOTE, ""));
-    } else if (last?.kind === "list" || (last && !ITEM.test(line))) {
+    } else if (last?.kind === "list" ? !startsOther(last.lines[0], line) : last && !ITEM.test(line)) {
       last.lines.push(line);
     } else {
       add(ITEM.test(line) ? "list" : "text", line);
     }
   }
   return blocks;
+}
+
+/** Whether a line begins a list of the other kind than the one that began with `first`. */
+function startsOther(first, line) {
+  const [, indent, mark] = ITEM.exec(first);
+  const item = ITEM.exec(line);
+  return item && item[1].length <= indent.length + 1 && /\d/.test(mark) !== /\d/.test(item[2]);
 }
 
 function build(block, depth) {

@@ -89,10 +89,10 @@ export class Replay {
     const seq = this.rows.get(row);
     if (!seq) return;
     this.rows.delete(row);
-    const heirs = new Map([...this.rows.values()].flatMap((other) => other.blocks.map((block) => [block, other])));
+    const heir = (block) => [...this.rows.values()].find((other) => other.blocks.includes(block));
     seq.blocks.forEach((block, i) => {
       if (--this.holders[block] > 0) {
-        if (this.owner[block] === seq) this.owner[block] = heirs.get(block) ?? seq;
+        if (this.owner[block] === seq) this.owner[block] = heir(block) ?? seq;
         return;
       }
       this.owned--;
@@ -121,6 +121,7 @@ export class Player {
     this.live.apply(record);
     this.records.push(record);
     if (record.type !== "step") return;
+    record.lanes = Math.max(0, ...this.live.rows.keys()) + 1;
     record.rows = new Map([...this.live.rows].map(([row, seq]) => [row, seq.key]));
     this.steps.push(record);
     if (this.steps.length > this.length) {
@@ -206,10 +207,18 @@ export class Journal {
     return generated;
   }
 
+  /** Requests that wait for the first time; those that do not any more and never ran were given up. */
   #wait(record) {
+    const ids = new Set([...this.all.values()].map((one) => one.id));
     for (const [id, prompt, seconds] of record.waiting) {
-      const known = [...this.all.values()].some((one) => one.id === id && !one.end);
-      if (!known) this.#open(`${id}/0`, { id, index: 0, prompt, begin: record.at - seconds });
+      if (!ids.has(id)) this.#open(`${id}/0`, { id, index: 0, prompt, begin: record.at - seconds });
+    }
+    const waiting = new Set(record.waiting.map(([id]) => id));
+    for (const one of this.all.values()) {
+      if (one.began === null && !one.end && waiting.size < 64 && !waiting.has(one.id)) {
+        one.spans.push({ kind: "queued", from: one.begin, to: record.at });
+        one.end = record.at;
+      }
     }
   }
 
@@ -254,10 +263,18 @@ export class Journal {
 
 const time = (seconds) => (seconds < 1 ? `${(seconds * 1000).toFixed(seconds < 0.01 ? 1 : 0)} ms` : `${seconds.toFixed(2)} s`);
 
+/** The spans of a request, with the wait that is still going on. */
+export function spansOf(one, now) {
+  if (one.end) return one.spans;
+  if (one.began === null) return [{ kind: "queued", from: one.begin, to: now }];
+  return one.left ? [...one.spans, { kind: "preempted", from: one.left, to: now }] : one.spans;
+}
+
 /** Why a request took as long as it did: the largest cause first. */
 export function verdict(one, now) {
-  const sum = (kind) => one.spans.filter((span) => span.kind === kind).reduce((all, { from, to }) => all + to - from, 0);
+  const sum = (kind) => spansOf(one, now).filter((span) => span.kind === kind).reduce((all, { from, to }) => all + to - from, 0);
   const total = (one.end ?? Math.max(now, one.spans.at(-1)?.to ?? now)) - one.begin;
+  if (one.began === null && one.end) return `given up after ${time(total)} in the queue`;
   if (one.began === null) return `waiting for ${time(total)}: no free place or not enough free blocks`;
   const { mixed, pure } = one;
   const each = pure.steps ? pure.seconds / pure.steps : 0;

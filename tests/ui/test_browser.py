@@ -1,0 +1,185 @@
+"""The pages in a headless Chromium, against the demo model. Skipped where chromium or playwright is missing."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from ui_server import serve
+
+pytestmark = pytest.mark.slow
+
+ANSWER = "article.assistant"
+STATS = f"{ANSWER} .stats"
+
+
+def ask(page: Any, text: str) -> None:
+    page.fill("#prompt", text)
+    page.keyboard.press("Enter")
+
+
+def done(page: Any) -> None:
+    page.wait_for_selector("#stop", state="hidden")
+    page.wait_for_selector(f"{ANSWER}:last-of-type .stats:has-text('tokens/s')")
+
+
+def set_parameter(page: Any, name: str, value: str) -> None:
+    if page.locator("#settings").is_hidden():
+        page.click("#show-settings")
+    page.fill(f"#params [name={name}]", value)
+
+
+def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    set_parameter(page, "max_tokens", "60")
+    ask(page, "Tell me a story.")
+    done(page)
+    text = page.inner_text(f"{ANSWER} .body")
+    assert len(text) > 40
+    assert re.search(r"\d+ prompt tokens.* · 60 tokens · \d+ tokens/s", page.inner_text(STATS))
+    page.reload()
+    assert page.inner_text(f"{ANSWER} .body") == text
+    assert page.input_value("#params [name=max_tokens]") == "60"
+    page.click("#new")
+    assert page.locator("article").count() == 0
+    page.click("#conversations .open")
+    assert page.inner_text(f"{ANSWER} .body") == text
+    assert page.complaints == []
+
+
+def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    page.evaluate("""() => {  // a slow engine: the demo model could be done before the click
+        const real = fetch;
+        window.fetch = async (path, options) => {
+            const answer = await real(path, options);
+            if (!path.includes("chat")) return answer;
+            const slow = new TransformStream({
+                async transform(part, out) { await new Promise((go) => setTimeout(go, 300)); out.enqueue(part); },
+            });
+            return new Response(answer.body.pipeThrough(slow), { headers: answer.headers });
+        };
+    }""")
+    ask(page, "Tell me a long story.")
+    page.wait_for_selector(f"{ANSWER} .body p")
+    page.click("#stop")
+    page.wait_for_selector(f"{STATS}:has-text('stopped by you')")
+    text = page.inner_text(f"{ANSWER} .body")
+    page.wait_for_timeout(800)
+    assert text and page.inner_text(f"{ANSWER} .body") == text
+    assert page.is_visible("#send")
+    page.reload()
+    assert page.inner_text(f"{ANSWER} .body") == text
+
+
+def test_edit_and_regenerate(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    set_parameter(page, "max_tokens", "20")
+    for text in ("First question.", "Second question."):
+        ask(page, text)
+        done(page)
+    assert page.locator("article").count() == 4
+    page.locator("article.user >> text=Edit").first.click()
+    page.fill(".edit textarea", "Another question.")
+    page.keyboard.press("Enter")
+    done(page)
+    assert page.locator("article").count() == 2
+    assert page.inner_text("article.user .body") == "Another question."
+    set_parameter(page, "max_tokens", "33")
+    page.click(f"{ANSWER} >> text=Regenerate")
+    page.wait_for_selector(f"{STATS}:has-text('33 tokens')")
+    assert page.locator("article").count() == 2
+
+
+def test_errors_are_told(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    set_parameter(page, "max_tokens", "5000")
+    ask(page, "Too much.")
+    page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('5000')")
+    busy = {"status": 429, "headers": {"retry-after": "7"}, "json": {"error": {"message": "the queue is full"}}}
+    page.route("**/v1/chat/completions", lambda route: route.fulfill(**busy))
+    page.click(f"{ANSWER} button:has-text('Try again')")
+    page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('Try again in 7 s')")
+    page.unroute("**/v1/chat/completions")
+    page.route("**/v1/chat/completions", lambda route: route.abort())
+    page.click(f"{ANSWER} button:has-text('Try again')")
+    page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('cannot be reached')")
+
+
+def test_markdown_makes_no_html(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    text = (
+        "# A\n<img src=x onerror=alert(1)> **b** [ok](https://example.org/a) [no](javascript:alert(1))\n\n"
+        "- one\n  1. two\n\n```html\n<b>\n```\n1. three"
+    )
+    html = page.evaluate(
+        """async (text) => {
+            const { render } = await import("/ui/markdown.js");
+            const node = document.createElement("div");
+            for (let i = 0; i <= text.length; i++) render(node, text.slice(0, i));
+            return node.innerHTML;
+        }""",
+        text,
+    )
+    assert html == (
+        "<h3>A</h3><p>&lt;img src=x onerror=alert(1)&gt; <strong>b</strong> "
+        '<a href="https://example.org/a" rel="noopener noreferrer" target="_blank">ok</a> [no](javascript:alert(1))</p>'
+        '<ul><li>one<ol start="1"><li>two</li></ol></li></ul>'
+        '<div class="code"><div class="code-head"><span>html</span><button type="button" class="quiet">Copy</button>'
+        '</div><pre tabindex="0"><code>&lt;b&gt;</code></pre></div><ol start="1"><li>three</li></ol>'
+    )
+
+
+def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
+    page = chromium()
+    with serve(tmp_path / "log", "--api-key", "the-key") as locked:
+        for path in ("/", "/inspector"):
+            page.evaluate("() => { try { sessionStorage.clear(); } catch {} }")
+            page.goto(locked + path)
+            page.fill("#key input", "the-key")
+            page.keyboard.press("Enter")
+            page.wait_for_selector("#model:has-text('demo')" if path == "/" else "#state[data-state=live]")
+
+
+def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(f"{url}/inspector")
+    page.wait_for_selector("#state[data-state=live]")
+    page.click("#demo")
+    page.wait_for_selector("#use:text-matches('[1-9]')")
+    page.wait_for_selector("#batch li")
+    page.wait_for_selector("#waterfall .prefill")
+    page.wait_for_selector("#map-note:text-matches('[1-9][0-9]* shared')")
+    page.click("#pause")
+    page.focus("#slider")
+    page.keyboard.press("Home")
+    first = page.inner_text("#shown")
+    page.wait_for_timeout(500)
+    assert first.startswith("step ") and page.inner_text("#shown") == first
+    page.keyboard.press("ArrowRight")
+    assert page.inner_text("#shown") != first
+    page.click("#pause")
+    page.wait_for_selector("#running:text-is('0 / 0')", timeout=120_000)
+    page.wait_for_selector("#map-note:has-text(': 0 in use, 0 shared, 0 held')")
+    page.locator("#waterfall button").first.click()
+    assert page.get_attribute("#waterfall button", "aria-pressed") == "true"
+    assert page.complaints == []
+
+
+@pytest.mark.parametrize("path", ["/", "/inspector"])
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_a_phone_needs_no_sideways_scrolling(chromium: Any, url: str, path: str, theme: str) -> None:
+    page = chromium(width=390, theme=theme)
+    page.goto(url + path)
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    assert page.evaluate("document.documentElement.dataset.theme") == theme
+    page.click("#theme")
+    page.reload()
+    assert page.evaluate("document.documentElement.dataset.theme") != theme
