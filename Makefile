@@ -8,7 +8,7 @@ WORKERS ?= 2
 .PHONY: demo install check format test test-gpu bench wheel clean
 
 demo: install
-	$(BIN)/kvik generate demo "Once upon a time there was" --max-tokens 120 --seed 7 --stats
+	$(BIN)/kvik generate demo "Once upon a time there was a little fox" --max-tokens 110 --seed 13 --stats
 
 install: $(VENV)/.installed
 
