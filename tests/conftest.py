@@ -1,4 +1,5 @@
-"""What every test shares: one compute thread, because tiny models gain nothing from more and tests run side by side."""
+"""What every test shares: one compute thread, because tiny models gain nothing from more and tests run side by side;
+and the same seeds in every run, where a request and its engine name none."""
 
 from __future__ import annotations
 
@@ -8,17 +9,21 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import random
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kvik.runtime import platform
+from kvik.text import frontend
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> Iterator[None]:
+def _same_in_every_run() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(platform, "_usable_cores", lambda: 1)
+        patch.setattr(frontend, "random", SimpleNamespace(Random=lambda seed: random.Random(seed or 0)))
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def test_a_failing_logits_processor_ends_only_its_request(llm: LLM) -> None:
         return keep
 
     good = llm.generate([[1, 2, 3]], GREEDY)[0]
-    mine = [SamplingParams(max_tokens=6, logits_processors=[processor]) for processor in (bad, only_seven)]
+    mine = [replace(GREEDY, logits_processors=[processor]) for processor in (bad, only_seven)]
     outputs = llm.generate([[1, 2, 3]] * 3, [GREEDY, *mine])
     assert outputs[0].token_ids == good.token_ids
     assert outputs[1].finish_reason == "error" and "my own mistake" in str(outputs[1].error)

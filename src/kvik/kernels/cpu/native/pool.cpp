@@ -92,7 +92,6 @@ void Pool::run(const KvikOp* ops, int num_ops, const KvikStep* step) {
   ops_ = ops, num_ops_ = num_ops, op_index_ = -1, num_stages_ = 0;
   job_ = Job();
   job_.step = step;
-  idle_.store(false);
   stage_begin_ = profiling_ ? now_ns() : 0;
   advance(workers_[0].scratch);
   work(0);
@@ -114,12 +113,12 @@ void Pool::work(int worker) {
   Scratch& scratch = workers_[worker].scratch;
   for (;;) {
     uint64_t phase = phase_.load(std::memory_order_acquire);
-    if (worker == 0 && idle_.load(std::memory_order_acquire)) return;
+    if (worker == 0 && phase == idle_at_.load(std::memory_order_acquire)) return;
     int done = 0;
     for (int item; (item = take(phase, worker)) >= 0; ++done) execute(item, scratch);
     if (done && remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) {
       advance(scratch);
-    } else if (!wait(phase, worker)) {
+    } else if (!wait(phase)) {
       return;
     }
   }
@@ -163,8 +162,9 @@ void Pool::advance(Scratch& scratch) {
       stage_begin_ = time;
     }
     if (!next_stage()) {
-      idle_.store(true, std::memory_order_release);
-      phase_.store(phase_.load(std::memory_order_relaxed) + 1);
+      uint64_t end = phase_.load(std::memory_order_relaxed) + 1;
+      idle_at_.store(end, std::memory_order_release);
+      phase_.store(end);  // the caller may start the next run from here on
       return;
     }
     if (num_items_ > 0 && !is_tiny()) return publish(num_items_);
@@ -313,12 +313,12 @@ void Pool::execute(int item, Scratch& scratch) {
 }
 
 // Until the stage `phase` is over. False when a worker is to end.
-bool Pool::wait(uint64_t phase, int worker) {
+bool Pool::wait(uint64_t phase) {
   int64_t idle_since = 0;
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
     if (spins < kSpins) {
       pause();
-    } else if (!idle_.load(std::memory_order_acquire) || worker == 0) {
+    } else if (phase != idle_at_.load(std::memory_order_acquire)) {
 #if defined(__linux__)
       sched_yield();
 #else

@@ -46,7 +46,7 @@ class Pool {
   int plan_attention(const KvikOp& op);
   bool is_tiny() const;
   void publish(int items);
-  bool wait(uint64_t phase, int worker);
+  bool wait(uint64_t phase);
   void pin(int worker) const;
 
   const int threads_;
@@ -57,7 +57,7 @@ class Pool {
   std::unique_ptr<Worker[]> workers_;
 
   alignas(64) std::atomic<uint64_t> phase_{1};  // grows by one per published stage and once more at the end of a run
-  std::atomic<bool> idle_{true};
+  std::atomic<uint64_t> idle_at_{1};            // the phase that ended the last run: nothing to do while it lasts
   alignas(64) std::atomic<int> remaining_{0};
 
   // Owned by whoever advances; stable while a stage's items are being done.
