@@ -124,5 +124,6 @@ def engine_thread(folder: Path, *, vocab_size: int = 384, **scheduler: Any) -> I
     finally:
         server.stop()
         thread.join(10)
-        assert not thread.is_alive()
+        alive = thread.is_alive()
         server.close()
+        assert not alive

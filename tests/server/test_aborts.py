@@ -29,13 +29,15 @@ def run(model: str, folder: Path, body: Body, *, limits: tuple[int, int] = (10**
 
     async def main(engine: EngineThread) -> None:
         client = EngineClient(engine.endpoint, max_queued_requests=limits[0], max_queued_tokens=limits[1])
-        await asyncio.wait_for(client.wait_ready(), 10)
-        client.attach(OutputProcessor(Tokenizer.from_folder(Path(model))))
-        await asyncio.wait_for(body(client, engine), 100)
-        assert client.num_open == 0 and client.num_queued == (0, 0) and client._processor is not None
-        assert len(client._processor) == 0
-        await asyncio.to_thread(wait_until, lambda: not engine.engine.has_unfinished())
-        await client.close()
+        try:  # a socket that is left open blocks whoever collects it
+            await asyncio.wait_for(client.wait_ready(), 10)
+            client.attach(OutputProcessor(Tokenizer.from_folder(Path(model))))
+            await asyncio.wait_for(body(client, engine), 100)
+            assert client.num_open == 0 and client.num_queued == (0, 0) and client._processor is not None
+            assert len(client._processor) == 0
+            await asyncio.to_thread(wait_until, lambda: not engine.engine.has_unfinished())
+        finally:
+            await client.close()
 
     with engine_thread(folder, **scheduler) as engine:
         asyncio.run(main(engine))
@@ -152,12 +154,15 @@ def test_events_tell_every_step(model: str, tmp_path: Path) -> None:
         seen = [json.loads(await asyncio.wait_for(records.get(), 5))]
         requests = [request(f"r{i}", 40 + i, n=2, max_tokens=30) for i in range(6)]
         await finish(client.open(requests, [None] * 6, stream=False))
-        while len(seen) < 2 or seen[-1]["used"]:
+        while num_finished(seen) < 12 or seen[-1]["used"]:
             seen.append(json.loads(await asyncio.wait_for(records.get(), 5)))
         check(seen)
         client.unwatch(records)
         await finish(client.open([request("after")], [None], stream=False))
         assert engine.engine.executor is executor
+
+    def num_finished(seen: list[dict[str, Any]]) -> int:
+        return sum(why == "finished" for record in seen[1:] for _, why in record["left"])
 
     def check(seen: list[dict[str, Any]]) -> None:
         assert seen[0]["type"] == "snapshot" and seen[0]["num_blocks"] == 64 and seen[0]["sequences"] == []
