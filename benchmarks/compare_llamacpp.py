@@ -2,38 +2,25 @@
 
     python benchmarks/compare_llamacpp.py --llama-python PEER/bin/python --folder FOLDER --pairs 5 --json FILE
 
-PEER is an environment with `llama-cpp-python` (built natively) and `gguf`; FOLDER keeps the GGUF files. Each engine
-lives in a process of its own and sleeps while the other runs, so both meet the machine in the same minute; what is
-reported are medians of pairwise ratios. A prompt has 512 tokens; 128 are generated.
+PEER is an environment with `llama-cpp-python` (built natively) and `gguf`; FOLDER keeps the GGUF files. `pairs.py` says
+how runs are paired.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-SHAPES: dict[str, dict[str, Any]] = {
-    "Qwen3-0.6B": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024,
-        "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
-        "head_dim": 128, "max_position_embeddings": 4096, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    },
-    "Qwen2-0.5B": {
-        "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
-        "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
-        "max_position_embeddings": 4096, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
-    },
-}  # fmt: skip
+from pairs import OUTPUT, PROMPT, SHAPES, THREADS, Worker, add_arguments, alternate, model_folder, write_line
+
+PAIRS = Path(__file__).with_name("pairs.py")
 FORMATS = {"bf16": ("BF16", None), "int8": ("Q8_0", "int8"), "int4": ("Q4_0", "int4")}
-PROMPT, OUTPUT, THREADS, CONTEXT = 512, 128, 2, 8 * 704
+CONTEXT = 8 * (PROMPT + OUTPUT + 64)
 
 
 def make_gguf(shape: str, kind: str, path: Path) -> None:
@@ -126,81 +113,18 @@ def llama_worker(path: Path) -> None:
         print(json.dumps({"prefill": filled - begin, "decode": end - filled}), flush=True)
 
 
-def kvik_worker(folder: Path, quantization: str | None) -> None:
-    """The same for Kvik."""
-    import random
-
-    from kvik import LLM, SamplingParams
-
-    options: dict[str, Any] = {"load_format": "dummy", "threads": THREADS, "max_num_seqs": 8, "max_model_len": 704}
-    llm = LLM(str(folder), quantization=quantization, max_num_batched_tokens=8 * PROMPT, **options)
-    params = SamplingParams(max_tokens=OUTPUT, temperature=0.0, ignore_eos=True)
-    rng = random.Random(0)
-    print("ready", flush=True)
-    for line in sys.stdin:
-        prompts = [[rng.randint(3, 9000) for _ in range(PROMPT)] for _ in range(int(line))]
-        begin = time.perf_counter()
-        outputs = llm.generate(prompts, params)
-        total = time.perf_counter() - begin
-        prefill = max(output.metrics.time_to_first_token or 0.0 for output in outputs)
-        print(json.dumps({"prefill": prefill, "decode": total - prefill}), flush=True)
-
-
-class Worker:
-    """An engine in a process of its own."""
-
-    def __init__(self, command: list[str]) -> None:
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self._line()
-
-    def _line(self) -> str:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a worker died; its message is above")
-        return line
-
-    def run(self, users: int) -> dict[str, float]:
-        """Tokens per second of prefill and decode, all users together."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(f"{users}\n")
-        self._process.stdin.flush()
-        seconds = json.loads(self._line())
-        return {"prefill": users * PROMPT / seconds["prefill"], "decode": users * (OUTPUT - 1) / seconds["decode"]}
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(30)
-
-
 def compare(shape: str, fmt: str, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Alternate both engines and return one record for each number of users."""
+    """Alternate both engines and return the records of each number of users."""
     kind, quantization = FORMATS[fmt]
-    folder = args.folder / shape
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(SHAPES[shape]))
+    folder = model_folder(shape, args.folder)
     gguf_file = folder / f"{kind}.gguf"
     if not gguf_file.exists():
         subprocess.run([args.llama_python, __file__, "--make", shape, kind, str(gguf_file)], check=True)
-    kvik = Worker([sys.executable, __file__, "--kvik", str(folder), quantization or ""])
+    kvik = Worker([sys.executable, str(PAIRS), str(folder), quantization or ""])
     llama = Worker([args.llama_python, __file__, "--llama", str(gguf_file)])
     records = []
     for users in args.users:
-        kvik.run(users), llama.run(users)
-        pairs = [(kvik.run(users), llama.run(users)) for _ in range(args.pairs)]
-        for phase in ("prefill", "decode"):
-            ratios = sorted(ours[phase] / theirs[phase] for ours, theirs in pairs)
-            record = {
-                "shape": shape, "format": fmt, "users": users, "phase": phase,
-                "kvik_tok_s": statistics.median(ours[phase] for ours, _ in pairs),
-                "llamacpp_tok_s": statistics.median(theirs[phase] for _, theirs in pairs),
-                "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1],
-                "pairs": len(pairs),
-            }  # fmt: skip
-            records.append(record)
-            print("{shape} {format:5} {users} users {phase:8} kvik {kvik_tok_s:8.1f}  llama.cpp {llamacpp_tok_s:8.1f}  "
-                  "ratio {ratio:.2f} ({ratio_min:.2f}..{ratio_max:.2f})".format(**record), flush=True)  # fmt: skip
+        records += alternate(kvik, llama, "llamacpp", users, args.pairs, shape=shape, format=fmt)
     kvik.close()
     llama.close()
     return records
@@ -212,31 +136,13 @@ def main() -> None:
         return make_gguf(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
     if sys.argv[1:2] == ["--llama"]:
         return llama_worker(Path(sys.argv[2]))
-    if sys.argv[1:2] == ["--kvik"]:
-        return kvik_worker(Path(sys.argv[2]), sys.argv[3] or None)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--llama-python", required=True, help="interpreter of the environment with llama-cpp-python")
-    parser.add_argument("--folder", type=Path, required=True, help="where GGUF files and configs are kept")
-    parser.add_argument("--shapes", nargs="+", default=["Qwen3-0.6B"], choices=list(SHAPES))
     parser.add_argument("--formats", nargs="+", default=list(FORMATS), choices=list(FORMATS))
-    parser.add_argument("--users", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="append one line with machine, versions and all records")
+    add_arguments(parser)
     args = parser.parse_args()
     records = [record for shape in args.shapes for fmt in args.formats for record in compare(shape, fmt, args)]
-    if args.json is not None:
-        from kvik.cli.environment import commit, machine, versions
-
-        line = {
-            "benchmark": "compare_llamacpp",
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "records": records,
-        }
-        with args.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    return None
+    return write_line(args.json, "compare_llamacpp", records=records)
 
 
 if __name__ == "__main__":
