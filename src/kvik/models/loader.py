@@ -122,9 +122,15 @@ def load_weights(
 def build_weights(
     spec: DecoderSpec, dtype: torch.dtype, device: torch.device, fill: Fill, pack: Pack = keep_plain
 ) -> DecoderWeights:
-    """Allocate, fill and pack: the embedding, one layer after the other, the head."""
-    embedding = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
-    fill({EMBEDDING: embedding})
+    """Allocate, fill and pack: the head, while nothing else is in memory beside it, then one layer after the other."""
+    head = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
+    fill({EMBEDDING if spec.tie_word_embeddings else LM_HEAD: head})
+    packed_head = pack("lm_head", LinearWeight(head))
+    del head
+    embedding = packed_head.weight
+    if not spec.tie_word_embeddings:
+        embedding = torch.empty((spec.vocab_size, spec.hidden_size), dtype=dtype, device=device)
+        fill({EMBEDDING: embedding})
     layers = []
     for index in range(spec.num_layers):
         layer = allocate_layer(spec, dtype, device)
@@ -140,14 +146,7 @@ def build_weights(
         )
     final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
     fill({FINAL_NORM: final_norm})
-    head = LinearWeight(embedding)
-    if not spec.tie_word_embeddings:
-        head = LinearWeight(torch.empty_like(embedding))
-        fill({LM_HEAD: head.weight})
-    packed = pack("lm_head", head)
-    if spec.tie_word_embeddings:
-        embedding = packed.weight
-    return DecoderWeights(embedding, tuple(layers), final_norm, packed)
+    return DecoderWeights(embedding, tuple(layers), final_norm, packed_head)
 
 
 def open_checkpoint(
