@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from cli_harness import Result
 
-from kvik.cli.bench_measure import _kv_tokens_read, _percentiles
+from kvik.cli.bench_measure import _kv_tokens_read, percentiles
 from kvik.cli.bench_workloads import NANO_TOTALS, WORKLOADS, draw, find_workload
 from kvik.errors import ConfigError
 
@@ -52,8 +52,8 @@ def test_names_of_workloads() -> None:
 def test_arithmetic() -> None:
     assert _kv_tokens_read(10, 1) == 0
     assert _kv_tokens_read(10, 4) == 11 + 12 + 13
-    assert _percentiles([None]) is None
-    assert _percentiles([3.0, 1.0, 2.0, None]) == {"p50": 2.0, "p90": 3.0, "p99": 3.0}
+    assert percentiles([None]) is None
+    assert percentiles([3.0, 1.0, 2.0, None]) == {"p50": 2.0, "p90": 3.0, "p99": 3.0}
 
 
 def test_throughput_prints_and_appends(kvik: Kvik, model: str, tmp_path: Path) -> None:

@@ -1,18 +1,16 @@
-"""LangChain's chat model, LiteLLM and lm-eval against a running server. Run by hand; nothing here is needed by CI.
+"""LangChain's chat model and LiteLLM against a running server. Run by hand; nothing here is needed by CI.
 
-    pip install langchain-openai litellm "lm-eval[api]"
+    pip install langchain-openai litellm
     kvik serve demo --served-model-name demo
     python tests/clients/openai_clients.py http://127.0.0.1:8000
 
-Each client that is installed must get answers; one that is not is named and skipped. lm-eval downloads its task, so it
-runs only with --lm-eval.
+Each client that is installed must get answers; one that is not is named and skipped. lm-eval has `lm_eval_local.py`.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import subprocess
 import sys
 
 __all__ = ["main"]
@@ -48,25 +46,12 @@ def litellm(url: str, model: str) -> str:
     raise AssertionError("a context overflow was accepted")
 
 
-def lm_eval(url: str, model: str) -> str:
-    """A few items of a task over /v1/completions with log-probabilities of the prompt."""
-    arguments = f"model={model},base_url={url}/v1/completions,tokenizer_backend=None,tokenized_requests=False"
-    command = [sys.executable, "-m", "lm_eval", "--model", "local-completions", "--model_args", arguments]
-    done = subprocess.run(
-        [*command, "--tasks", "arc_easy", "--limit", "8"], capture_output=True, text=True, timeout=900
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout[-400:]
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("--model", default="demo")
-    parser.add_argument("--lm-eval", action="store_true")
     args = parser.parse_args()
-    clients = {"langchain_openai": langchain, "litellm": litellm, **({"lm_eval": lm_eval} if args.lm_eval else {})}
-    for module, check in clients.items():
+    for module, check in {"langchain_openai": langchain, "litellm": litellm}.items():
         found = importlib.util.find_spec(module) is not None
         print(f"{module}: {check(args.url, args.model) if found else 'not installed, skipped'}")
     return 0

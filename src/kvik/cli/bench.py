@@ -1,7 +1,7 @@
 """`kvik bench throughput|latency MODEL`: a named workload on a warm engine, best of several runs with other token ids.
 
 `throughput` gives the engine all requests at once; `latency` one after the other, or from --users callers. The machine,
-the versions and the commit stand beside every result.
+the versions and the commit stand beside every result. `kvik bench serve URL` is in `bench_serve`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from kvik.settings import Setting
 if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
 
-__all__ = ["run"]
+__all__ = ["append", "run"]
 
 _DEFAULT_WORKLOADS = {"throughput": "ragged256", "latency": "decode_bs1"}
 _WARM_UP = BenchRequest(list(range(3, 35)), 8)
@@ -32,6 +32,10 @@ _WARM_UP = BenchRequest(list(range(3, 35)), 8)
 
 def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
+    if argv and argv[0] == "serve":
+        from kvik.cli import bench_serve
+
+        return bench_serve.run(argv[1:])
     args = _parser().parse(argv)
     options = read_engine_options(args)
     workload = find_workload(args.workload or _DEFAULT_WORKLOADS[args.mode], args.requests, args.scale)
@@ -46,12 +50,13 @@ def run(argv: Sequence[str]) -> int:
         record = _record(engine, options, workload, args, users)
     print(_render(record))
     if args.json:
-        _append(Path(args.json), record)
+        append(Path(args.json), record)
     return 0
 
 
 def _parser() -> Parser:
-    parser = Parser("kvik bench", f"Measure an engine. Workloads: {', '.join(WORKLOADS)}, decode_bsN.")
+    about = "Measure an engine; kvik bench serve URL measures a server that runs (kvik bench serve --help)."
+    parser = Parser("kvik bench", f"{about}\nWorkloads: {', '.join(WORKLOADS)}, decode_bsN.")
     parser.add_argument("mode", choices=tuple(_DEFAULT_WORKLOADS), help="all requests at once, or one after the other")
     add_engine_flags(parser, sampling=False)
     parser.add_argument("--workload", metavar="NAME", help="default: ragged256, for latency decode_bs1")
@@ -140,7 +145,8 @@ def _limit(engine: LLMEngine, run: Measurement) -> dict[str, Any] | None:
     }
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
+def append(path: Path, record: dict[str, Any]) -> None:
+    """Add a result to a results file, as one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(record) + "\n")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
     from kvik.outputs import RequestOutput
 
-__all__ = ["Measurement", "measure", "read_bandwidth", "step_bytes"]
+__all__ = ["Measurement", "measure", "percentiles", "read_bandwidth", "step_bytes"]
 
 _LARGEST_BUFFER = 2**30
 _READ_SECONDS = 0.5
@@ -62,8 +62,8 @@ class Measurement:
             "prompt_tok_s": self.num_prompt_tokens / self.seconds,
             "prefill_tok_s": self.speeds.prefill_speed,
             "decode_tok_s": self.speeds.decode_speed,
-            "ttft_s": _percentiles([m.time_to_first_token for m in metrics]),
-            "tpot_s": _percentiles([m.time_per_output_token for m in metrics]),
+            "ttft_s": percentiles([m.time_to_first_token for m in metrics]),
+            "tpot_s": percentiles([m.time_per_output_token for m in metrics]),
             "steps": len(steps),
             "scheduler_ms_per_step": 1e3 * host / len(steps),
             "host_ms_per_step": 1e3 * waited / len(steps),
@@ -124,7 +124,7 @@ def read_bandwidth(num_bytes: int, device: torch.device) -> tuple[float, int]:
     return buffer.nbytes / best, buffer.nbytes
 
 
-def _percentiles(values: Sequence[float | None]) -> dict[str, float] | None:
+def percentiles(values: Sequence[float | None]) -> dict[str, float] | None:
     """The 50th, 90th and 99th percentile (nearest rank), or None for no values."""
     known = sorted(value for value in values if value is not None)
     if not known:

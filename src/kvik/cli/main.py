@@ -23,7 +23,7 @@ COMMANDS = {
     "serve": "serve a model over HTTP with the OpenAI API",
     "batch": "run a file of OpenAI batch requests",
     "info": "show the machine, a model, and the memory that it would take",
-    "bench": "measure throughput or latency",
+    "bench": "measure throughput or latency, of an engine or of a running server",
     "quantize": "write a model folder with quantised weights",
 }
 INTERRUPTED = 130
