@@ -1,0 +1,150 @@
+"""`TritonOps`: the operations of a decoder block on a GPU, each by the kernel that the table names for its shape.
+
+Holds no tensors. Outputs and partial sums are allocated by torch, from a CUDA graph's own pool while one is captured;
+sizes that change between replays of a graph are only ever contents of tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kvik.kernels.api import LinearWeight
+from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny
+from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, RowPlan, Table, load_table
+
+__all__ = ["TritonOps"]
+
+_HOPPER = (9, 0)
+_ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
+
+
+class TritonOps:
+    """`kvik.kernels.api.Ops` in Triton, rounding where `ReferenceOps` does; and every result also into `out`.
+
+    Where a projection goes to the vendor's library, a residual is added before the result is rounded, not after.
+
+    deterministic: a row's result does not depend on the rows beside it. Every projection then takes the path, tiles and
+    split of K that the table's deterministic rules name for (n, k, dtype), whatever the number of tokens is.
+    pdl: kernels overlap their predecessors (`kernels/triton/pdl.py`); None: where the GPU can, Hopper and newer.
+    """
+
+    def __init__(
+        self, device: torch.device, *, table: Table | None = None, deterministic: bool = False, pdl: bool | None = None
+    ) -> None:
+        on_gpu = device.type == "cuda"
+        self._table = table or load_table(torch.cuda.get_device_name(device) if on_gpu else device.type)
+        self._deterministic = deterministic
+        self._pdl = on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER if pdl is None else pdl
+
+    def embedding(self, input_ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
+        size = weight.shape[1]
+        out = weight.new_empty((len(input_ids), size)) if out is None else out
+        if len(out):
+            embedding.embedding(input_ids, weight, self._row_plan("embedding", out, size), out, pdl=self._pdl)
+        return out
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None) -> Tensor:
+        out = torch.empty_like(x) if out is None else out
+        if x.numel():
+            plan = self._row_plan("rms_norm", x, x.shape[-1])
+            rms_norm.rms_norm(x, weight, eps, plan, out, pdl=self._pdl)
+        return out
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float,
+        *, out: Tensor | None = None, total: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """(rms_norm(x + residual), x + residual): what follows a sum that no projection made, as an all-reduce does."""
+        out, total = (torch.empty_like(x) if buffer is None else buffer for buffer in (out, total))
+        if x.numel():
+            plan = self._row_plan("rms_norm", x, x.shape[-1])
+            rms_norm.add_rms_norm(x, residual, weight, eps, plan, out, total, pdl=self._pdl)
+        return out, total
+
+    def silu_mul(self, gate_up: Tensor, *, out: Tensor | None = None) -> Tensor:
+        """silu(gate) * up of [gate | up] [num_tokens, 2 * size] -> [num_tokens, size]."""
+        size = gate_up.shape[1] // 2
+        out = gate_up.new_empty((len(gate_up), size)) if out is None else out
+        if len(out):
+            silu_mul.silu_mul(gate_up, self._row_plan("silu_mul", out, size), out, pdl=self._pdl)
+        return out
+
+    def linear(self, x: Tensor, w: LinearWeight, *, out: Tensor | None = None) -> Tensor:
+        return self._project("linear", x, w, out)
+
+    def norm_linear(
+        self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight, *, out: Tensor | None = None
+    ) -> Tensor:
+        return self._project("norm_linear", x, w, out, norm=Norm(norm_weight, eps))
+
+    def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
+        return self._project("linear_add", x, w, out, residual=residual)
+
+    def norm_linear_swiglu(
+        self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight, *, out: Tensor | None = None
+    ) -> Tensor:
+        return self._project("norm_linear_swiglu", x, w, out, norm=Norm(norm_weight, eps))
+
+    def qk_norm_rope_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        slots: Tensor,
+        k_cache: Tensor,
+        v_cache: Tensor,
+        q_norm: Tensor | None,
+        k_norm: Tensor | None,
+        eps: float,
+        *,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """As the protocol says; and a token whose slot is negative writes nothing (padding rows of a CUDA graph)."""
+        num_kv_heads, _, head_dim = k_cache.shape[1:]
+        num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        out = qkv.new_empty((len(qkv), num_heads, head_dim)) if out is None else out
+        if len(qkv):
+            plan = self._row_plan("qk_norm_rope_store", out, head_dim)
+            qk_norm_rope_store.qk_norm_rope_store(
+                qkv, cos, sin, slots, k_cache, v_cache, q_norm, k_norm, eps, plan, out, pdl=self._pdl
+            )
+        return out
+
+    def _row_plan(self, op: str, x: Tensor, size: int) -> RowPlan:
+        num_tokens = _ROWS_WHEN_DETERMINISTIC if self._deterministic else len(x)
+        return self._table.row_plan(Case(op, num_tokens, size, size, str(x.dtype).removeprefix("torch.")))
+
+    def _project(
+        self,
+        op: str,
+        x: Tensor,
+        w: LinearWeight,
+        out: Tensor | None,
+        norm: Norm | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        swiglu = op == "norm_linear_swiglu"
+        m, k = x.shape
+        n = w.weight.shape[0] // (2 if swiglu else 1)
+        out = x.new_empty((m, n)) if out is None else out
+        if m == 0:
+            return out
+        case = Case(op, m, n, k, str(x.dtype).removeprefix("torch."))
+        plan = self._table.plan(case, deterministic=self._deterministic)
+        if norm is not None and (plan.path == "blas" or not (plan.path == "gemv" or plan.fuse_norm)):
+            x, norm = self.rms_norm(x, norm.weight, norm.eps), None
+        if plan.path == "blas":
+            return self.silu_mul(F.linear(x, w.weight, w.bias), out=out) if swiglu else _blas(x, w, residual, out)
+        launch = gemv.gemv if plan.path == "gemv" else skinny.skinny
+        return launch(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
+
+
+def _blas(x: Tensor, w: LinearWeight, residual: Tensor | None, out: Tensor) -> Tensor:
+    """residual + x @ weight.T + bias by the vendor's library, in as few calls as it allows."""
+    first = w.bias if residual is None else residual
+    if first is None:
+        return torch.mm(x, w.weight.t(), out=out)
+    torch.addmm(first, x, w.weight.t(), out=out)
+    return out if w.bias is None or residual is None else out.add_(w.bias)

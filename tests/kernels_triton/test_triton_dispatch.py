@@ -1,0 +1,182 @@
+"""The table of kernels: which plan a case gets, what is measured and kept, and what stays unimported."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from kvik.errors import ConfigError
+from kvik.kernels.triton import dispatch, tune
+from kvik.kernels.triton.dispatch import BUCKETS, Case, Plan, Rule, Table, cache_path, load_table, save_measured
+
+GPU = "NVIDIA H200"
+TOKENS = (1, 2, 3, 4, 5, 8, 16, 17, 64, 65, 256, 10_000)
+QWEN3 = {"0.6B": (1024, 2048, 1024, 3072, 151936), "8B": (4096, 4096, 1024, 12288, 151936)}
+
+
+def cases(dtype: str = "bfloat16") -> list[Case]:
+    return [case for sizes in QWEN3.values() for case in tune.decoder_cases(*sizes, dtype, TOKENS)]
+
+
+def test_nothing_imports_triton_before_a_kernel_is_wanted() -> None:
+    code = "import sys, kvik.kernels.triton.dispatch; print('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
+
+
+def test_the_shipped_table_takes_the_paths_that_the_design_names(tmp_path: Path) -> None:
+    table = load_table(GPU, tmp_path)
+    for case in cases():
+        path = table.plan(case).path
+        assert path == ("gemv" if case.num_tokens <= 4 else "skinny" if case.num_tokens <= 64 else "blas")
+    assert {table.plan(case).path for case in cases("float32")} == {"gemv", "blas"}
+
+
+def test_shipped_tensor_core_plans_fill_the_gpu_and_its_shared_memory_holds_them(tmp_path: Path) -> None:
+    table = load_table(GPU, tmp_path)
+    for case in cases():
+        plan = table.plan(case)
+        if plan.path == "skinny":
+            rows = 2 if case.op == "norm_linear_swiglu" else 1
+            assert -(-case.n // plan.block_n) * plan.split_k >= 48
+            assert plan.block_t >= min(case.num_tokens, 64)
+            assert plan.num_stages * plan.block_k * (rows * plan.block_n + plan.block_t) * 2 <= 227 * 1024
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_a_deterministic_plan_does_not_depend_on_the_number_of_tokens(dtype: str, tmp_path: Path) -> None:
+    table = load_table(GPU, tmp_path)
+    table.measured.update({case.key: Plan(path="blas") for case in cases(dtype)})
+    for case in cases(dtype):
+        plans = {table.plan(dataclasses.replace(case, num_tokens=m), deterministic=True) for m in TOKENS}
+        assert len(plans) == 1
+        assert plans.pop().path == "skinny"
+
+
+def test_buckets() -> None:
+    assert [Case("linear", m, 1, 1, "float32").bucket for m in (1, 3, 4, 5, 33, 10**6)] == [1, 4, 4, 8, 64, BUCKETS[-1]]
+
+
+def test_the_first_rule_that_matches_decides() -> None:
+    plans = [Plan(path="blas", block_n=2**i) for i in range(6)]
+    table = Table(
+        rules=(
+            Rule(plan=plans[0], max_m=4, max_n=100, max_k=200, ops=("linear",), dtypes=("float16",)),
+            Rule(plan=plans[1], max_m=4, max_n=100, max_k=200),
+            Rule(plan=plans[2], max_m=4, max_n=100),
+            Rule(plan=plans[3], max_m=4),
+        ),
+        deterministic=(),
+        rows=(),
+        measured={"linear m1 n7 k7 float16": plans[4]},
+    )
+    assert table.plan(Case("linear", 3, 100, 200, "float16")) is plans[0]
+    assert table.plan(Case("linear_add", 3, 100, 200, "float16")) is plans[1]
+    assert table.plan(Case("linear", 3, 100, 200, "float32")) is plans[1]
+    assert table.plan(Case("linear", 3, 100, 201, "float16")) is plans[2]
+    assert table.plan(Case("linear", 3, 101, 200, "float16")) is plans[3]
+    assert table.plan(Case("linear", 1, 7, 7, "float16")) is plans[4]
+    with pytest.raises(ConfigError, match="no rule of the kernel table matches linear m8"):
+        table.plan(Case("linear", 5, 1, 1, "float16"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"path": "gemm"}, "path must be one of"),
+        ({"path": "gemv", "block_n": 3}, "block_n must be a power of two, got 3"),
+        ({"path": "skinny", "block_t": 8}, "at least 16"),
+        ({"path": "skinny", "split_k": 0}, "split_k"),
+    ],
+)
+def test_impossible_plans_are_refused(fields: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Plan(**fields)  # type: ignore[arg-type]
+
+
+def test_measurements_come_back_and_broken_ones_are_left_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case, plan = Case("linear", 1, 64, 32, "bfloat16"), Plan(path="gemv", block_n=2)
+    path = save_measured(GPU, {case.key: plan}, tmp_path)
+    assert load_table(GPU, tmp_path).plan(case) == plan
+    assert load_table("another GPU", tmp_path).measured == {}
+    monkeypatch.setattr(logging.getLogger("kvik"), "propagate", True)
+    for broken in ("", "[]", json.dumps({"measured": {case.key: {"path": "warp"}}})):
+        path.write_text(broken)
+        caplog.clear()
+        assert load_table(GPU, tmp_path).measured == {}
+        assert "cannot be read" in caplog.text
+
+
+def test_another_kernel_source_is_another_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = cache_path(GPU, tmp_path)
+    for name in ("h200.json", *dispatch._TUNED_SOURCES):
+        (tmp_path / name).write_bytes((dispatch._HERE / name).read_bytes())
+    monkeypatch.setattr(dispatch, "_HERE", tmp_path)
+    assert cache_path(GPU, tmp_path) == here
+    with (tmp_path / "gemv.py").open("a") as file:
+        file.write("\n")
+    assert cache_path(GPU, tmp_path) != here
+
+
+def test_candidates_are_varied_and_possible() -> None:
+    for case in cases():
+        plans = tune.candidates(case)
+        assert len(plans) == len(set(plans))
+        paths = (
+            {"blas"} | ({"skinny"} if case.num_tokens <= 256 else set()) | ({"gemv"} if case.num_tokens <= 4 else set())
+        )
+        assert {plan.path for plan in plans} == paths
+        assert len(plans) < 100  # about a second each, to compile and to time
+
+
+def test_tuning_keeps_the_fastest_that_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    """With a clock that knows what it wants: every candidate is run, and one of them cannot."""
+    from triton.runtime.errors import OutOfResources
+
+    gpu = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
+    wanted, impossible = Plan(path="skinny", block_k=16), Plan(path="skinny", block_k=32)
+    offered = [Plan(path="blas"), impossible, wanted, Plan(path="skinny", block_k=64)]
+    monkeypatch.setattr(tune, "candidates", lambda case: offered)
+    monkeypatch.setattr(tune, "_SWEPT_BYTES", 1 << 14)
+    seconds = iter([3.0, None, 1.0, 2.0] * 4)
+
+    def timer(run: Callable[[int], object], copies: int) -> float:
+        assert copies > 1
+        result = run(copies - 1)
+        assert isinstance(result, torch.Tensor) and result.isfinite().all()
+        if (now := next(seconds)) is None:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return now
+
+    kinds = ("linear", "linear_add", "norm_linear", "norm_linear_swiglu")
+    todo = [Case(op, 5, 24, 32, "float32") for op in kinds]
+    measured = tune.tune(todo, device, timer=timer, directory=tmp_path)
+    assert measured == {case.key: wanted for case in todo}
+    assert load_table(gpu, tmp_path).measured == measured
+    save_measured(gpu, {"other m1 n1 k1 float32": wanted}, tmp_path)
+    seconds = iter([1.0, None, 2.0, 3.0])
+    again = tune.tune(todo[:1], device, timer=timer, directory=tmp_path)
+    assert again == {"other m1 n1 k1 float32": wanted, todo[0].key: offered[0]}
+
+
+@pytest.mark.gpu
+def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    monkeypatch.setattr(tune, "_SWEPT_BYTES", 1 << 22)
+    case = Case("norm_linear", 2, 256, 256, "bfloat16")
+    measured = tune.tune([case], torch.device("cuda"), directory=tmp_path)
+    assert measured[case.key] in tune.candidates(case)

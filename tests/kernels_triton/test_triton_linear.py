@@ -1,0 +1,124 @@
+"""Projections in Triton against the reference, on every path, at sizes that no tile divides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from linear_cases import DTYPES, check, noise, one_plan, projection
+
+from kvik.kernels.api import LinearWeight
+from kvik.kernels.reference import ReferenceOps
+from kvik.kernels.triton.dispatch import Plan, load_table
+from kvik.kernels.triton.ops import TritonOps
+
+REFERENCE = ReferenceOps()
+EPS = 1e-6
+GEMV = {
+    "one tile": Plan(path="gemv", block_n=32, block_k=256),
+    "chunks": Plan(path="gemv", block_n=32, block_k=32, num_warps=2),
+}
+SKINNY = {
+    "plain": Plan(path="skinny", block_n=32, block_k=32, block_t=32),
+    "wgmma": Plan(path="skinny", block_n=64, block_k=64, prefetch=2),
+    "split": Plan(path="skinny", block_n=32, block_k=16, block_t=32, split_k=3, reduce_n=32, reduce_t=16),
+    "more parts than K has": Plan(path="skinny", block_n=32, block_k=64, split_k=8, fuse_norm=False),
+}
+BLAS = Plan(path="blas")
+SIZES = [(40, 80), (33, 48), (1, 16)]  # outputs, inputs
+
+
+def compare(plan: Plan, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, device: torch.device) -> None:
+    """The four projections of a decoder."""
+    ops = TritonOps(device, table=one_plan(plan))
+    x, gain = noise(m, k, dtype=dtype, device=device), noise(k, dtype=dtype, device=device)
+    residual = noise(m, n, dtype=dtype, device=device, seed=2)
+    w, gate_up = (projection(rows, k, bias, dtype, device) for rows in (n, 2 * n))
+    check(ops.linear(x, w), REFERENCE.linear(x, w))
+    check(ops.norm_linear(x, gain, EPS, w), REFERENCE.norm_linear(x, gain, EPS, w))
+    added = ops.linear_add(x, w, residual)
+    check(added, REFERENCE.linear_add(x, w, residual), rounds_alike=plan.path != "blas")
+    gated = ops.norm_linear_swiglu(x, gain, EPS, gate_up)
+    check(gated, REFERENCE.norm_linear_swiglu(x, gain, EPS, gate_up))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", GEMV)
+@pytest.mark.parametrize("m", [1, 2, 3, 4])
+def test_gemv(name: str, m: int, dtype: torch.dtype, device: torch.device) -> None:
+    for (n, k), bias in zip(SIZES, (True, False, True), strict=True):
+        compare(GEMV[name], m, n, k, dtype, bias, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SKINNY)
+@pytest.mark.parametrize("m", [1, 5, 17, 64])
+def test_skinny(name: str, m: int, dtype: torch.dtype, device: torch.device) -> None:
+    for (n, k), bias in zip(SIZES, (False, True, False), strict=True):
+        compare(SKINNY[name], m, n, k, dtype, bias, device)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_library(dtype: torch.dtype, bias: bool, device: torch.device) -> None:
+    compare(BLAS, 65, 40, 80, dtype, bias, device)
+
+
+@pytest.mark.parametrize("m", [1, 2, 3, 5, 17, 64, 65])
+def test_the_shipped_table(m: int, device: torch.device) -> None:
+    ops = TritonOps(device, table=load_table("a GPU that nobody has measured"))
+    dtype = torch.bfloat16
+    x, gain = noise(m, 80, dtype=dtype, device=device), noise(80, dtype=dtype, device=device)
+    for n in (24, 136):
+        w = projection(2 * n, 80, True, dtype, device)
+        check(ops.norm_linear(x, gain, EPS, w), REFERENCE.norm_linear(x, gain, EPS, w))
+        check(ops.norm_linear_swiglu(x, gain, EPS, w), REFERENCE.norm_linear_swiglu(x, gain, EPS, w))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_deterministic_row_does_not_know_its_neighbours(dtype: torch.dtype, device: torch.device) -> None:
+    ops = TritonOps(device, deterministic=True)
+    x, gain = noise(70, 80, dtype=dtype, device=device), noise(80, dtype=dtype, device=device)
+    w, gate_up = projection(40, 80, True, dtype, device), projection(80, 80, False, dtype, device)
+    residual = noise(70, 40, dtype=dtype, device=device)
+    whole = (
+        ops.linear(x, w),
+        ops.norm_linear(x, gain, EPS, w),
+        ops.linear_add(x, w, residual),
+        ops.norm_linear_swiglu(x, gain, EPS, gate_up),
+    )
+    for rows in (slice(0, 1), slice(67, 70), slice(3, 20)):
+        part = (
+            ops.linear(x[rows], w),
+            ops.norm_linear(x[rows], gain, EPS, w),
+            ops.linear_add(x[rows], w, residual[rows]),
+            ops.norm_linear_swiglu(x[rows], gain, EPS, gate_up),
+        )
+        for alone, together in zip(part, whole, strict=True):
+            assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("plan", [GEMV["chunks"], SKINNY["split"], BLAS], ids=lambda plan: plan.path)
+def test_results_go_where_they_are_wanted(plan: Plan, device: torch.device) -> None:
+    ops = TritonOps(device, table=one_plan(plan))
+    x, gain = torch.ones(2, 16, device=device), torch.ones(16, device=device)
+    w = LinearWeight(torch.eye(16, device=device))
+    out = torch.full((2, 16), float("nan"), device=device)
+    assert ops.linear(x, w, out=out) is out
+    assert torch.equal(out, x)
+    assert ops.linear_add(x, w, x, out=out) is out
+    assert torch.equal(out, 2 * x)
+    gated = torch.full((2, 8), float("nan"), device=device)
+    assert ops.norm_linear_swiglu(x, gain, EPS, w, out=gated) is gated
+    assert not gated.isnan().any()
+
+
+def test_no_tokens(device: torch.device) -> None:
+    ops = TritonOps(device)
+    x, gain = torch.empty(0, 16, device=device), torch.ones(16, device=device)
+    w = LinearWeight(torch.ones(24, 16, device=device))
+    assert ops.linear(x, w).shape == (0, 24)
+    assert ops.linear_add(x, w, torch.empty(0, 24, device=device)).shape == (0, 24)
+    assert ops.norm_linear_swiglu(x, gain, EPS, w).shape == (0, 12)
