@@ -1,0 +1,114 @@
+"""Attention for NVIDIA GPUs: the decode kernel for sequences with few queries, the prefill kernel for the others.
+
+step                 work lists, once a step             every layer
+seq_lens, starts ──► plan_attention ──► decode items  ──► decode_attention
+                                    └─► prefill items ──► prefill_attention
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.errors import CapacityError
+from kvik.kernels.triton.attention_decode import decode_attention
+from kvik.kernels.triton.attention_plan import plan_attention
+from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
+from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
+
+__all__ = ["AttentionLimits", "TritonAttention"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionLimits:
+    """The largest step that a `TritonAttention` will see, and the heads of one rank."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_num_seqs: int
+    max_num_tokens: int  # queries of one step
+    max_context_tokens: int  # sum of the context lengths of one step
+    max_queries: int = 1  # up to which a sequence is decoded: 1, and one more for each token that is speculated
+
+
+class TritonAttention:
+    """`AttentionBackend` in Triton. Allocates its workspace once; a call allocates its result only.
+
+    A sequence's result is the same in every batch, bit for bit: its kernel, its chunks and their order depend on its
+    own lengths only. A query's result also depends on how its prompt was cut into steps, since that decides between
+    the kernels, unless `deterministic` is set.
+    """
+
+    def __init__(
+        self,
+        limits: AttentionLimits,
+        device: torch.device,
+        *,
+        deterministic: bool = False,
+        tiles: AttentionTiles | None = None,
+        pdl: bool = False,
+    ) -> None:
+        self._limits, self._pdl = limits, pdl
+        self._tiles = tiles or attention_tiles(limits.head_dim, deterministic=deterministic)
+        self._group = limits.num_heads // limits.num_kv_heads
+        self._capacity = limits.max_context_tokens // self._tiles.chunk + limits.max_num_seqs
+        most_tiles = limits.max_num_tokens // tile_queries(self._group, self._tiles) + limits.max_num_seqs
+        rows = self._group * limits.max_queries
+        parts = (self._capacity, limits.num_kv_heads, rows)
+        self._parts = torch.empty((*parts, limits.head_dim), dtype=torch.float32, device=device)
+        self._stats = torch.empty((*parts, 2), dtype=torch.float32, device=device)
+        self._arrivals = torch.zeros((limits.max_num_seqs, limits.num_kv_heads), dtype=torch.int32, device=device)
+        self._decode_items = torch.empty((self._capacity, 2), dtype=torch.int32, device=device)
+        self._prefill_items = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
+        self._counts = torch.zeros(2, dtype=torch.int32, device=device)
+        self._prepared: ForwardBatch | None = None
+        self._decodes = self._prefills = False  # whether that batch has work for the kernel
+
+    def prepare(self, batch: ForwardBatch) -> None:
+        """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.
+
+        Whoever captures a graph calls it inside the capture, so that a replay builds the lists from its own lengths.
+        A replay runs the kernels that the captured batch needed: one with both kinds of sequences serves every mix.
+        Raises CapacityError for a step beyond the limits.
+        """
+        limits = self._limits
+        asked = (batch.num_seqs, batch.query_starts_host[-1], sum(batch.seq_lens_host))
+        given = (limits.max_num_seqs, limits.max_num_tokens, limits.max_context_tokens)
+        if any(map(int.__gt__, asked, given)):
+            raise CapacityError(
+                f"attention was set up for (sequences, tokens, context tokens) of {given} and got a step of {asked}"
+            )
+        plan_attention(
+            batch.query_starts, batch.seq_lens, self._decode_items, self._prefill_items, self._counts,
+            max_seqs=limits.max_num_seqs, max_queries=limits.max_queries, chunk=self._tiles.chunk,
+            tile_queries=tile_queries(self._group, self._tiles),
+        )  # fmt: skip
+        counts = [end - start for start, end in itertools.pairwise(batch.query_starts_host)]
+        self._decodes = any(0 < count <= limits.max_queries for count in counts)
+        self._prefills = any(count > limits.max_queries for count in counts)
+        self._prepared = batch
+
+    def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
+        if batch is not self._prepared:
+            self.prepare(batch)
+        q = q.contiguous()
+        out = torch.empty_like(q)
+        if self._decodes:
+            decode_attention(
+                q, kv.k, kv.v, out, parts=self._parts, stats=self._stats, arrivals=self._arrivals,
+                items=self._decode_items, counts=self._counts, query_starts=batch.query_starts,
+                seq_lens=batch.seq_lens, block_tables=batch.block_tables, scale=scale, window=window,
+                max_queries=self._limits.max_queries, tiles=self._tiles, pdl=self._pdl,
+            )  # fmt: skip
+        if self._prefills:
+            prefill_attention(
+                q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
+                seq_lens=batch.seq_lens, block_tables=batch.block_tables, scale=scale, window=window,
+                tiles=self._tiles, pdl=self._pdl,
+            )  # fmt: skip
+        return out

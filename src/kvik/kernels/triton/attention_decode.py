@@ -1,0 +1,137 @@
+"""Attention of few queries per sequence over the paged cache: softmax(scale * q @ k.T) @ v.
+
+A work item is one chunk of one sequence's keys (flash-decoding, with chunks of a fixed size in place of a fixed number
+of splits, so a sequence's result does not depend on the batch). The query heads that share a key head, and the queries
+of a sequence, are the rows of one tile:
+
+    row     0      1      2      3      4   ..
+    query   0      0      1      1      -         2 queries, group of 2 heads, padded to 16 rows
+    head    0      1      0      1      -
+
+Each item leaves maximum, sum and acc in fp32; the one that arrives last adds them up in the order of the chunks.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
+from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
+
+__all__ = ["LOG2_E", "decode_attention"]
+
+LOG2_E = 1.4426950408889634
+
+
+@triton.jit
+def _store_out(out: tl.tensor, offsets: tl.tensor, held: tl.tensor, s: tl.tensor, acc: tl.tensor) -> None:
+    """A sequence without context (a padding row) gets zeros."""
+    s = tl.where(s > 0, s, 1.0)
+    tl.store(out + offsets, (acc / s[:, None]).to(out.dtype.element_ty), mask=held)
+
+
+@triton.jit
+def _store_part(parts: tl.tensor, stats: tl.tensor, index: tl.tensor, rows: tl.tensor, held: tl.tensor, m: tl.tensor,
+                s: tl.tensor, acc: tl.tensor, PART: tl.constexpr, HEAD_DIM: tl.constexpr) -> None:  # fmt: skip
+    dims = tl.arange(0, acc.shape[1])
+    row = index * PART + rows
+    tl.store(stats + 2 * row, m, mask=rows < PART)
+    tl.store(stats + 2 * row + 1, s, mask=rows < PART)
+    tl.store(parts + row[:, None] * HEAD_DIM + dims[None, :], acc, mask=held)
+
+
+@triton.jit
+def _merge_parts(parts: tl.tensor, stats: tl.tensor, first: tl.tensor, count: tl.tensor, stride: tl.tensor,
+                 rows: tl.tensor, held: tl.tensor, scale: tl.tensor, BLOCK_D: tl.constexpr, PART: tl.constexpr,
+                 HEAD_DIM: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Add up `count` partial results that lie `stride` apart. Read through L2: other SMs wrote them just now."""
+    dims = tl.arange(0, BLOCK_D)
+    m = tl.full([rows.shape[0]], float("-inf"), tl.float32)
+    s = tl.zeros([rows.shape[0]], tl.float32)
+    acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
+    for i in range(count):
+        row = (first + i * stride) * PART + rows
+        part_m = tl.load(stats + 2 * row, mask=rows < PART, other=0.0, cache_modifier=".cg")
+        part_s = tl.load(stats + 2 * row + 1, mask=rows < PART, other=0.0, cache_modifier=".cg")
+        part = tl.load(parts + row[:, None] * HEAD_DIM + dims[None, :], mask=held, other=0.0, cache_modifier=".cg")
+        m, s, acc = merge(m, s, acc, part_m, part_s, part, scale)
+    return s, acc
+
+
+@triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
+def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.tensor, stats: tl.tensor,
+            arrivals: tl.tensor, items: tl.tensor, counts: tl.tensor, query_starts: tl.tensor, seq_lens: tl.tensor,
+            tables: tl.tensor, table_stride: tl.tensor, block_stride: tl.tensor, scale: tl.tensor,
+            WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
+            HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+    start_dependents(PDL)
+    wait_for_inputs(PDL)  # everything below reads what earlier kernels wrote
+    head = tl.program_id(0)
+    rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    PART: tl.constexpr = GROUP * MAX_QUERIES
+    k += head * BLOCK_SIZE * HEAD_DIM
+    v += head * BLOCK_SIZE * HEAD_DIM
+    num_items = tl.load(counts)
+    for item in range(tl.program_id(1), num_items, tl.num_programs(1)):
+        sequence, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
+        start, seq_len = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
+        num_queries = tl.load(query_starts + sequence + 1) - start
+        first_position = seq_len - num_queries
+        first_chunk = 0
+        if WINDOW > 0:
+            first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
+        num_parts = tl.cdiv(seq_len, CHUNK) - first_chunk
+        if chunk >= first_chunk:
+            token = start + rows // GROUP
+            offsets = (token * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
+            held = (rows // GROUP < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
+            tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
+            m, s, acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, seq_len,
+                               first_position + rows // GROUP, k, v, tables + sequence.to(tl.int64) * table_stride,
+                               block_stride, scale, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+            if num_parts <= 1:
+                _store_out(out, offsets, held, s, acc)
+            else:
+                part = (item * NUM_KV_HEADS + head).to(tl.int64)
+                _store_part(parts, stats, part, rows, held, m, s, acc, PART, HEAD_DIM)
+                tl.debug_barrier()  # the stores of all threads come before the release of the one that counts
+                arrival = arrivals + sequence * NUM_KV_HEADS + head
+                if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
+                    first_part = part + (first_chunk - chunk) * NUM_KV_HEADS
+                    s, acc = _merge_parts(parts, stats, first_part, num_parts, NUM_KV_HEADS, rows, held, scale,
+                                          BLOCK_D, PART, HEAD_DIM)  # fmt: skip
+                    _store_out(out, offsets, held, s, acc)
+                    tl.store(arrival, 0)
+
+
+def decode_attention(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
+    parts: Tensor, stats: Tensor, arrivals: Tensor, items: Tensor, counts: Tensor,
+    query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor,
+    scale: float, window: int | None, max_queries: int, tiles: AttentionTiles, pdl: bool = False,
+) -> None:  # fmt: skip
+    """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
+
+    q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all contiguous.
+    parts: [capacity, num_kv_heads, group * max_queries, head_dim] and stats: [capacity, num_kv_heads, group *
+    max_queries, 2], fp32, where capacity is that of `items`. arrivals: [num_seqs, num_kv_heads] int32, zeros before and
+    after. The other arguments are those of `ForwardBatch` and `AttentionBackend.forward`.
+
+    The number of programs follows from shapes alone, so the launch can be captured and replayed with other lengths.
+    """
+    (_, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
+    group = num_heads // num_kv_heads
+    longest = -(-block_tables.shape[1] * block_size // tiles.chunk)
+    programs = min(block_tables.shape[0] * longest, max(tiles.decode_programs // num_kv_heads, 1))
+    _decode[(num_kv_heads, programs)](
+        q, k, v, out, parts, stats, arrivals, items, counts, query_starts, seq_lens, block_tables,
+        block_tables.stride(0), k.stride(0), scale * LOG2_E,
+        WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
+        BLOCK_SIZE=block_size, CHUNK=tiles.chunk,
+        BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
+        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.block_n, PDL=pdl,
+        num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),
+    )  # fmt: skip

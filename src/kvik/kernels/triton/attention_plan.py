@@ -1,0 +1,65 @@
+"""The work lists of the attention kernels, built on the device once per step and read by every layer.
+
+A sequence with at most `max_queries` queries is cut into chunks of keys for the decode kernel, one with more into tiles
+of queries for the prefill kernel. Which of them depends on the sequence alone, never on the rest of the batch.
+
+    seq 0: 1 query, 1300 keys     ->  decode items  (0, 0) (0, 1) (0, 2)
+    seq 1: 100 queries            ->  prefill items (1, 0) (1, 1) (1, 2) (1, 3)
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+__all__ = ["plan_attention"]
+
+WRITE = 64  # items written at a time
+
+
+@triton.jit
+def _write(items: tl.tensor, start: tl.tensor, count: tl.tensor, sequence: tl.tensor, BLOCK: tl.constexpr) -> None:
+    for first in range(0, count, BLOCK):
+        part = first + tl.arange(0, BLOCK)
+        tl.store(items + 2 * (start + part), sequence, mask=part < count)
+        tl.store(items + 2 * (start + part) + 1, part, mask=part < count)
+
+
+@triton.jit(do_not_specialize=["num_seqs"])
+def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor, prefill_items: tl.tensor,
+          counts: tl.tensor, num_seqs: tl.tensor, MAX_QUERIES: tl.constexpr, CHUNK: tl.constexpr,
+          TILE_QUERIES: tl.constexpr, SEQS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
+    sequence = tl.program_id(0)
+    ids = tl.arange(0, SEQS)
+    held = ids < num_seqs
+    queries = tl.load(query_starts + ids + 1, mask=held, other=0) - tl.load(query_starts + ids, mask=held, other=0)
+    chunks = tl.maximum(tl.cdiv(tl.load(seq_lens + ids, mask=held, other=0), CHUNK), 1)
+    chunks = tl.where((queries > 0) & (queries <= MAX_QUERIES), chunks, 0)
+    tiles = tl.where(queries > MAX_QUERIES, tl.cdiv(queries, TILE_QUERIES), 0)
+    before, mine = ids < sequence, ids == sequence
+    before_chunks, my_chunks = tl.sum(tl.where(before, chunks, 0)), tl.sum(tl.where(mine, chunks, 0))
+    before_tiles, my_tiles = tl.sum(tl.where(before, tiles, 0)), tl.sum(tl.where(mine, tiles, 0))
+    _write(decode_items, before_chunks, my_chunks, sequence, BLOCK)
+    _write(prefill_items, before_tiles, my_tiles, sequence, BLOCK)
+    if sequence == num_seqs - 1:
+        tl.store(counts, before_chunks + my_chunks)
+        tl.store(counts + 1, before_tiles + my_tiles)
+
+
+def plan_attention(
+    query_starts: Tensor, seq_lens: Tensor, decode_items: Tensor, prefill_items: Tensor, counts: Tensor, *,
+    max_seqs: int, max_queries: int, chunk: int, tile_queries: int,
+) -> None:  # fmt: skip
+    """Fill the lists of (sequence, chunk) and (sequence, tile of queries), and how many there are of each.
+
+    query_starts: [num_seqs + 1] int32; seq_lens: [num_seqs] int32, 0 for a padding row, which gets one decode item.
+    max_seqs bounds num_seqs; the kernel is compiled for it, once.
+    decode_items, prefill_items: [capacity, 2] int32; counts: [2] int32. The items of a sequence are consecutive.
+    """
+    num_seqs = seq_lens.shape[0]
+    _plan[(num_seqs,)](
+        query_starts, seq_lens, decode_items, prefill_items, counts, num_seqs,
+        MAX_QUERIES=max_queries, CHUNK=chunk, TILE_QUERIES=tile_queries, SEQS=triton.next_power_of_2(max_seqs),
+        BLOCK=WRITE, num_warps=1,
+    )  # fmt: skip

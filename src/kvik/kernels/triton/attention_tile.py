@@ -1,0 +1,143 @@
+"""The inner part of both attention kernels: one tile of query rows against a range of keys of one sequence.
+
+Keys are walked in tiles of BLOCK_N that begin at absolute positions (multiples of BLOCK_N), softmax is kept in the
+online form of Milakov and Gimelshein, arXiv 1805.02867, and a tile that a row cannot see changes no bit of that row:
+
+    keys      | tile 0 | tile 1 | tile 2 | tile 3 |
+    row p = 70  all seen  partly   not read or masked: max, sum and acc stay as they are
+
+Multiplications that feed an addition are written as `fma`, so that the masked and the unmasked loop, and a merge in
+registers and one from memory, round alike. fp32 goes through the tensor cores as three products of tf32 parts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+
+__all__ = ["AttentionTiles", "attend", "attention_tiles", "merge"]
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTiles:
+    """The tuning parameters of the attention kernels for one head size."""
+
+    block_n: int = 64  # keys per tile, in both kernels
+    chunk: int = 512  # keys per work item of the decode kernel; a multiple of block_n
+    decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
+    decode_warps: int = 4
+    decode_stages: int = 3
+    decode_programs: int = 132 * 8  # at most; each takes several work items when there are more
+    prefill_rows: int = 64
+    prefill_warps: int = 4
+    prefill_stages: int = 3
+    merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
+
+
+def attention_tiles(head_dim: int, *, deterministic: bool = False) -> AttentionTiles:
+    """The configuration for heads of `head_dim`.
+
+    `deterministic` gives a query the same bits from either kernel: both add up chunk by chunk, on tiles of the same
+    number of rows, which is what decides the matrix instruction (mma or wgmma) and the order of a row's sum.
+    """
+    if deterministic:
+        return _EXACT_LARGE if head_dim > 128 else _EXACT
+    return _LARGE if head_dim > 128 else _DEFAULT
+
+
+_DEFAULT = AttentionTiles()
+_LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
+# The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
+_EXACT = AttentionTiles(decode_rows=64, decode_warps=8, prefill_warps=8, merge_chunks=True)
+_EXACT_LARGE = AttentionTiles(
+    block_n=32, decode_rows=64, decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2, merge_chunks=True
+)
+
+
+@triton.jit
+def _key_offsets(table: tl.tensor, start: tl.tensor, keys: tl.tensor, end: tl.tensor, block_stride: tl.tensor,
+                 BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Where the keys [BLOCK_N] from `start` on lie in a cache, in elements from the head's first: int64 [BLOCK_N]."""
+    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block
+        base = tl.load(table + start // BLOCK_SIZE).to(tl.int64) * block_stride
+        return base + (keys % BLOCK_SIZE) * HEAD_DIM
+    blocks = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
+    return blocks * block_stride + (keys % BLOCK_SIZE) * HEAD_DIM
+
+
+@triton.jit
+def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.tensor, stop: tl.tensor, end: tl.tensor,
+          positions: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, block_stride: tl.tensor,
+          scale: tl.tensor, MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+          HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Add the keys [first, stop) to the running maximum m [rows], sum s [rows] and acc [rows, BLOCK_D]."""
+    dims = tl.arange(0, acc.shape[1])
+    for start in tl.range(first, stop, BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        offsets = _key_offsets(table, start, keys, end, block_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_N)
+        offsets = offsets[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_D]
+        held = dims[None, :] < HEAD_DIM
+        if MASKED:  # what lies past the end may be NaN, which a weight of 0 does not cancel
+            held = held & (keys < end)[:, None]
+        if MASKED or acc.shape[1] != HEAD_DIM:
+            key_tile = tl.load(k + offsets, mask=held, other=0.0)
+        else:
+            key_tile = tl.load(k + offsets)
+        scores = tl.dot(q, tl.trans(key_tile), input_precision="tf32x3")  # [rows, BLOCK_N] fp32
+        if MASKED:
+            visible = keys[None, :] <= positions[:, None]
+            if WINDOW > 0:
+                visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+        top = tl.maximum(m, tl.max(scores, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(tl.fma(scores, scale, (-base * scale)[:, None]))
+        old = tl.exp2((m - base) * scale)
+        s = tl.fma(s, old, tl.sum(weights, 1))
+        if MASKED or acc.shape[1] != HEAD_DIM:
+            value_tile = tl.load(v + offsets, mask=held, other=0.0)
+        else:
+            value_tile = tl.load(v + offsets)
+        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * old[:, None], input_precision="tf32x3")
+        m = top
+    return m, s, acc
+
+
+@triton.jit
+def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
+           positions: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, block_stride: tl.tensor,
+           scale: tl.tensor, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+           BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Query rows against the keys [lo, hi) that any of them sees; lo is a multiple of BLOCK_N.
+
+    q: [rows, BLOCK_D]; positions: [rows], of which the lowest is `first_position` and the highest `end - 1`.
+    k, v: the sequence's key/value head in block 0; table: its block table; scale: of the scores, times log2(e).
+    Returns the maximum of the unscaled scores [rows], the sum of weights [rows] and acc [rows, BLOCK_D], in fp32.
+    """
+    m = tl.full([q.shape[0]], float("-inf"), tl.float32)
+    s = tl.zeros([q.shape[0]], tl.float32)
+    acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
+    stop = tl.minimum(hi, end)
+    if WINDOW > 0:
+        first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
+        m, s, acc = _walk(q, m, s, acc, first, stop, end, positions, k, v, table, block_stride, scale,
+                          True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+    else:
+        full = tl.maximum(lo, tl.minimum(stop, (first_position + 1) // BLOCK_N * BLOCK_N))
+        m, s, acc = _walk(q, m, s, acc, lo, full, end, positions, k, v, table, block_stride, scale,
+                          False, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+        m, s, acc = _walk(q, m, s, acc, full, stop, end, positions, k, v, table, block_stride, scale,
+                          True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+    return m, s, acc
+
+
+@triton.jit
+def merge(m: tl.tensor, s: tl.tensor, acc: tl.tensor, new_m: tl.tensor, new_s: tl.tensor, new_acc: tl.tensor,
+          scale: tl.tensor) -> tl.tensor:  # fmt: skip
+    """What two ranges of keys gave, as one; (-inf, 0, 0) is neutral, and leaves the other's bits as they are."""
+    top = tl.maximum(m, new_m)
+    base = tl.where(top == float("-inf"), 0.0, top)
+    old, new = tl.exp2((m - base) * scale), tl.exp2((new_m - base) * scale)
+    return top, tl.fma(new_s, new, s * old), tl.fma(new_acc, new[:, None], acc * old[:, None])

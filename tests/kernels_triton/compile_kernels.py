@@ -1,0 +1,142 @@
+"""Compiles kernels for sm_90 without a GPU and prints what each needs: one JSON object a line.
+
+python compile_kernels.py attention|sampling|state
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+
+
+def compile_kernel(name: str, kernel: Any, types: dict[str, str], constants: dict[str, Any], **options: int) -> None:
+    """Lower to a cubin and print what it needs; pointers, and strides of caches and logits, are multiples of 16."""
+    names = [param.name for param in kernel.params]
+    signature = {n: "constexpr" if n in constants else types[n] for n in names}
+    multiples = {n for n in names if signature[n].startswith("*")} | {"stride", "block_stride"}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in multiples}
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert compiled.asm["cubin"]
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(compiled.asm["ptx"])
+        file.flush()
+        command = [str(PTXAS), "-v", "--gpu-name", "sm_90a", file.name, "-o", "/dev/null"]
+        log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    spilled = sum(map(int, re.findall(r"(\d+) bytes spill", log)))
+    matrix = "wgmma" if "wgmma.mma" in compiled.asm["ptx"] else "mma" if "mma.sync" in compiled.asm["ptx"] else ""
+    before_wait = compiled.asm["ptx"].partition("griddepcontrol.wait")[0]
+    early = options.get("launch_pdl", 0) and re.search(r"ld\.global|cp\.async|griddepcontrol", before_wait)
+    assert not early or early[0] == "griddepcontrol", f"{name} reads before it waits for its predecessor"
+    registers = int(re.findall(r"Used (\d+) registers", log)[0])
+    found = {"name": name, "registers": registers, "spilled": spilled, "matrix": matrix}
+    print(json.dumps(found | {"shared": compiled.metadata.shared}), flush=True)
+
+
+def attention() -> None:
+    """Qwen3-0.6B (16 query and 8 key/value heads of 128), Qwen3-8B (32 and 8), and head sizes 64, 80 and 256."""
+    from kvik.kernels.triton.attention_decode import _decode
+    from kvik.kernels.triton.attention_plan import _plan
+    from kvik.kernels.triton.attention_prefill import _prefill
+    from kvik.kernels.triton.attention_tile import attention_tiles
+
+    ints = dict.fromkeys(["items", "counts", "query_starts", "seq_lens", "tables", "arrivals"], "*i32")
+    scalars = {"table_stride": "i32", "block_stride": "i32", "scale": "fp32"}
+    types = {"parts": "*fp32", "stats": "*fp32", **ints, **scalars}
+    cases = [
+        ("0.6B", 8, 2, 128, 0, 64, 1, False), ("0.6B exact", 8, 2, 128, 0, 64, 1, True),
+        ("8B", 8, 4, 128, 0, 64, 1, False), ("8B exact", 8, 4, 128, 0, 64, 1, True),
+        ("8B blocks of 16", 8, 4, 128, 0, 16, 1, False), ("8B window", 8, 4, 128, 4096, 64, 1, False),
+        ("8B speculating", 8, 4, 128, 0, 64, 8, False), ("64", 8, 7, 64, 0, 64, 1, False),
+        ("80", 4, 3, 80, 0, 64, 1, False),
+        ("256", 4, 2, 256, 0, 64, 1, False), ("256 exact", 4, 2, 256, 0, 64, 1, True),
+        ("96 fp16", 8, 5, 96, 0, 64, 1, False), ("64 fp32", 8, 1, 64, 0, 64, 1, False),
+    ]  # fmt: skip
+    for name, kv_heads, group, dim, window, block, queries, exact in cases:
+        tiles = attention_tiles(dim, deterministic=exact)
+        dtype = name.split()[-1] if name.split()[-1] in ("fp16", "fp32") else "bf16"
+        types |= dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
+        both = {
+            "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
+            "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": tiles.block_n, "PDL": True,
+        }  # fmt: skip
+        rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
+        constants = both | {"MAX_QUERIES": queries, "CHUNK": tiles.chunk, "BLOCK_M": rows}
+        stages = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages, "launch_pdl": 1}
+        compile_kernel(f"decode {name}", _decode, types, constants, **stages)
+        constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}
+        stages = {"num_warps": tiles.prefill_warps, "num_stages": tiles.prefill_stages, "launch_pdl": 1}
+        compile_kernel(f"prefill {name}", _prefill, types, constants, **stages)
+    types = {**types, "decode_items": "*i32", "prefill_items": "*i32", "num_seqs": "i32"}
+    constants = {"MAX_QUERIES": 1, "CHUNK": 512, "TILE_QUERIES": 16, "SEQS": 256, "BLOCK": 64}
+    compile_kernel("plan", _plan, types, constants, num_warps=1)
+
+
+def sampling() -> None:
+    """Vocabulary of Qwen3: 151936 entries, in 75 slices."""
+    from kvik.kernels.triton import logit_edits, sampler, token_filters, token_logprobs
+    from kvik.kernels.triton.sampling_table import SamplerTiles
+
+    ints = ["rows", "edits", "num_tokens", "num_prompt", "token_ids", "counts", "allowed", "top_k", "min_tokens",
+            "bias_ids", "stop_ids", "bad_words", "lows", "limits", "best_ids", "tokens", "slice_ids", "ranks",
+            "top_ids"]  # fmt: skip
+    floats = ["edited", "repetition", "presence", "frequency", "bias", "temperature", "log_min_p", "peaks", "best",
+              "stats", "slice_logits", "logprobs", "top_logprobs"]  # fmt: skip
+    scalars = dict.fromkeys(["vocab", "width", "words", "stride", "slices", "step"], "i32")
+    types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(floats, "*fp32"), **scalars, "logits": "*bf16"}
+    types |= {"seed": "*i64", "top_p": "*fp64", "sums": "*fp64"}
+    tiles = SamplerTiles()
+    block, slices = {"BLOCK": tiles.slice}, {"SLICES": 128}
+    compile_kernel("count", logit_edits._count, types, {"BLOCK": tiles.tokens}, num_warps=tiles.warps)
+    compile_kernel("edit", logit_edits._edit, types, block, num_warps=tiles.warps)
+    sizes = {"NUM_BIASES": 512, "NUM_STOPS": 32, "NUM_WORDS": 128, "WORD": 8}
+    sizes |= {"BIASES": 512, "STOPS": 32, "WORDS": 128, "LETTERS": 8}
+    compile_kernel("edit lists", logit_edits._edit_lists, types, sizes, num_warps=tiles.warps)
+    compile_kernel("peaks", token_filters._peaks, types, block, num_warps=tiles.warps)
+    for top_p in (False, True):
+        search = {"TOP_P": top_p, "PART": tiles.part, **block, **slices}
+        name = "top-p" if top_p else "top-k"
+        compile_kernel(f"measure {name}", token_filters._measure, types, search, num_warps=tiles.warps)
+        compile_kernel(
+            f"settle {name}", token_filters._settle, types, {"TOP_P": top_p, **slices}, num_warps=tiles.warps
+        )
+        compile_kernel(
+            f"draw {name}", sampler._draw, types, {"FILTERS": top_p, **block, **slices}, num_warps=tiles.warps
+        )
+    compile_kernel("pick", sampler._pick, types, slices, num_warps=1)
+    compile_kernel(
+        "logprobs slice", token_logprobs._slice, types, {"TOP": 20, "WIDTH": 20, **block}, num_warps=tiles.warps
+    )
+    joined = {"TOP": 20, "WIDTH": 20, "BLOCK": 2048, **slices}
+    compile_kernel("logprobs join", token_logprobs._join, types, joined, num_warps=tiles.warps)
+
+
+def state() -> None:
+    """Blocks of 64 tokens."""
+    from kvik.kernels.triton import block_copy
+    from kvik.kernels.triton import state as kernels
+
+    ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "stop_ids", "seq_lens", "out", "pairs"]
+    longs = ["input_ids", "positions", "slots", "addresses"]
+    scalars = dict.fromkeys(["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words"], "i32")
+    types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars, "stopped": "*i1"}
+    sizes = {"BLOCK_SIZE": 64, "NUM_STOPS": 32, "BLOCK": kernels.BLOCK}
+    compile_kernel("advance", kernels._advance, types, {"APPEND": True, **sizes}, num_warps=4)
+    compile_kernel("inputs", kernels._advance, types, {"APPEND": False, **sizes}, num_warps=4)
+    compile_kernel("copy tables", kernels._copy_tables, types, {"BLOCK": kernels.BLOCK}, num_warps=1)
+    compile_kernel("copy blocks", block_copy._copy, types, {"BLOCK": block_copy.WORDS}, num_warps=4)
+
+
+if __name__ == "__main__":
+    {"attention": attention, "sampling": sampling, "state": state}[sys.argv[1]]()

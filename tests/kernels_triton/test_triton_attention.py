@@ -1,0 +1,171 @@
+"""Paged attention in Triton against the reference, and the bits that must not depend on batch or chunking."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate, pairwise
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.reference import ReferenceAttention
+from kvik.attention.triton import AttentionLimits, TritonAttention
+from kvik.errors import CapacityError
+from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
+
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
+SMALL = AttentionTiles(block_n=16, chunk=32)  # so that short contexts have several tiles and chunks
+EXACT = AttentionTiles(block_n=16, chunk=32, decode_rows=64, merge_chunks=True)
+
+Heads = tuple[int, int, int]  # query heads, key/value heads, head size
+
+
+def make_cache(
+    lens: list[int], heads: Heads, dtype: torch.dtype, block_size: int, device: torch.device
+) -> tuple[KVLayer, Tensor]:
+    """A cache that is NaN wherever no sequence has a key, and the block tables [num_seqs, max_blocks]."""
+    generator = torch.Generator().manual_seed(sum(lens) + heads[0])
+    blocks = [-(-n // block_size) for n in lens]
+    order = torch.randperm(sum(blocks) + 2, generator=generator).tolist()
+    tables = torch.full((len(lens), max(1, *blocks)), order.pop(), dtype=torch.int32)
+    shape = (sum(blocks) + 2, heads[1], block_size, heads[2])
+    caches = [torch.full(shape, math.nan, dtype=dtype) for _ in "kv"]
+    for i, n in enumerate(lens):
+        tables[i, : blocks[i]] = torch.tensor([order.pop() for _ in range(blocks[i])])
+        for cache in caches:
+            context = torch.randn(heads[1], blocks[i] * block_size, heads[2], generator=generator).to(dtype)
+            context[:, n:] = math.nan
+            cache[tables[i, : blocks[i]].long()] = context.unflatten(1, (-1, block_size)).transpose(0, 1)
+    return KVLayer(*(cache.to(device) for cache in caches)), tables.to(device)
+
+
+def make_batch(lens: list[int], counts: list[int], tables: Tensor) -> ForwardBatch:
+    starts = [0, *accumulate(counts)]
+    none = torch.empty(0, dtype=torch.int64)
+    on_device = [torch.tensor(values, dtype=torch.int32, device=tables.device) for values in (starts, lens)]
+    return ForwardBatch(none, none, none, *on_device, tables, none, tuple(starts), tuple(lens))
+
+
+def backend(
+    heads: Heads, device: torch.device, tiles: AttentionTiles = SMALL, max_queries: int = 1, **sizes: int
+) -> TritonAttention:
+    given = {"max_num_seqs": 16, "max_num_tokens": 512, "max_context_tokens": 4096} | sizes
+    return TritonAttention(AttentionLimits(*heads, max_queries=max_queries, **given), device, tiles=tiles)
+
+
+def check(
+    lens: list[int], counts: list[int], heads: Heads, device: torch.device, *, dtype: torch.dtype = torch.float32,
+    window: int | None = None, block_size: int = 16, max_queries: int = 1, tiles: AttentionTiles = SMALL,
+) -> None:  # fmt: skip
+    kv, tables = make_cache(lens, heads, dtype, block_size, device)
+    batch = make_batch(lens, counts, tables)
+    q = torch.randn(sum(counts), heads[0], heads[2]).to(dtype).to(device)
+    scale = heads[2] ** -0.5
+    got = backend(heads, device, tiles, max_queries).forward(q, kv, batch, scale=scale, window=window)
+    want = ReferenceAttention().forward(q, kv, batch, scale=scale, window=window)
+    assert got.shape == q.shape
+    torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", [(2, 2, 64), (3, 1, 80), (7, 1, 96), (4, 2, 128), (1, 1, 256)], ids=str)
+def test_decode_prefill_and_both(window: int | None, heads: Heads, device: torch.device) -> None:
+    check([1, 31, 32, 33, 100], [1, 1, 1, 1, 1], heads, device, window=window)
+    check([33, 1, 70, 40], [33, 1, 1, 20], heads, device, window=window)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_16_bits(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
+    check([33, 1, 70, 40], [33, 1, 1, 20], (5, 1, 80), device, dtype=dtype, window=window)
+    check([33, 1, 70, 40], [33, 1, 1, 20], (2, 1, 64), device, dtype=dtype, window=window)
+
+
+@pytest.mark.parametrize("group", range(1, 17))
+def test_every_group_size(group: int, device: torch.device) -> None:
+    check([33, 20], [1, 20], (group, 1, 16), device)
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 64, 256])
+@pytest.mark.parametrize("window", [None, 1, 16, 70])
+def test_block_sizes_and_windows(block_size: int, window: int | None, device: torch.device) -> None:
+    lens = [block_size - 1, block_size, block_size + 1, 130]
+    check(lens, [1, 1, 1, 30], (2, 1, 16), device, block_size=block_size, window=window)
+
+
+def test_the_tiles_of_a_real_configuration(device: torch.device) -> None:
+    for deterministic in (False, True):
+        tiles = attention_tiles(128, deterministic=deterministic)
+        check([600, 513, 64, 1], [1, 9, 1, 1], (2, 1, 128), device, block_size=64, tiles=tiles)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_several_queries_each_as_speculation_has(window: int | None, device: torch.device) -> None:
+    check([50, 61, 33, 64, 8], [5, 8, 1, 4, 8], (6, 2, 16), device, max_queries=8, window=window)
+
+
+def test_sequences_without_queries_are_skipped(device: torch.device) -> None:
+    check([20, 70, 40, 80], [1, 0, 3, 1], (4, 2, 16), device)
+
+
+def test_padding_rows_get_zeros_and_a_workspace_is_left_as_it_was(device: torch.device) -> None:
+    heads = (4, 2, 16)
+    kv, tables = make_cache([70, 0, 0], heads, torch.float32, 16, device)
+    batch = make_batch([70, 0, 0], [1, 1, 1], tables)
+    q = torch.randn(3, 4, 16).to(device)
+    attention = backend(heads, device)
+    first, second = (attention.forward(q, kv, batch, scale=0.25, window=None) for _ in range(2))
+    assert first[1:].abs().max() == 0
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+def test_a_result_does_not_depend_on_the_batch(window: int | None, device: torch.device) -> None:
+    heads = (3, 1, 16)
+    lens, counts = [100, 64, 7, 130, 90], [1, 1, 1, 40, 3]
+    kv, tables = make_cache(lens, heads, torch.float32, 16, device)
+    q = torch.randn(sum(counts), 3, 16).to(device)
+    attention = backend(heads, device)
+    together = attention.forward(q, kv, make_batch(lens, counts, tables), scale=0.25, window=window)
+    for i, (start, end) in enumerate(pairwise([0, *accumulate(counts)])):
+        batch = make_batch(lens[i : i + 1], counts[i : i + 1], tables[i : i + 1])
+        alone = attention.forward(q[start:end].contiguous(), kv, batch, scale=0.25, window=window)
+        assert torch.equal(together[start:end], alone)
+
+
+@pytest.mark.parametrize("window", [None, 40])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tiles", "cuts"),
+    [(EXACT, [0, 37, 38, 99, 100]), (EXACT, [0, 64, 65, 80, 100]), (SMALL, [0, 37, 39, 64, 100])],
+    ids=["exact", "exact at tiles", "prefill alone"],
+)
+def test_chunking_is_invisible(
+    tiles: AttentionTiles, cuts: list[int], window: int | None, dtype: torch.dtype, device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """With deterministic tiles, and without them as long as no chunk is a single query."""
+    if device.type == "cpu":  # a BLAS may add up in an order that depends on where a row stands
+        monkeypatch.setattr(np, "matmul", lambda a, b, dtype: np.einsum("ik,kj->ij", a, b, dtype=dtype))
+    heads, n = (2, 1, 16), 100
+    kv, tables = make_cache([n], heads, dtype, 16, device)
+    q = torch.randn(n, 2, 16).to(dtype).to(device)
+    attention = backend(heads, device, tiles)
+    whole = attention.forward(q, kv, make_batch([n], [n], tables), scale=0.25, window=window)
+    parts = [
+        attention.forward(q[a:b].contiguous(), kv, make_batch([b], [b - a], tables), scale=0.25, window=window)
+        for a, b in pairwise(cuts)
+    ]
+    assert torch.equal(torch.cat(parts), whole)
+
+
+def test_a_step_beyond_the_limits_is_refused(device: torch.device) -> None:
+    _, tables = make_cache([40, 40], (2, 1, 16), torch.float32, 16, device)
+    attention = backend((2, 1, 16), device, max_num_seqs=1)
+    with pytest.raises(CapacityError, match=r"\(1, 512, 4096\) and got a step of \(2, 2, 80\)"):
+        attention.prepare(make_batch([40, 40], [1, 1], tables))
