@@ -20,10 +20,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
+from kvik.kernels.api import KVLayer
 from kvik.kernels.cpu.native import OP_CODES, NativePool, OpStruct, StepStruct
 from kvik.kernels.cpu.ops import attention_entry, linear_entry
-from kvik.kernels.cpu.packing import FORMATS, PackedLinear, allocate_bytes, pack_linear
+from kvik.kernels.cpu.packing import FORMATS, PackedLinear, pack_linear
+from kvik.kernels.memory import allocate_bytes
 from kvik.layers.rope import RopeSpec, RopeTable
 from kvik.models.decoder import DecoderWeights, LayerWeights
 from kvik.models.spec import DecoderSpec
@@ -140,16 +142,16 @@ def compare(weight: Tensor, fmt: str, rows: int, x: Tensor, copies: int, budget:
     return median(lambda: [run(x) for run in runs if run], budget) / len(runs)
 
 
-def decode_attention(machine: Machine, budget: float) -> None:
-    """One query per sequence over a bf16 cache of 16 query and 8 key/value heads of 128."""
+def decode_attention(machine: Machine, dtype: torch.dtype, budget: float) -> None:
+    """One query per sequence over a cache of 16 query and 8 key/value heads of 128."""
+    spec = qwen3_shape()
     for num_seqs, context in ((1, 128), (1, 4096), (8, 128), (8, 1024), (8, 4096)):
         blocks = num_seqs * -(-context // BLOCK_SIZE)
-        size = blocks * 8 * BLOCK_SIZE * 128
-        layers = max(1, min(28, CYCLED_BYTES // (4 * size)))
-        kv = [[allocate_bytes(2 * size).view(torch.bfloat16).normal_() for _ in "kv"] for _ in range(layers)]
-        caches = [[t.view(blocks, 8, BLOCK_SIZE, 128) for t in pair] for pair in kv]
+        size = num_seqs * context * spec.kv_bytes_per_token(dtype) // spec.num_layers
+        layers = max(1, min(spec.num_layers, CYCLED_BYTES // size))
+        kv = list(itertools.islice(caches(spec, blocks, dtype), layers))
         q, y = torch.randn(num_seqs, 2048).bfloat16(), torch.empty(num_seqs, 2048)
-        ops = (OpStruct * layers)(*(attention_entry(q, y, k, v, 128**-0.5, None, 16) for k, v in caches))
+        ops = (OpStruct * layers)(*(attention_entry(q, y, layer, 128**-0.5, None, 16) for layer in kv))
         starts, lens = (
             torch.arange(num_seqs + 1, dtype=torch.int32),
             torch.full((num_seqs,), context, dtype=torch.int32),
@@ -159,22 +161,23 @@ def decode_attention(machine: Machine, budget: float) -> None:
         step.query_starts, step.seq_lens, step.block_tables = (t.data_ptr() for t in (starts, lens, tables))
         before = machine.bandwidth()
         taken = median(lambda: machine.pool.run(ops, layers, step), budget) / layers  # noqa: B023
-        rate = num_seqs * context * 8 * 128 * 4 / taken / 1e9
+        rate = size / taken / 1e9
         share = 2 * rate / (before + machine.bandwidth())
-        report(f"decode attention {num_seqs} x {context}", taken, f"{rate:.1f} GB/s", share)
+        name = f"decode attention {str(dtype).removeprefix('torch.')} {num_seqs} x {context}"
+        report(name, taken, f"{rate:.1f} GB/s", share)
 
 
 def prefill_attention(machine: Machine, budget: float) -> None:
     """A prompt over a bf16 cache: half of the square of its length counts."""
     for context in (512, 2048):
         blocks = context // BLOCK_SIZE
-        k, v = (torch.randn(blocks, 8, BLOCK_SIZE, 128).bfloat16() for _ in "kv")
+        (kv,) = itertools.islice(caches(qwen3_shape(), blocks, torch.bfloat16), 1)
         q, y = torch.randn(context, 2048).bfloat16(), torch.empty(context, 2048)
         starts, lens = torch.tensor([0, context], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
         tables = torch.arange(blocks, dtype=torch.int32)
         step = StepStruct(num_tokens=context, num_seqs=1, table_stride=blocks)
         step.query_starts, step.seq_lens, step.block_tables = (t.data_ptr() for t in (starts, lens, tables))
-        op = attention_entry(q, y, k, v, 128**-0.5, None, 16)
+        op = attention_entry(q, y, kv, 128**-0.5, None, 16)
         taken = median(lambda: machine.pool.run_one(op, step), budget)  # noqa: B023
         rate = 2 * 16 * 128 * context * context / taken / 1e9
         heads = [torch.randn(1, 16, context, 128).bfloat16() for _ in range(3)]
@@ -221,11 +224,17 @@ def step_batch(num_seqs: int, queries: int, context: int, num_blocks: int) -> Fo
     )  # fmt: skip
 
 
-def caches(spec: DecoderSpec, num_blocks: int) -> Iterator[KVLayer]:
+def caches(spec: DecoderSpec, num_blocks: int, dtype: torch.dtype) -> Iterator[KVLayer]:
+    """Random keys and values of every layer."""
     shape = (num_blocks, spec.num_kv_heads, BLOCK_SIZE, spec.head_dim)
-    size = 2 * num_blocks * spec.num_kv_heads * BLOCK_SIZE * spec.head_dim
     for _ in range(spec.num_layers):
-        yield KVLayer(*(allocate_bytes(size).view(torch.bfloat16).normal_().view(shape) for _ in "kv"))
+        kv = KVLayer.zeros(shape, dtype, torch.device("cpu"))
+        for values, scales in ((kv.k, kv.k_scale), (kv.v, kv.v_scale)):
+            if scales is None:
+                values.normal_()
+            else:
+                values.random_(-127, 128), scales.fill_(3 / 127)
+        yield kv
 
 
 def steps(machine: Machine, fmt: str, kv: tuple[KVLayer, ...], budget: float) -> None:
@@ -274,10 +283,11 @@ def main() -> None:
     if not options.steps:
         for fmt in formats:
             linears(machine, fmt, options.seconds)
-        decode_attention(machine, options.seconds)
+        for dtype in (torch.bfloat16, torch.int8):
+            decode_attention(machine, dtype, options.seconds)
         prefill_attention(machine, options.seconds)
     if not options.ops:
-        kv = tuple(caches(qwen3_shape(), 8 * 4096 // BLOCK_SIZE + 8))
+        kv = tuple(caches(qwen3_shape(), 8 * 4096 // BLOCK_SIZE + 8, torch.bfloat16))
         for fmt in formats:
             steps(machine, fmt, kv, options.seconds)
 

@@ -238,10 +238,11 @@ def test_two_engines_do_not_share_anything(folder: Path) -> None:
         ({"max_model_len": 100_000}, ConfigError, "512"),
         ({"num_kvcache_blocks": 10**9}, CapacityError, "fit"),
         ({"kv_cache_memory": "900GiB"}, CapacityError, "fit"),
-        ({"num_kvcache_blocks": 2, "max_model_len": 512}, CapacityError, "32 tokens"),
+        ({"num_kvcache_blocks": 2, "block_size": 16, "max_model_len": 512}, CapacityError, "32 tokens"),
         ({"device": "cuda"}, ConfigError, "CPU"),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 4}, ConfigError, "max_num_batched_tokens 4"),
         ({"block_size": 20}, ConfigError, "multiple of 16"),
+        ({"kv_cache_dtype": "fp8"}, ConfigError, "auto, bfloat16, int8"),
         ({"modl": "x"}, ConfigError, "did you mean 'model'"),
         ({"trust_remote_code": True}, ConfigError, "never runs code"),
         ({"tensor_parallel_size": 2}, ConfigError, "one device"),
@@ -260,7 +261,7 @@ def test_a_wrong_model_is_one_readable_error(tmp_path: Path) -> None:
 
 
 def test_automatic_context_is_what_the_pool_holds(folder: Path) -> None:
-    with LLM(str(folder), num_kvcache_blocks=20) as llm:
+    with LLM(str(folder), num_kvcache_blocks=20, kvcache_block_size=16) as llm:
         assert llm.llm_engine.resolved.scheduler.max_model_len == 320
         assert any("lowered" in note for note in llm.llm_engine.resolved.notes)
 

@@ -80,6 +80,9 @@ class EngineConfig:
         None, "tokens computed in one step; longer prompts are split into chunks", low=1, high=_MANY
     )
     gpu_memory_utilization: float = option(0.9, "share of the device's memory that Kvik may use", above=0, high=1)
+    kv_cache_dtype: str = option(
+        "auto", "type of keys and values; auto is that of the activations", choices=("auto", "bfloat16", "int8")
+    )
     kv_cache_memory: int | None = option(
         None, "bytes for the KV cache, such as 4GiB; wins over the share above", low=1, parse=parse_bytes
     )

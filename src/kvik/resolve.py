@@ -26,6 +26,7 @@ class ResolvedConfig:
     """Complete settings of an engine: no None, nothing automatic. `notes` says what was decided and why."""
 
     dtype: torch.dtype
+    kv_dtype: torch.dtype  # of the KV cache
     kernels: str  # native or torch
     weight_format: str  # of the blocks' projections: bf16, fp32, int8, int4g32, int4g128
     head_format: str  # of the output head
@@ -47,6 +48,7 @@ def resolve(
     """
     notes: list[str] = []
     dtype = _dtype(config, checkpoint_dtype, platform, notes)
+    kv_dtype = {"auto": dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}[config.kv_cache_dtype]
     block_size = config.kvcache_block_size or platform.default_block_size
     kernels = _kernels(config, dtype, spec, platform)
     weight_format, head_format = _formats(config, dtype, stored)
@@ -55,7 +57,8 @@ def resolve(
     weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
     activations = activation_bytes(spec, dtype, budget_tokens, num_seqs)
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
-    block_bytes = block_size * spec.kv_bytes_per_token(dtype)
+    kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
+    block_bytes = block_size * kv_bytes_per_token
     fitting = max(0, budget - weights - activations) // block_bytes
     num_blocks = _num_blocks(config, fitting, block_bytes, num_seqs * -(-wanted_len // block_size))
     memory = MemoryPlan(
@@ -66,7 +69,7 @@ def resolve(
         activations=activations,
         num_blocks=num_blocks,
         block_size=block_size,
-        kv_bytes_per_token=spec.kv_bytes_per_token(dtype),
+        kv_bytes_per_token=kv_bytes_per_token,
     )
     max_model_len = _context(config, wanted_len, memory, notes)
     scheduler = SchedulerConfig(
@@ -81,6 +84,7 @@ def resolve(
     )
     return ResolvedConfig(
         dtype=dtype,
+        kv_dtype=kv_dtype,
         kernels=kernels,
         weight_format=weight_format,
         head_format=head_format,

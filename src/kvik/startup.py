@@ -90,7 +90,7 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
     with ledger.phase("weights"):
         model = load_decoder(config, info)
     with ledger.phase("KV cache"):
-        pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.dtype, device)
+        pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
         table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
     runner = ModelRunner(model, pool, table, tracer)
     return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)

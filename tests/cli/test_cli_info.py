@@ -38,6 +38,7 @@ def test_a_model_needs_no_weights(kvik: Kvik, model: str, tmp_path: Path) -> Non
     assert result.code == 0
     for text in ("Qwen3ForCausalLM", "110,976", "512 tokens", "512 bytes per token", "KV cache", "fits"):
         assert text in result.out
+    assert "int8, 160 bytes per token" in kvik("info", tmp_path, "--kv-cache-dtype", "int8").out
     facts = json.loads(kvik("info", tmp_path, "--json", "--max-num-seqs", 3).out)["model"]
     assert facts["settings"]["max_num_seqs"] == 3 and facts["fits"]
     with LLM(model, max_num_seqs=3) as llm:

@@ -66,7 +66,7 @@ def run(
         return outputs
 
 
-def same(one: list[RequestOutput], other: list[RequestOutput]) -> None:
+def same(one: list[RequestOutput], other: list[RequestOutput], tolerance: float = 1e-4) -> None:
     for a, b in zip(one, other, strict=True):
         assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
         assert [o.text for o in a.outputs] == [o.text for o in b.outputs]
@@ -78,7 +78,7 @@ def same(one: list[RequestOutput], other: list[RequestOutput]) -> None:
         ):
             assert (x is None) == (y is None)
             if x is not None and y is not None:
-                assert x.token_id == y.token_id and x.logprob == pytest.approx(y.logprob, abs=1e-4)
+                assert x.token_id == y.token_id and x.logprob == pytest.approx(y.logprob, abs=tolerance)
 
 
 @pytest.fixture(scope="module")

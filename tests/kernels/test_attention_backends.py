@@ -11,11 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvik.attention import cpu
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
 from kvik.attention.cpu import CpuAttention
 from kvik.attention.reference import ReferenceAttention
 from kvik.attention.registry import select_backend
 from kvik.errors import ConfigError
+from kvik.kernels.api import KVLayer
+from kvik.kernels.reference import quantize_kv
 
 BLOCK = 16
 UGLY = (1, BLOCK - 1, BLOCK, BLOCK + 1, 123)
@@ -120,7 +122,7 @@ def test_small_tiles_and_groups_change_nothing(monkeypatch: pytest.MonkeyPatch) 
 
 def test_a_long_prompt_has_no_full_score_matrix() -> None:
     _, kv, batch = case([3000], [3000], (16, 1, 16), block_size=64)
-    (group,) = cpu._groups(batch, kv.k, 16)
+    (group,) = cpu._groups(batch, kv.k, 16, 4)
     tiles = list(group.tiles(16))
     assert [a for a, _ in tiles] == [0, *(b for _, b in tiles[:-1])]
     assert tiles[-1][1] == 3000
@@ -133,6 +135,23 @@ def test_large_scores_keep_their_precision_in_16_bits() -> None:
     got = CpuAttention().forward(q, kv, batch, scale=1.0, window=None)
     want = ReferenceAttention().forward(q, kv, batch, scale=1.0, window=None)
     torch.testing.assert_close(got, want, rtol=0, atol=0.15)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.bfloat16])
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_a_cache_of_another_type_than_the_queries(dtype: torch.dtype, cache_dtype: torch.dtype) -> None:
+    lens, counts = [*UGLY, 60, 90], [1, 1, 1, 1, 1, 60, 9]
+    q, exact, batch = case(lens, counts, (6, 2, 32), dtype)
+    if cache_dtype == torch.int8:
+        (k, k_scale), (v, v_scale) = quantize_kv(exact.k), quantize_kv(exact.v)
+        kv = KVLayer(k, v, k_scale, v_scale)
+    else:
+        kv = KVLayer(exact.k.to(cache_dtype), exact.v.to(cache_dtype))
+    check(q, kv, batch)
+    check(q, kv, batch, window=20)
+    got = CpuAttention().forward(q, kv, batch, scale=0.2, window=None)
+    want = ReferenceAttention().forward(q, exact, batch, scale=0.2, window=None)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.05)
 
 
 def test_selection() -> None:

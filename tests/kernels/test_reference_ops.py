@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvik.kernels.api import LinearWeight, Ops
-from kvik.kernels.reference import ReferenceOps
+from kvik.kernels.api import KVLayer, LinearWeight, Ops
+from kvik.kernels.reference import ReferenceOps, dequantize_kv
 
 OPS: Ops = ReferenceOps()
 EPS = 1e-6
@@ -86,9 +86,8 @@ def test_qk_norm_rope_store(
     v_cache = k_cache.clone()
     q_norm, k_norm = (random(head_dim, dtype=dtype, seed=s) if qk_norm else None for s in (3, 4))
     before = qkv.clone()
-    q = OPS.qk_norm_rope_store(
-        qkv, angles.cos().float(), angles.sin().float(), slots, k_cache, v_cache, q_norm, k_norm, EPS
-    )
+    kv = KVLayer(k_cache, v_cache)
+    q = OPS.qk_norm_rope_store(qkv, angles.cos().float(), angles.sin().float(), slots, kv, q_norm, k_norm, EPS)
     assert torch.equal(qkv, before)
     heads = qkv.view(num_tokens, -1, head_dim)
     want_q, want_k, want_v = heads[:, :num_heads], heads[:, num_heads:-num_kv_heads], heads[:, -num_kv_heads:]
@@ -105,3 +104,31 @@ def test_qk_norm_rope_store(
     written[slots] = True
     untouched = k_cache.transpose(1, 2).flatten(0, 1)[~written]
     assert untouched.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_an_int8_cache_is_half_a_step_off(dtype: torch.dtype) -> None:
+    """What is stored in int8 is what is stored in floats, to half of 1/127 of each head's largest element."""
+    num_heads, num_kv_heads, head_dim, block_size, num_tokens = 4, 2, 64, 16, 20
+    qkv = random(num_tokens, (num_heads + 2 * num_kv_heads) * head_dim, dtype=dtype)
+    qkv[3] = 0
+    angles = random(num_tokens, head_dim // 2, dtype=torch.float32)
+    slots = torch.randperm(3 * block_size, generator=torch.Generator().manual_seed(0))[:num_tokens]
+    shape = (3, num_kv_heads, block_size, head_dim)
+    plain, narrow = (KVLayer.zeros(shape, kind, torch.device("cpu")) for kind in (dtype, torch.int8))
+    results = [
+        OPS.qk_norm_rope_store(qkv, angles.cos(), angles.sin(), slots, kv, None, None, EPS) for kv in (plain, narrow)
+    ]
+    assert torch.equal(*results)
+    for want, values, scales in ((plain.k, narrow.k, narrow.k_scale), (plain.v, narrow.v, narrow.v_scale)):
+        assert scales is not None
+        torch.testing.assert_close(scales, want.float().abs().amax(-1) / 127, rtol=1e-6, atol=0)
+        error = (dequantize_kv(values, scales, torch.float32) - want.float()).abs()
+        assert (error <= 0.5001 * scales.unsqueeze(-1)).all()
+        assert values.abs().amax(-1)[scales > 0].eq(127).all()
+    block, offset = divmod(int(slots[3]), block_size)
+    assert not narrow.k[block, :, offset].any()
+    qkv[0, -1] = math.nan
+    OPS.qk_norm_rope_store(qkv, angles.cos(), angles.sin(), slots, narrow, None, None, EPS)
+    block, offset = divmod(int(slots[0]), block_size)
+    assert narrow.v_scale is not None and narrow.v_scale[block, -1, offset].isnan(), "what is not a number stays so"

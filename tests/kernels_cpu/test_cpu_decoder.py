@@ -16,10 +16,10 @@ import torch
 from native_cases import ISAS, QuantizedReferenceOps, noise, pack_weights, pool
 from torch import Tensor
 
-from kvik.attention.base import AttentionBackend, ForwardBatch, KVLayer
+from kvik.attention.base import AttentionBackend, ForwardBatch
 from kvik.attention.reference import ReferenceAttention
 from kvik.errors import ConfigError
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import NativePool, available, load_library
 from kvik.kernels.cpu.ops import NativeOps
 from kvik.kernels.cpu.packing import FORMATS
@@ -69,7 +69,11 @@ class Paged:
     def __init__(self, decoder: Decoder | NativeDecoder, dtype: torch.dtype, block_size: int = 16) -> None:
         spec = decoder.spec
         shape = (64, spec.num_kv_heads, block_size, spec.head_dim)
-        self.kv = [KVLayer(*(torch.full(shape, float("nan"), dtype=dtype) for _ in "kv")) for _ in spec.windows]
+        self.kv = [KVLayer.zeros(shape, dtype, CPU) for _ in spec.windows]
+        for layer in self.kv:
+            for tensor in (layer.k, layer.v) if layer.k_scale is None else (layer.k_scale, layer.v_scale):
+                assert tensor is not None
+                tensor.fill_(float("nan"))
         self.decoder, self.block_size = decoder, block_size
         self.lens: dict[int, int] = {}
 
@@ -122,7 +126,7 @@ class EagerAttention:
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
         tables, starts = batch.block_tables, batch.query_starts
-        return self._ops.attention(q, kv.k, kv.v, starts, batch.seq_lens, tables, scale=scale, window=window)
+        return self._ops.attention(q, kv, starts, batch.seq_lens, tables, scale=scale, window=window)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -136,6 +140,22 @@ def test_fp32_agrees_with_torch(name: str, isa: str) -> None:
     want, want_tokens = Paged(plain, torch.float32).greedy(work, 24)
     assert got_tokens == want_tokens
     assert max(map(error, got, want)) < 1e-5
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("name", SHAPES)
+def test_an_int8_cache_agrees_with_torch(name: str, isa: str) -> None:
+    spec, weights, rope = model(**SHAPES[name])
+    native = NativeDecoder(spec, pack_weights(weights, "fp32", pool(isa)), rope, pool(isa), 128)
+    plain = Decoder(spec, weights, rope, ReferenceOps(), ReferenceAttention())
+    work = prompts(1, 70, 33)
+    got, got_tokens = Paged(native, torch.int8).greedy(work, 12)
+    want, want_tokens = Paged(plain, torch.int8).greedy(work, 12)
+    assert got_tokens == want_tokens
+    # a rounding that is a near tie in one element of one key is 1/254 of it, but few are
+    assert max(map(error, got, want)) < 2e-3
+    exact, _ = Paged(plain, torch.float32).greedy(work, 1)
+    assert 1e-5 < error(want[0], exact[0]) < 0.05
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -155,15 +175,16 @@ def test_bfloat16_is_at_least_as_close_to_fp32_as_torch_is(name: str) -> None:
     assert error(logits["native"], exact) < 1.2 * error(logits["torch"], exact) + 0.002
 
 
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16, torch.int8])
 @pytest.mark.parametrize("fmt", FORMATS)
-def test_tape_equals_single_operations(fmt: str) -> None:
+def test_tape_equals_single_operations(fmt: str, cache: torch.dtype) -> None:
     for name in ("qwen3", "biases", "windowed"):
         spec, weights, rope = model(**SHAPES[name])
         packed, ops = pack_weights(weights, fmt, pool()), NativeOps(pool())
         attention: AttentionBackend = EagerAttention(ops)
         work = prompts(5, 70, 33)
-        got, _ = Paged(NativeDecoder(spec, packed, rope, pool(), 128), torch.float32).greedy(work, 3)
-        want, _ = Paged(Decoder(spec, packed, rope, ops, attention), torch.float32).greedy(work, 3)
+        got, _ = Paged(NativeDecoder(spec, packed, rope, pool(), 128), cache).greedy(work, 3)
+        want, _ = Paged(Decoder(spec, packed, rope, ops, attention), cache).greedy(work, 3)
         assert all(map(torch.equal, got, want))
 
 

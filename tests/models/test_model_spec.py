@@ -74,6 +74,8 @@ def test_published_sizes(raw: dict[str, Any], parameters: int, kv_bytes: int) ->
     assert spec.num_parameters == parameters
     assert spec.weight_bytes(torch.bfloat16) == 2 * parameters
     assert spec.kv_bytes_per_token(torch.bfloat16) == kv_bytes
+    scales = 2 * spec.num_layers * spec.num_kv_heads
+    assert spec.kv_bytes_per_token(torch.int8) == kv_bytes // 2 + 4 * scales
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
 from kvik.attention.registry import select_backend
+from kvik.kernels.api import KVLayer
 from kvik.kernels.reference import ReferenceOps
 from kvik.models.decoder import Decoder
 from kvik.models.hub import load_config

@@ -67,7 +67,9 @@ def test_scaled_rope_past_the_original_context_with_preemption(tmp_path: Path) -
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     prompts = [prompt[:60] for prompt in ragged_prompts(8)]
     params = SamplingParams(temperature=0.0, max_tokens=60, ignore_eos=True)
-    with LLM(str(folder), dtype="float32", max_num_seqs=8, num_kvcache_blocks=12, max_model_len=128) as llm:
+    with LLM(
+        str(folder), dtype="float32", max_num_seqs=8, num_kvcache_blocks=12, kvcache_block_size=16, max_model_len=128
+    ) as llm:
         outputs = llm.generate(prompts, params)
     assert sum(output.metrics.num_preemptions for output in outputs) > 0
     for prompt, output in zip(prompts, outputs, strict=True):
@@ -83,7 +85,8 @@ def test_dynamic_rope_does_not_depend_on_the_schedule(tmp_path: Path, chunk: int
     shared = ragged_prompts(4)[0] * 70
     prompts = [shared[:40], shared[:70], shared[:20], shared[:40]]
     params = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True)
-    with LLM(str(folder), dtype="float32", max_num_batched_tokens=chunk, max_model_len=128) as llm:
+    options = {"max_num_batched_tokens": chunk, "kvcache_block_size": 16, "max_model_len": 128}
+    with LLM(str(folder), dtype="float32", **options) as llm:
         outputs = llm.generate(prompts, params) + llm.generate(prompts, params)
     assert outputs[4].usage.cached_tokens == 32, "the same length may share its prefix"
     for prompt, output in zip(prompts * 2, outputs, strict=True):

@@ -55,4 +55,4 @@ def logits(folder: Path, **options: Any) -> Tensor:
     info = inspect_model(config)
     decoder, windows = load_decoder(config, info), cut_windows(PROMPT, 60, 60)
     kv = kv_layers(info.spec, 60, info.resolved.dtype, 128)
-    return torch.cat([decoder.logits(hidden) for hidden in hidden_states(decoder, windows, kv, 128)])
+    return torch.cat([decoder.logits(hidden).clone() for hidden in hidden_states(decoder, windows, kv, 128)])

@@ -14,7 +14,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-__all__ = ["AttentionBackend", "ForwardBatch", "KVLayer"]
+from kvik.kernels.api import KVLayer
+
+__all__ = ["AttentionBackend", "ForwardBatch"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -35,14 +37,6 @@ class ForwardBatch:
     @property
     def num_seqs(self) -> int:
         return len(self.seq_lens_host)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class KVLayer:
-    """The cache of one layer: `k` and `v`, each [num_blocks, num_kv_heads, block_size, head_dim]."""
-
-    k: Tensor
-    v: Tensor
 
 
 class AttentionBackend(Protocol):

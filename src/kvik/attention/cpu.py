@@ -18,7 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
+from kvik.kernels.api import KVLayer
+from kvik.kernels.reference import dequantize_kv
 
 __all__ = ["CpuAttention"]
 
@@ -34,11 +36,11 @@ class CpuAttention:
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
         out = torch.empty_like(q)
-        for group in _groups(batch, kv.k, q.shape[1]):
+        for group in _groups(batch, kv.k, q.shape[1], q.element_size()):
             for start, end in group.tiles(q.shape[1]):
                 tile = _Tile(group, start, end, window, block_size=kv.k.shape[2])
                 tokens = group.tokens[:, start:end]
-                out[tokens] = _attend(q[tokens], *_gather(tile, kv, batch), tile, scale)
+                out[tokens] = _attend(q[tokens], *_gather(tile, kv, batch, q.dtype), tile, scale)
         return out
 
 
@@ -101,10 +103,10 @@ class _Tile:
             v[:, :, shortest : self.num_keys].masked_fill_(past[:, None, :, None], 0)
 
 
-def _groups(batch: ForwardBatch, k_cache: Tensor, num_heads: int) -> Iterator[_Group]:
+def _groups(batch: ForwardBatch, k_cache: Tensor, num_heads: int, element_size: int) -> Iterator[_Group]:
     """Partition the sequences: same number of queries, at most twice the blocks of the shortest, a bounded gather."""
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    block_bytes = num_kv_heads * block_size * head_dim * k_cache.element_size()
+    block_bytes = num_kv_heads * block_size * head_dim * element_size
     starts, lens = batch.query_starts_host, batch.seq_lens_host
     counts = [end - start for start, end in itertools.pairwise(starts)]
     members: list[int] = []
@@ -129,14 +131,18 @@ def _group(batch: ForwardBatch, members: list[int]) -> _Group:
     return _Group(tuple(members), tuple(batch.seq_lens_host[i] for i in members), tokens)
 
 
-def _gather(tile: _Tile, kv: KVLayer, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
-    """Keys and values of the tile's blocks, each [num_seqs, num_kv_heads, num_blocks * block_size, head_dim]."""
+def _gather(tile: _Tile, kv: KVLayer, batch: ForwardBatch, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of the tile's blocks: two [num_seqs, num_kv_heads, num_blocks * block_size, head_dim]."""
     num_kv_heads, _, head_dim = kv.k.shape[1:]
     table = batch.block_tables[list(tile.group.members), tile.first_block : tile.last_block]  # [num_seqs, num_blocks]
     rows = (table[:, None] * num_kv_heads + torch.arange(num_kv_heads, dtype=table.dtype)[:, None]).flatten()
     shape = (len(table), num_kv_heads, -1, head_dim)
-    k, v = (cache.flatten(0, 1).index_select(0, rows).view(shape) for cache in (kv.k, kv.v))
-    return k, v
+
+    def gather(cache: Tensor, scales: Tensor | None) -> Tensor:
+        picked = None if scales is None else scales.flatten(0, 1).index_select(0, rows)
+        return dequantize_kv(cache.flatten(0, 1).index_select(0, rows), picked, dtype).view(shape)
+
+    return gather(kv.k, kv.k_scale), gather(kv.v, kv.v_scale)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tile: _Tile, scale: float) -> Tensor:

@@ -92,15 +92,15 @@ def measure(engine: LLMEngine, requests: Sequence[BenchRequest], temperature: fl
 
 def step_bytes(engine: LLMEngine, run: Measurement) -> tuple[int, int]:
     """Bytes of weights and of keys and values that an average decode step of `run` must read; (0, 0) without one."""
-    spec, dtype, steps = engine.spec, engine.resolved.dtype, run.speeds.decode_steps
+    spec, resolved, steps = engine.spec, engine.resolved, run.speeds.decode_steps
     if not steps:
         return 0, 0
-    looked_up = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size * dtype.itemsize
+    looked_up = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size * resolved.dtype.itemsize
     reads = sum(_kv_tokens_read(output.usage.prompt_tokens, output.usage.completion_tokens) for output in run.outputs)
     decoded = sum(output.usage.completion_tokens - 1 for output in run.outputs)
     alone = sum(step.num_decode_tokens for step in steps)  # the other decodes ran beside a prompt
-    kv_bytes = reads * spec.kv_bytes_per_token(dtype) * alone / decoded
-    return engine.resolved.memory.weights - looked_up, round(kv_bytes / len(steps))
+    kv_bytes = reads * spec.kv_bytes_per_token(resolved.kv_dtype) * alone / decoded
+    return resolved.memory.weights - looked_up, round(kv_bytes / len(steps))
 
 
 def _kv_tokens_read(num_prompt: int, num_output: int) -> int:

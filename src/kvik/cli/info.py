@@ -84,6 +84,7 @@ def _model(config: EngineConfig) -> dict[str, Any]:
         **facts,
         "dtype": str(resolved.dtype).removeprefix("torch."),
         "kernels": _kernels(config, resolved, platform),
+        "KV cache dtype": str(resolved.kv_dtype).removeprefix("torch."),
         "KV bytes per token": plan.kv_bytes_per_token,
         "settings": dataclasses.asdict(settings),
         "notes": list(resolved.notes),
@@ -179,7 +180,7 @@ def _model_lines(facts: dict[str, Any]) -> list[str]:
         lines = [f"  {name:<22} {value}" for name, value in rows.items()]
         fix = f"it fits with {facts['fix']}" if facts["fix"] else "no option makes it fit on this machine"
         return [*lines, "", f"does not fit: {facts['problem']}", fix]
-    rows["KV cache"] = f"{facts['KV bytes per token']:,} bytes per token"
+    rows["KV cache"] = f"{facts['KV cache dtype']}, {facts['KV bytes per token']:,} bytes per token"
     rows["at once"] = "{max_num_seqs} sequences, {max_num_batched_tokens} tokens a step".format(**facts["settings"])
     lines = [f"  {name:<22} {value}" for name, value in rows.items()]
     lines += [f"  note: {note}" for note in facts["notes"]]

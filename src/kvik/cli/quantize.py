@@ -168,7 +168,7 @@ class _Quantizer:
 
         made = self._inspect(folder)
         decoder = load_decoder(self._engine_config(folder), made)
-        quality = compare(decoder, baseline.hidden, baseline.logits, text, made.resolved.dtype)
+        quality = compare(decoder, baseline.hidden, baseline.logits, text, made.resolved.kv_dtype)
         del decoder
         self._check_gate(quality)
         decode, prefill = self._speeds(folder)

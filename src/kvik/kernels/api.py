@@ -10,9 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["LinearWeight", "Ops"]
+from kvik.kernels.memory import zeros
+
+__all__ = ["KVLayer", "LinearWeight", "Ops"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -21,6 +24,28 @@ class LinearWeight:
 
     weight: Tensor
     bias: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class KVLayer:
+    """The cache of one layer: `k` and `v`, each [num_blocks, num_kv_heads, block_size, head_dim].
+
+    An int8 cache holds round(x / scale) with scale = max |x| / 127 of each token and head: `k_scale` and `v_scale`
+    [num_blocks, num_kv_heads, block_size] fp32. A float cache has none.
+    """
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> KVLayer:
+        """An empty cache. A position that was never written is masked out of attention, and must not hold a NaN."""
+        k, v = (zeros(shape, dtype, device) for _ in "kv")
+        if dtype is not torch.int8:
+            return cls(k, v)
+        return cls(k, v, *(zeros(shape[:3], torch.float32, device) for _ in "kv"))
 
 
 class Ops(Protocol):
@@ -48,8 +73,7 @@ class Ops(Protocol):
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
@@ -59,7 +83,7 @@ class Ops(Protocol):
         qkv       [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], query heads first, then key, then value heads
         cos, sin  [num_tokens, head_dim / 2] fp32; element i rotates the pair (i, i + head_dim / 2)
         slots     [num_tokens] int64, block_id * block_size + offset: where the token's key and value go
-        k_cache   [num_blocks, num_kv_heads, block_size, head_dim], written in place; v_cache likewise
+        kv        the layer's cache, written in place
         q_norm    [head_dim] weight of a per-head RMSNorm before the rotation, or None; k_norm likewise
 
         Returns q [num_tokens, num_heads, head_dim].

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 
-__all__ = ["ReferenceOps"]
+__all__ = ["ReferenceOps", "dequantize_kv", "quantize_kv"]
 
 
 class ReferenceOps:
@@ -38,13 +38,12 @@ class ReferenceOps:
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+        num_kv_heads, block_size, head_dim = kv.k.shape[1:]
         heads = qkv.view(qkv.shape[0], -1, head_dim)  # [num_tokens, num_heads + 2 * num_kv_heads, head_dim]
         num_heads = heads.shape[1] - 2 * num_kv_heads
         q, k, v = torch.split_with_sizes(heads, [num_heads, num_kv_heads, num_kv_heads], dim=1)
@@ -53,8 +52,11 @@ class ReferenceOps:
         if k_norm is not None:
             k = self.rms_norm(k, k_norm, eps)
         block, offset = slots // block_size, slots % block_size
-        k_cache[block, :, offset] = _rotate(k, cos, sin).to(k_cache.dtype)
-        v_cache[block, :, offset] = v.to(v_cache.dtype)
+        for new, cache, scales in ((_rotate(k, cos, sin), kv.k, kv.k_scale), (v, kv.v, kv.v_scale)):
+            if scales is None:
+                cache[block, :, offset] = new.to(cache.dtype)
+            else:
+                cache[block, :, offset], scales[block, :, offset] = quantize_kv(new)
         return _rotate(q, cos, sin)
 
     def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor) -> Tensor:
@@ -63,6 +65,19 @@ class ReferenceOps:
     def norm_linear_swiglu(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
         gate, up = self.norm_linear(x, norm_weight, eps, w).chunk(2, dim=-1)
         return F.silu(gate) * up
+
+
+def quantize_kv(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys or values [..., head_dim] -> (int8 [..., head_dim], scales fp32 [...]), as `KVLayer` has them."""
+    wide = x.float()
+    most = wide.abs().amax(-1)
+    inverse = torch.where(most > 1e-30, torch.full_like(most, 127.0) / most, 0.0)  # 127.0 / most rounds twice
+    return torch.round(wide * inverse.unsqueeze(-1)).to(torch.int8), most / 127
+
+
+def dequantize_kv(cached: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Keys or values out of a cache, [..., head_dim], with `scales` [...] if they are int8: in `dtype`."""
+    return (cached if scales is None else cached.float() * scales.unsqueeze(-1)).to(dtype)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvik.attention.base import AttentionBackend, ForwardBatch, KVLayer
-from kvik.kernels.api import LinearWeight, Ops
+from kvik.attention.base import AttentionBackend, ForwardBatch
+from kvik.kernels.api import KVLayer, LinearWeight, Ops
 from kvik.layers.rope import RopeTable
 from kvik.models.spec import DecoderSpec
 
@@ -106,7 +106,7 @@ class Decoder:
     ) -> Tensor:
         eps = self.spec.rms_norm_eps
         qkv = self.ops.norm_linear(hidden, w.attention_norm, eps, w.qkv)  # [num_tokens, q_size + 2 * kv_size]
-        q = self.ops.qk_norm_rope_store(qkv, cos, sin, batch.slots, cache.k, cache.v, w.q_norm, w.k_norm, eps)
+        q = self.ops.qk_norm_rope_store(qkv, cos, sin, batch.slots, cache, w.q_norm, w.k_norm, eps)
         context = self.attention.forward(q, cache, batch, scale=self._scale, window=window)
         return self.ops.linear_add(context.flatten(1), w.o, hidden)
 

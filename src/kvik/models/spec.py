@@ -89,8 +89,9 @@ class DecoderSpec:
         return int(matrices * (bits or plain) + head * (head_bits or plain) + rest * plain) // 8
 
     def kv_bytes_per_token(self, dtype: torch.dtype) -> int:
-        """Bytes of keys and values of one token over all layers."""
-        return 2 * self.num_layers * self.kv_size * dtype.itemsize
+        """Bytes of keys and values of one token over all layers; int8 ones have an fp32 scale per head."""
+        scale = 4 if dtype is torch.int8 else 0
+        return 2 * self.num_layers * self.num_kv_heads * (self.head_dim * dtype.itemsize + scale)
 
 
 def spec_from_config(

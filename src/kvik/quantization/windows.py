@@ -13,9 +13,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
 from kvik.attention.registry import select_backend
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.reference import ReferenceOps
 from kvik.layers.rope import RopeTable
 from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights
@@ -54,7 +54,7 @@ def kv_layers(spec: DecoderSpec, length: int, dtype: torch.dtype, max_tokens: in
     """Cache for the windows of `length` tokens that are computed together."""
     num_blocks = max(1, max_tokens // length) * -(-length // _BLOCK)
     shape = (num_blocks, spec.num_kv_heads, _BLOCK, spec.head_dim)
-    return [KVLayer(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)) for _ in spec.windows]
+    return [KVLayer.zeros(shape, dtype, _CPU) for _ in spec.windows]
 
 
 def hidden_states(

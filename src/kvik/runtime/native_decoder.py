@@ -12,8 +12,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch, KVLayer
-from kvik.kernels.api import LinearWeight
+from kvik.attention.base import ForwardBatch
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import NativePool, StepStruct, data_pointer
 from kvik.kernels.cpu.ops import linear_entry
 from kvik.kernels.cpu.packing import PackedLinear, pack_linear, pack_quantized
@@ -53,7 +53,7 @@ class _TapeAttention:
         self._ops = ops
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
-        return self._ops.attention(q, kv.k, kv.v, scale=scale, window=window)
+        return self._ops.attention(q, kv, scale=scale, window=window)
 
 
 class NativeDecoder:
@@ -74,6 +74,7 @@ class NativeDecoder:
         self._max_tokens = max_tokens
         self._tape: Tape | None = None
         self._kv: Sequence[KVLayer] = ()
+        self._scores = torch.empty((0, spec.vocab_size))
 
     def forward(self, batch: ForwardBatch, kv: Sequence[KVLayer]) -> Tensor:
         """As `Decoder.forward`: hidden states [num_rows, hidden_size] fp32 of the tokens at `batch.logit_indices`."""
@@ -92,8 +93,13 @@ class NativeDecoder:
         return hidden[:num_rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32."""
-        scores = torch.empty((len(hidden), self.spec.vocab_size))
+        """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32.
+
+        They are valid until the next call, which uses their memory again: fresh memory is slow to write to first.
+        """
+        if len(hidden) > len(self._scores):
+            self._scores = torch.empty((len(hidden), self.spec.vocab_size))
+        scores = self._scores[: len(hidden)]
         if len(hidden):
             self._pool.run_one(linear_entry(hidden, scores, self._head, len(hidden)))
         return scores
@@ -101,7 +107,8 @@ class NativeDecoder:
     def _record(self, kv: Sequence[KVLayer]) -> Tape:
         """Run the decoder once over operations that note what they are asked."""
         tape = Tape(self._max_tokens)
-        ops = TapeOps(tape, self._head if self.spec.tie_word_embeddings else None)
+        tied = self._head if self.spec.tie_word_embeddings else None
+        ops = TapeOps(tape, tied, self._weights.final_norm.dtype)
         Decoder(self.spec, self._weights, self._rope, ops, _TapeAttention(ops)).forward(_one_token(), kv)
         tape.seal()
         return tape

@@ -48,7 +48,7 @@ class CpuPlatform:
     """Any processor that torch runs on."""
 
     device = torch.device("cpu")
-    default_block_size = 16
+    default_block_size = 64
     default_num_seqs = 16
     default_batched_tokens = 2048
     default_run_ahead = 0

@@ -2,7 +2,7 @@
 one at a time on torch tensors.
 
 The kernels compute in fp32 between operations: what a tape passes on is never rounded to 16 bits, except the query
-(to the type of the KV cache), the keys and values, and what a projection multiplies (to the format of its weights).
+(to the type of a float KV cache), the keys and values, and what a projection multiplies (to the format of its weights).
 `NativeOps` converts to fp32 and back, so that any single operation compares with `kvik.kernels.reference`.
 """
 
@@ -14,11 +14,20 @@ import torch
 from torch import Tensor
 
 from kvik.errors import ConfigError
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import OP_CODES, NativePool, OpStruct, StepStruct, data_pointer
 from kvik.kernels.cpu.packing import TYPE_CODES, PackedLinear, pack_linear
 
-__all__ = ["MAX_HEAD_DIM", "NativeOps", "attention_entry", "embed_entry", "linear_entry", "norm_entry", "rope_entry"]
+__all__ = [
+    "MAX_HEAD_DIM",
+    "NativeOps",
+    "attention_entry",
+    "embed_entry",
+    "linear_entry",
+    "norm_entry",
+    "query_dtype",
+    "rope_entry",
+]
 
 MAX_HEAD_DIM = 512
 ALL_TOKENS, LOGIT_ROWS = 0, -1
@@ -61,37 +70,43 @@ def linear_entry(
 
 
 def rope_entry(
-    qkv: Tensor, q: Tensor, k_cache: Tensor, v_cache: Tensor, q_norm: Tensor | None, k_norm: Tensor | None,
-    eps: float, rows: int,
-) -> OpStruct:  # fmt: skip
-    """q [rows, num_heads * head_dim] of the cache's type from qkv fp32; stores k and v at the step's slots."""
-    head_dim = k_cache.shape[3]
-    op = _cache_entry("rope_store", k_cache, v_cache, q.numel() // (q.shape[0] * head_dim))
+    qkv: Tensor, q: Tensor, kv: KVLayer, q_norm: Tensor | None, k_norm: Tensor | None, eps: float, rows: int
+) -> OpStruct:
+    """q [rows, num_heads * head_dim] of `query_dtype` from qkv fp32; stores k and v at the step's slots."""
+    op = _cache_entry("rope_store", kv, q, q.shape[1] // kv.k.shape[3])
     op.x, op.y, op.width, op.eps, op.rows = data_pointer(qkv), data_pointer(q), qkv.shape[1], eps, rows
     op.norm, op.norm2 = data_pointer(q_norm), data_pointer(k_norm)
     return op
 
 
-def attention_entry(
-    q: Tensor, y: Tensor, k_cache: Tensor, v_cache: Tensor, scale: float, window: int | None, num_heads: int
-) -> OpStruct:
-    """y [tokens, num_heads * head_dim] fp32 from q of the cache's type, for the step's sequences."""
-    op = _cache_entry("attention", k_cache, v_cache, num_heads)
+def attention_entry(q: Tensor, y: Tensor, kv: KVLayer, scale: float, window: int | None, num_heads: int) -> OpStruct:
+    """y [tokens, num_heads * head_dim] fp32 from q of `query_dtype`, for the step's sequences."""
+    op = _cache_entry("attention", kv, q, num_heads)
     op.x, op.y, op.scale, op.window = data_pointer(q), data_pointer(y), scale, window or 0
     return op
 
 
-def _cache_entry(name: str, k_cache: Tensor, v_cache: Tensor, num_heads: int) -> OpStruct:
-    num_kv_heads, block_size, head_dim = k_cache.shape[1:]
+def query_dtype(kv: KVLayer, dtype: torch.dtype) -> torch.dtype:
+    """The type of queries beside a cache, in a model of `dtype`: that of a float cache."""
+    return dtype if kv.k.dtype is torch.int8 else kv.k.dtype
+
+
+def _cache_entry(name: str, kv: KVLayer, q: Tensor, num_heads: int) -> OpStruct:
+    num_kv_heads, block_size, head_dim = kv.k.shape[1:]
     if block_size % 16:
         raise ConfigError(f"kvcache_block_size must be a multiple of 16 for the native kernels, got {block_size}")
     if head_dim % 2 or head_dim > MAX_HEAD_DIM:
         raise ConfigError(f"the native kernels need an even head_dim of at most {MAX_HEAD_DIM}, got {head_dim}")
-    if k_cache.dtype not in (torch.float32, torch.bfloat16):
-        raise ConfigError(f"the native kernels keep keys and values in float32 or bfloat16, not {k_cache.dtype}")
-    op = OpStruct(code=OP_CODES[name], type=_type_code(k_cache), num_heads=num_heads, num_kv_heads=num_kv_heads)
+    if kv.k.dtype not in (torch.float32, torch.bfloat16, torch.int8):
+        raise ConfigError(f"the native kernels keep keys and values in float32, bfloat16 or int8, not {kv.k.dtype}")
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise ConfigError(f"the native kernels take queries in float32 or bfloat16, not {q.dtype}")
+    assert q.dtype == query_dtype(kv, q.dtype)
+    assert (kv.k.dtype is torch.int8) == (kv.k_scale is not None) == (kv.v_scale is not None)
+    op = OpStruct(code=OP_CODES[name], type=_type_code(q), num_heads=num_heads, num_kv_heads=num_kv_heads)
     op.head_dim, op.block_size = head_dim, block_size
-    op.k_cache, op.v_cache = data_pointer(k_cache), data_pointer(v_cache)
+    op.k_cache, op.v_cache = data_pointer(kv.k), data_pointer(kv.v)
+    op.k_scales, op.v_scales = data_pointer(kv.k_scale), data_pointer(kv.v_scale)
     return op
 
 
@@ -142,28 +157,27 @@ class NativeOps:
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        num_kv_heads, _, head_dim = k_cache.shape[1:]
+        num_kv_heads, _, head_dim = kv.k.shape[1:]
         wide = _rows(qkv)
-        q = torch.empty((len(wide), wide.shape[1] - 2 * num_kv_heads * head_dim), dtype=k_cache.dtype)
+        width = wide.shape[1] - 2 * num_kv_heads * head_dim
+        q = torch.empty((len(wide), width), dtype=query_dtype(kv, qkv.dtype))
         angles = cos.float().contiguous(), sin.float().contiguous()
         norms = tuple(None if norm is None else norm.float() for norm in (q_norm, k_norm))
         places = slots.long().contiguous()
         step = StepStruct(cos=data_pointer(angles[0]), sin=data_pointer(angles[1]), slots=data_pointer(places))
         if len(wide):
-            self._run(rope_entry(wide, q, k_cache, v_cache, norms[0], norms[1], eps, len(wide)), len(wide), step)
+            self._run(rope_entry(wide, q, kv, norms[0], norms[1], eps, len(wide)), len(wide), step)
         return q.view(len(wide), -1, head_dim).to(qkv.dtype)
 
     def attention(
         self,
         q: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         query_starts: Tensor,
         seq_lens: Tensor,
         block_tables: Tensor,
@@ -172,12 +186,12 @@ class NativeOps:
         window: int | None,
     ) -> Tensor:
         """`AttentionBackend.forward` on the tensors of a batch: q [num_tokens, num_heads, head_dim] -> the same."""
-        queries = q.to(k_cache.dtype).contiguous()
+        queries = q.to(query_dtype(kv, q.dtype)).contiguous()
         y = torch.empty(q.shape)
         starts, lens, tables = (t.to(torch.int32).contiguous() for t in (query_starts, seq_lens, block_tables))
         step = StepStruct(num_tokens=len(q), num_seqs=len(lens), table_stride=tables.shape[1])
         step.query_starts, step.seq_lens, step.block_tables = map(data_pointer, (starts, lens, tables))
-        self.pool.run_one(attention_entry(queries, y, k_cache, v_cache, scale, window, q.shape[1]), step)
+        self.pool.run_one(attention_entry(queries, y, kv, scale, window, q.shape[1]), step)
         return y.to(q.dtype)
 
     def argmax(self, x: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ least squared error of five, so that the extreme value becomes -8, -7.5, ... or 
 from __future__ import annotations
 
 import ctypes
-import mmap
 from dataclasses import dataclass
 
 import torch
@@ -21,12 +20,12 @@ from torch import Tensor
 from kvik.errors import ConfigError, did_you_mean
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.cpu.native import OP_CODES, LinearStruct, NativePool, OpStruct, data_pointer
+from kvik.kernels.memory import allocate_bytes
 
 __all__ = ["FORMATS", "TYPE_CODES", "PackedLinear", "pack_linear", "pack_quantized"]
 
 FORMATS = {"fp32": (0, 0), "bf16": (1, 0), "int8": (2, 0), "int4g32": (3, 32), "int4g128": (3, 128)}
 TYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 4}
-_HUGE_PAGE = 2 << 20
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,12 +126,3 @@ def _pack_bias(bias: Tensor, panels: int, swiglu: bool) -> Tensor:
     halves = torch.zeros(2, panels * 16)
     halves[:, : len(bias) // 2] = bias.view(2, -1)
     return halves.view(2, panels, 16).transpose(0, 1).contiguous().view(-1)
-
-
-def allocate_bytes(size: int) -> Tensor:
-    """Uninitialised uint8 memory, on huge pages where it is large and the system has them."""
-    if size < _HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(size, dtype=torch.uint8)
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import NativePool, OpStruct, StepStruct
 from kvik.kernels.cpu.ops import (
     ALL_TOKENS,
@@ -21,6 +21,7 @@ from kvik.kernels.cpu.ops import (
     embed_entry,
     linear_entry,
     norm_entry,
+    query_dtype,
     rope_entry,
 )
 from kvik.kernels.cpu.packing import PackedLinear
@@ -64,15 +65,17 @@ class Tape:
 
 
 class TapeOps:
-    """`kvik.kernels.api.Ops` that records. Weights must be packed; `tied` is an lm_head that is the embedding too.
+    """`kvik.kernels.api.Ops` that records. Weights must be packed; `tied` is an lm_head that is the embedding too;
+    `dtype` is the model's, in which queries are kept beside an int8 cache.
 
     What it returns are the buffers that the operation will write, [capacity, features] fp32, so that the next
     operation finds its input. The residual stream is updated in place. The last operation of the decoder, the norm
     of the rows that torch picked out of the stream, is recorded as a gather of the step's logit rows.
     """
 
-    def __init__(self, tape: Tape, tied: PackedLinear | None = None) -> None:
+    def __init__(self, tape: Tape, tied: PackedLinear | None, dtype: torch.dtype) -> None:
         self._tape = tape
+        self._dtype = dtype
         self._tied = tied
         self._buffers: dict[str, Tensor] = {}
         self._stream: Tensor | None = None
@@ -117,24 +120,23 @@ class TapeOps:
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
     ) -> Tensor:
-        num_kv_heads, _, head_dim = k_cache.shape[1:]
-        q = self._buffer("query", qkv.shape[1] - 2 * num_kv_heads * head_dim, k_cache.dtype)
+        num_kv_heads, _, head_dim = kv.k.shape[1:]
+        q = self._buffer("query", qkv.shape[1] - 2 * num_kv_heads * head_dim, query_dtype(kv, self._dtype))
         norms = tuple(None if norm is None else norm.float() for norm in (q_norm, k_norm))
-        op = rope_entry(qkv, q, k_cache, v_cache, norms[0], norms[1], eps, ALL_TOKENS)
-        self._tape.append(op, qkv, q, k_cache, v_cache, *norms)
+        op = rope_entry(qkv, q, kv, norms[0], norms[1], eps, ALL_TOKENS)
+        self._tape.append(op, qkv, q, kv, *norms)
         return q.view(self._tape.capacity, -1, head_dim)
 
-    def attention(self, q: Tensor, k_cache: Tensor, v_cache: Tensor, *, scale: float, window: int | None) -> Tensor:
+    def attention(self, q: Tensor, kv: KVLayer, *, scale: float, window: int | None) -> Tensor:
         """Record `AttentionBackend.forward`: q [capacity, num_heads, head_dim] -> a buffer of that shape, fp32."""
         y = self._buffer("context", q.shape[1] * q.shape[2])
-        op = attention_entry(q.flatten(1), y, k_cache, v_cache, scale, window, q.shape[1])
-        self._tape.append(op, q, y, k_cache, v_cache)
+        op = attention_entry(q.flatten(1), y, kv, scale, window, q.shape[1])
+        self._tape.append(op, q, y, kv)
         return y.view(q.shape)
 
     def _buffer(self, role: str, features: int, dtype: torch.dtype = torch.float32) -> Tensor:

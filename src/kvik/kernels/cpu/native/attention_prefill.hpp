@@ -15,9 +15,11 @@ static void pack_keys(const Context<Cache>& context, int head, int begin, int en
         for (int i = 0; i < kLanes; ++i) panel[k * kPanel + i] = 0;
       continue;
     }
-    const uint32_t* keys = (const uint32_t*)context.key(begin + t, head);
+    typename Cache::Value space[kLanes * kMaxHeadDim + kLanes];
+    int d = context.op.head_dim;
+    const void* keys = Cache::rows(context.key(begin + t, head), context.key_scales(begin + t, head), rows, d, space);
     for (int k = 0; k < words; k += kLanes) {
-      transpose(keys + k, words, panel + k * kPanel, kPanel, rows, min_int(kLanes, words - k));
+      transpose((const uint32_t*)keys + k, words, panel + k * kPanel, kPanel, rows, min_int(kLanes, words - k));
       for (int i = rows; i < kLanes; ++i)
         for (int j = k; j < min_int(words, k + kLanes); ++j) panel[j * kPanel + i] = 0;
     }
@@ -30,7 +32,11 @@ static void pack_values(const Context<Cache>& context, int head, int begin, int 
   int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel;
   for (int k = 0; k < words; ++k) {
     int token = begin + k * Cache::kPerWord;
-    const typename Cache::Value* row = token < end ? context.value(token, head) : nullptr;
+    typename Cache::Value space[Cache::kPerWord * kMaxHeadDim + kLanes];
+    const typename Cache::Value* row = nullptr;
+    if (token < end)
+      row = Cache::rows(context.value(token, head), context.value_scales(token, head), min_int(Cache::kPerWord, end - token), d,
+                        space);
     for (int p = 0; p < panels; ++p) {
       I values[kVectors];
       for (int j = 0; j < kVectors; ++j) values[j] = seti(0);
@@ -144,7 +150,7 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   for (int r = 0; r < state.rows + kLanes; ++r) state.top[r] = kHidden, state.total[r] = 0;
 
   for (int t = 0; t < tiling.tiles; ++t) {
-    uint32_t rows[kMaxTile * 512];  // head_dim <= 512
+    uint32_t rows[kMaxTile * kMaxHeadDim];
     for (int m = 0; m < tiling.size(t); ++m) {
       int r = tiling.start(t) + m;
       const Value* q = (const Value*)op.x + ((int64_t{token} + r / group) * op.num_heads + head * group + r % group) * d;
@@ -187,9 +193,15 @@ static void attention(const Job& job, int item, Scratch& scratch) {
   int part = inner / turns, head = inner % turns * plan.heads;
   bool bf16 = op.type == KVIK_BF16;
   if (job.step->query_starts[s + 1] - job.step->query_starts[s] == 1) {
-    bf16 ? attend_chunk<Bf16Cache>(job, s, part, head, scratch) : attend_chunk<Fp32Cache>(job, s, part, head, scratch);
+    op.k_scales ? attend_chunk<Int8Cache<Fp32Cache>>(job, s, part, head, scratch)
+    : bf16      ? attend_chunk<Bf16Cache>(job, s, part, head, scratch)
+                : attend_chunk<Fp32Cache>(job, s, part, head, scratch);
   } else {
     part = plan.parts - 1 - part;  // the longest first
-    bf16 ? attend_queries<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
+    if (op.k_scales)
+      bf16 ? attend_queries<Int8Cache<Bf16Cache>>(job, s, part, head, scratch)
+           : attend_queries<Int8Cache<Fp32Cache>>(job, s, part, head, scratch);
+    else
+      bf16 ? attend_queries<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
   }
 }

@@ -84,6 +84,26 @@ static void store_row(const float* x, int n, int type, int64_t at, void* dst) {
   }
 }
 
+// out = round(x / scale) with scale = max |x| / 127, which is returned, and is NaN where x is not finite. x has zeros from
+// n up to a multiple of kLanes.
+static float store_row_int8(const float* x, int n, int8_t* out) {
+  F top = setf(0), finite = setf(0);
+  for (int i = 0; i < n; i += kLanes) {
+    top = maxf(top, absf(loadf(x + i)));
+    finite = fma(loadf(x + i), setf(0), finite);
+  }
+  float most = largest(top);
+  F inverse = setf(most > 1e-30f ? 127.0f / most : 0.0f);
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) store_s8(out + i, to_int(mul(loadf(x + i), inverse)));
+  if (i < n) {
+    int8_t last[kLanes];
+    store_s8(last, to_int(mul(loadf(x + i), inverse)));
+    __builtin_memcpy(out + i, last, size_t(n - i));
+  }
+  return most / 127.0f + sum(finite);
+}
+
 // Pairs (i, i + half) turned by the token's angle: (a cos - b sin, b cos + a sin).
 static void rotate(float* x, int half, const float* cosines, const float* sines) {
   int i = 0;
@@ -107,7 +127,8 @@ static void rope_store(const Job& job, int item, Scratch& scratch) {
   const float* qkv = (const float*)op.x + token * op.width;
   const float* cosines = job.step->cos + int64_t{token} * half;
   const float* sines = job.step->sin + int64_t{token} * half;
-  float* row = (float*)scratch.get(sizeof(float) * d);
+  int padded = (d + kLanes - 1) / kLanes * kLanes;
+  float* row = (float*)scratch.get(sizeof(float) * padded);
   for (int g = 0; g < group; ++g) {
     int64_t q = int64_t{head} * group + g;
     normalise(qkv + q * d, op.norm, op.eps, d, d, row);
@@ -115,11 +136,17 @@ static void rope_store(const Job& job, int item, Scratch& scratch) {
     store_row(row, d, op.type, (int64_t{token} * op.num_heads + q) * d, op.y);
   }
   int64_t slot = job.step->slots[token], block = slot / op.block_size, offset = slot % op.block_size;
-  int64_t at = ((block * op.num_kv_heads + head) * op.block_size + offset) * d;
-  normalise(qkv + (int64_t{op.num_heads} + head) * d, op.norm2, op.eps, d, d, row);
+  int64_t place = (block * op.num_kv_heads + head) * op.block_size + offset;
+  const float* value = qkv + (int64_t{op.num_heads} + op.num_kv_heads + head) * d;
+  normalise(qkv + (int64_t{op.num_heads} + head) * d, op.norm2, op.eps, d, padded, row);
   rotate(row, half, cosines, sines);
-  store_row(row, d, op.type, at, op.k_cache);
-  store_row(qkv + (int64_t{op.num_heads} + op.num_kv_heads + head) * d, d, op.type, at, op.v_cache);
+  if (!op.k_scales) {
+    store_row(row, d, op.type, place * d, op.k_cache);
+    return store_row(value, d, op.type, place * d, op.v_cache);
+  }
+  op.k_scales[place] = store_row_int8(row, d, (int8_t*)op.k_cache + place * d);
+  normalise(value, nullptr, 0, d, padded, row);
+  op.v_scales[place] = store_row_int8(row, d, (int8_t*)op.v_cache + place * d);
 }
 
 static void argmax(const Job& job, int item, Scratch&) {

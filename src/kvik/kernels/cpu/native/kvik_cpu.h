@@ -6,7 +6,8 @@
 //     tape   | embed | norm_linear qkv | rope | attention | linear_add o | swiglu | linear_add down | ... | gather_norm |
 //     step   num_tokens, input_ids, cos, sin, slots, query_starts, seq_lens, block_tables, logit_indices
 //
-// Activations are fp32 [rows, features]; weights are packed (see packing.cpp); the KV cache is bf16 or fp32.
+// Activations are fp32 [rows, features]; weights are packed (see packing.cpp); the KV cache is bf16, fp32, or int8 with a
+// scale per token and head.
 #pragma once
 
 #include <cstdint>
@@ -54,6 +55,8 @@ struct KvikOp {
   const KvikLinear* linear;
   void* k_cache;
   void* v_cache;
+  float* k_scales;  // of an int8 cache, [block][kv head][offset]; null where the cache has the type of the query, `type`
+  float* v_scales;
   int32_t num_heads, num_kv_heads, head_dim, block_size;
   int32_t window;  // 0: none
   int32_t rows;    // 0: the step's tokens; -1: the step's logit rows; else the count itself

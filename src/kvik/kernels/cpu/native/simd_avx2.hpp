@@ -58,6 +58,7 @@ static inline void store_bf16(uint16_t* p, F x) {  // to nearest, ties to even; 
   _mm_storeu_si128((__m128i*)p, _mm256_castsi256_si128(packed));
 }
 static inline F load_f16(const uint16_t* p) { return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline F load_s8(const int8_t* p) { return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p))); }
 static inline void store_s8(int8_t* p, I x) {
   alignas(32) int32_t lanes[8];
   storew(lanes, x);

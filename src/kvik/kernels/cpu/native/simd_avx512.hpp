@@ -63,6 +63,7 @@ static inline void store_bf16(uint16_t* p, F x) {  // to nearest, ties to even; 
 #endif
 }
 static inline F load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+static inline F load_s8(const int8_t* p) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p))); }
 static inline void store_s8(int8_t* p, I x) { _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8(x)); }
 
 static inline float sum(F x) { return _mm512_reduce_add_ps(x); }

@@ -71,6 +71,7 @@ static inline float half_to_float(uint32_t h) {
 static inline F load_f16(const uint16_t* p) {
   return F{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
 }
+static inline F load_s8(const int8_t* p) { return F{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 static inline void store_s8(int8_t* p, I x) {
   for (int i = 0; i < 4; ++i) p[i] = int8_t(x[i]);
 }
