@@ -13,7 +13,6 @@ from kvik.outputs import (
     FinishReason,
     RequestMetrics,
     RequestOutput,
-    SequenceOutput,
     TokenLogprobs,
     Usage,
 )
@@ -132,7 +131,6 @@ def test_total_tokens_are_prompt_and_completion() -> None:
         _completion(),
         Usage(prompt_tokens=1, completion_tokens=1),
         RequestMetrics(),
-        SequenceOutput(request_id="r", index=0),
     ],
     ids=lambda record: type(record).__name__,
 )

@@ -62,9 +62,12 @@ class RequestMetrics:
     num_preemptions: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class SequenceOutput:
-    """What one sequence gained in one step, in token ids: the engine's output and the text layer's input."""
+    """What one sequence gained in one step, in token ids: the engine's output and the text layer's input.
+
+    There is one for every token, and freezing it would make it four times as slow to build. Nobody writes to it.
+    """
 
     request_id: str
     index: int

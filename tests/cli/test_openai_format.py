@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from kvik import LLMEngine
-from kvik.cli.openai_format import OpenAIRequest, error_body, parse_body, response_body
 from kvik.errors import RequestError, WorkerError
+from kvik.openai_format import OpenAIRequest, error_body, parse_body, response_body
 from kvik.sampling_params import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

@@ -123,6 +123,26 @@ def test_a_prefix_matches_up_to_the_first_block_that_differs() -> None:
     assert kv.match(_sequence([9, 2, 3, 4, 5, 6, 7])) == []
 
 
+def test_a_sequence_that_waits_for_room_is_not_looked_up_from_its_start_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kv = KVManager(12, 2, enable_prefix_caching=True)
+    tokens = list(range(12))
+    owner = _computed(kv, tokens[:8])
+    others = [_computed(kv, [100 + i, 0]) for i in range(6)]
+    waiting = _sequence([*tokens, 12])
+    calls = []
+    monkeypatch.setattr(kv.cache, "find", lambda *key: calls.append(key) or PrefixCache.find(kv.cache, *key))
+    for _ in range(10):
+        assert not kv.admit(waiting, kv.match(waiting), headroom=0)
+    assert len(calls) == 4 + 10
+    kv.grow(owner, 12)
+    owner.token_ids = tokens
+    kv.commit(owner, 12)
+    assert _ids(kv.match(waiting)) == owner.block_ids  # what was computed meanwhile counts
+    kv.free(owner.block_ids)
+    kv.check_invariants(others, [kv._take()])
+    assert _ids(kv.match(waiting)) == owner.block_ids[:5]  # and what was evicted does not
+
+
 def test_nothing_is_ever_found_with_caching_off() -> None:
     world = World(make_config(enable_prefix_caching=False))
     for name in ("a", "b"):

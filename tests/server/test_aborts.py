@@ -94,7 +94,8 @@ def test_unread_outputs_are_merged(model: str, tmp_path: Path) -> None:
         while not generation.done:
             await asyncio.sleep(0.01)
         changes = await generation.changes()
-        assert len(changes) == 1 and changes[0][1].delta == changes[0][1].text and changes[0][1].finished
+        output = changes[0][1].output()
+        assert len(changes) == 1 and output.delta == output.text and output.finished
         generation.close()
 
     run(model, tmp_path, body)

@@ -19,10 +19,10 @@ from tqdm import tqdm
 
 from kvik.cli.batch_files import BatchLine, ResultFile, custom_id, parse_line, read_lines
 from kvik.cli.engine import open_engine, render_config
-from kvik.cli.openai_format import OpenAIRequest, error_body, parse_body, response_body
 from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
 from kvik.cli.terminal import Interrupt
 from kvik.errors import ConfigError, RequestError, WorkerError
+from kvik.openai_format import OpenAIRequest, error_body, parse_body, response_body
 from kvik.settings import Setting
 
 if TYPE_CHECKING:

@@ -27,6 +27,9 @@ class KVManager:
         self.enable_prefix_caching = enable_prefix_caching
         self.pool = BlockPool(num_blocks)
         self.cache = PrefixCache()
+        self._matching: Sequence | None = None  # the sequence of the last match, which is what waits for room
+        self._matched: list[CachedBlock] = []
+        self._places: dict[int, int] = {}  # of the matched blocks, by their ids
 
     @property
     def num_blocks(self) -> int:
@@ -45,16 +48,32 @@ class KVManager:
         return -(-num_tokens // self.block_size)
 
     def match(self, seq: Sequence) -> list[CachedBlock]:
-        """Cached blocks of the longest known prefix; always leaves at least the last token to compute."""
-        found: list[CachedBlock] = []
-        parent: int | str = seq.request.cache_salt
-        for index in range((len(seq.token_ids) - 1) // self.block_size if self.enable_prefix_caching else 0):
-            block = self.cache.find(parent, self._tokens(seq, index))
+        """Cached blocks of the longest known prefix; always leaves at least the last token to compute.
+
+        The next call for the same sequence goes on where this one ended: a step in which it still waits looks up one
+        block, not its whole prompt.
+        """
+        if self._matching is not seq:
+            self.unmatch()
+            self._matching = seq
+        found = self._matched
+        last = (len(seq.token_ids) - 1) // self.block_size if self.enable_prefix_caching else 0
+        while len(found) < last:
+            parent = found[-1].prefix_id if found else seq.request.cache_salt
+            block = self.cache.find(parent, self._tokens(seq, len(found)))
             if block is None:
                 break
+            self._places[block.block_id] = len(found)
             found.append(block)
-            parent = block.prefix_id
-        return found
+        return list(found)
+
+    def unmatch(self, place: int = 0) -> None:
+        """Forget what the last `match` found, from `place` on."""
+        for block in self._matched[place:]:
+            del self._places[block.block_id]
+        del self._matched[place:]
+        if not place:
+            self._matching = None
 
     def admit(self, seq: Sequence, cached: list[CachedBlock], headroom: int) -> bool:
         """Give a sequence without blocks its `cached` blocks and new ones for all its tokens.
@@ -62,14 +81,15 @@ class KVManager:
         False, and nothing changes, unless `headroom` blocks stay free.
         """
         assert not seq.block_ids
-        revived = sum(1 for block in cached if self.pool.ref_count(block.block_id) == 0)
         num_new = self.blocks_for(len(seq.token_ids)) - len(cached)
-        if num_new + revived + headroom > self.pool.num_free:
+        room = self.pool.num_free - headroom - num_new
+        if room < 0 or room < sum(1 for block in cached if self.pool.ref_count(block.block_id) == 0):
             return False
         for block in cached:
             self.pool.share(block.block_id)
         seq.block_ids = [block.block_id for block in cached] + [self._take() for _ in range(num_new)]
         seq.prefix_ids = [block.prefix_id for block in cached]
+        self.unmatch()
         return True
 
     def grow(self, seq: Sequence, num_tokens: int) -> tuple[int, ...] | None:
@@ -100,6 +120,10 @@ class KVManager:
         """References are exactly those of `sequences` and of `unreturned` blocks that await the end of a step."""
         self.pool.check_invariants()
         self.cache.check_invariants()
+        for index, block in enumerate(self._matched):
+            assert self._matching is not None and self._places[block.block_id] == index
+            parent = self._matched[index - 1].prefix_id if index else self._matching.request.cache_salt
+            assert self.cache.find(parent, self._tokens(self._matching, index)) == block, "a matched block is gone"
         counts = [0] * self.num_blocks
         for block_id in unreturned:
             counts[block_id] += 1
@@ -113,6 +137,8 @@ class KVManager:
     def _take(self) -> int:
         block_id = self.pool.take()
         self.cache.evict(block_id)
+        if block_id in self._places:
+            self.unmatch(self._places[block_id])
         return block_id
 
     def _tokens(self, seq: Sequence, index: int) -> tuple[int, ...]:

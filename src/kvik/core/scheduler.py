@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvik.config import SchedulerConfig
+from kvik.core.admission import check_request
 from kvik.core.emit import sequence_output
 from kvik.core.kv_manager import KVManager
 from kvik.core.plan import Chunk, RowInit, RowResult, StepPlan, StepResult
@@ -31,9 +32,7 @@ from kvik.core.request import Request, Sequence, SequenceStatus
 from kvik.errors import RequestError
 from kvik.outputs import FinishReason, SequenceOutput, TokenLogprobs
 
-__all__ = ["MAX_PRIORITY", "Scheduler"]
-
-MAX_PRIORITY = 2**31 - 1
+__all__ = ["Scheduler"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +81,9 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Queue a request. Raises RequestError, with both numbers, for one that could never run."""
-        limit = self.check(request)
+        if request.request_id in self._live or any(o.request_id == request.request_id for o in self._outputs):
+            raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request", "request_id")
+        limit = check_request(request, self.config)
         sequences = [
             Sequence(
                 request=request,
@@ -101,40 +102,6 @@ class Scheduler:
         if len(alone) < len(sequences):
             self._followers[request.request_id] = sequences[1:]
         self._live[request.request_id] = {seq.index: seq for seq in sequences}
-
-    def check(self, request: Request) -> int:
-        """Prompt + output length at which the request ends. Raises RequestError for one that could never run."""
-        num_prompt, wanted = len(request.prompt_token_ids), request.params.max_tokens
-        if request.request_id in self._live or any(o.request_id == request.request_id for o in self._outputs):
-            raise RequestError(f"request id {request.request_id!r} is in use by an unfinished request", "request_id")
-        if not isinstance(request.priority, int) or abs(request.priority) > MAX_PRIORITY:
-            raise RequestError(f"priority must be an integer in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", "priority")
-        if num_prompt == 0:
-            raise RequestError("the prompt has no tokens; give at least one", "prompt")
-        context = self.config.max_model_len
-        if num_prompt >= context:
-            raise RequestError(
-                f"the prompt has {num_prompt} tokens; with one token of output that is more than the context of"
-                f" {context} tokens (max_model_len)",
-                "prompt",
-                "context_length_exceeded",
-            )
-        total = context if wanted is None else num_prompt + wanted
-        if total > context:
-            raise RequestError(
-                f"a prompt of {num_prompt} tokens + max_tokens {wanted} is {total}, more than the context of {context}"
-                f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
-                "max_tokens",
-                "context_length_exceeded",
-            )
-        needed = self.kv.blocks_for(total - 1)
-        if needed > self.kv.num_blocks:
-            raise RequestError(
-                f"the request may need {needed} KV blocks of {self.kv.block_size} tokens and there are"
-                f" {self.kv.num_blocks}; shorten the prompt or max_tokens, or raise kv_cache_memory",
-                "max_tokens",
-            )
-        return total
 
     def finish(self, request_id: str, reason: FinishReason, index: int | None = None) -> None:
         """End a request, or one completion of it, from outside (abort, stop string). Unknown ids are ignored."""
@@ -394,3 +361,4 @@ class Scheduler:
             followers.remove(seq)
         else:
             (self._resuming if seq.num_preemptions else self._waiting).remove(seq)
+            self.kv.unmatch()

@@ -13,19 +13,22 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp
 
 from kvik import __version__
 from kvik.errors import KvikError
 from kvik.server import embeddings_routes, openai_routes, ops_routes, plain_routes, responses_routes, text_routes
 from kvik.server.errors import ApiError, to_api_error
-from kvik.server.gate import Gate
+from kvik.server.gate import PUBLIC, Gate
 from kvik.server.replies import error_reply
 from kvik.server.service import Service
 
 __all__ = ["make_app", "make_routes"]
 
 PAGES = Path(str(files("kvik"))) / "ui"
+ASSETS = frozenset(f"/ui/{path.name}" for path in PAGES.glob("*") if path.suffix in (".css", ".js", ".svg"))
+"""Scripts and styles of the pages: a browser sends no key for them."""
+
 PAGE_HEADERS = {"cache-control": "no-cache", "x-frame-options": "DENY", "referrer-policy": "no-referrer"}
 CLIENT_CLOSED = 499
 """What is logged for a client that left before its answer; nobody receives it."""
@@ -50,13 +53,12 @@ def make_routes(service: Service) -> FastAPI:
 def make_app(service: Service) -> ASGIApp:
     """The application as it is served."""
     config = service.config
-    app = _with_assets(
-        Gate(
-            make_routes(service),
-            api_keys=service.settings.api_keys,
-            max_body_bytes=config.max_body_bytes,
-            on_response=service.metrics.responded,
-        )
+    app: ASGIApp = Gate(
+        make_routes(service),
+        public=PUBLIC | ASSETS,
+        api_keys=service.settings.api_keys,
+        max_body_bytes=config.max_body_bytes,
+        on_response=service.metrics.responded,
     )
     if config.cors_origins:
         app = CORSMiddleware(app, allow_origins=config.cors_origins, allow_methods=["*"], allow_headers=["*"])
@@ -74,23 +76,7 @@ def _add_pages(app: FastAPI) -> None:
     if (PAGES / "index.html").is_file():
         add("/", "index.html")
         add("/inspector", "inspector.html")
-
-
-def _with_assets(app: ASGIApp) -> ASGIApp:
-    """Answer `/ui/NAME` for the scripts and styles of the pages in front of the gate: a browser sends no key for them.
-
-    Only files that the folder has at the start are answered; every other path goes on to the gate.
-    """
-    assets = {f"/ui/{path.name}" for path in PAGES.glob("*") if path.suffix in (".css", ".js", ".svg")}
-    served = StaticFiles(directory=PAGES, check_dir=False)
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["method"] in ("GET", "HEAD") and scope["path"] in assets:
-            await served({**scope, "path": scope["path"].removeprefix("/ui"), "root_path": ""}, receive, send)
-        else:
-            await app(scope, receive, send)
-
-    return answer
+        app.mount("/ui", StaticFiles(directory=PAGES))
 
 
 def _kvik_error(request: Request, error: Exception) -> Response:

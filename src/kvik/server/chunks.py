@@ -10,13 +10,18 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvik import __version__
-from kvik.cli.openai_format import LegacyLogprobs, chat_logprob, usage_body
-from kvik.outputs import CompletionOutput, RequestOutput, Usage
+from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
+from kvik.outputs import CompletionOutput
 from kvik.server.protocol import ServedRequest
-from kvik.server.streaming import DONE, event
+from kvik.server.streaming import DONE, event, json_text
+from kvik.text.completion import Completion
+from kvik.text.output_processor import OpenRequest
 from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["Chunks"]
+
+_GAP = "\0"
+"""Stands for the text where the rest of a chunk is encoded: no name contains it."""
 
 
 class _Choice:
@@ -27,6 +32,7 @@ class _Choice:
         self.begun = False
         self.ended = False
         self.legacy = LegacyLogprobs(tokenizer)
+        self.frame: tuple[bytes, bytes] | None = None
 
 
 class Chunks:
@@ -36,9 +42,12 @@ class Chunks:
         self._served = served
         self._tokenizer = tokenizer
         self._chat = served.request.chat
-        self._n = served.request.params.n
-        self._usages: dict[int, Usage] = {}
+        params = served.request.params
+        self._n = params.n
+        self._requests: dict[int, OpenRequest] = {}
         self._warnings: dict[str, Any] = {"warnings": list(served.warnings)} if served.warnings else {}
+        # Whether chunks that say nothing of an end differ in their text only.
+        self._same_frame = not (served.continuous_usage or served.return_token_ids or params.logprobs is not None)
         self._choices = [_Choice(tokenizer) for _ in range(self._n * len(served.request.inputs))]
         self._head: dict[str, Any] = {
             "id": reply_id,
@@ -55,55 +64,64 @@ class Chunks:
                 delta = {"role": "assistant", "content": ""}
                 yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def of(self, place: int, output: RequestOutput) -> Iterator[bytes]:
-        """What is new in an output of the prompt at `place`."""
-        self._usages[place] = output.usage
-        for completion, delta in zip(output.outputs, output.deltas, strict=True):
+    def of(self, place: int, request: OpenRequest) -> Iterator[bytes]:
+        """What is new in the request of the prompt at `place`."""
+        self._requests[place] = request
+        for completion in request.completions:
             choice = self._choices[place * self._n + completion.index]
             if choice.ended:
                 continue
+            delta = completion.take_delta()
             if delta:
-                yield self._chunk(place, output, completion, delta, final=False)
-            if completion.finished:
+                yield self._text(place, completion, delta)
+            if completion.finish_reason is not None:
                 choice.ended = True
-                yield self._chunk(place, output, completion, "", final=True)
+                yield self._chunk(place, completion, "", final=True)
 
     def last(self) -> Iterator[bytes]:
         """The usage if it was asked for, and the end mark."""
         if self._served.include_usage:
-            yield event({**self._head, "choices": [], "usage": usage_body(list(self._usages.values()))})
+            yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _chunk(
-        self, place: int, output: RequestOutput, completion: CompletionOutput, text: str, *, final: bool
-    ) -> bytes:
+    def _text(self, place: int, completion: Completion, text: str) -> bytes:
+        """A chunk with text. All but the text is encoded once where it stays the same."""
+        if self._warnings or not self._same_frame:
+            return self._chunk(place, completion, text, final=False)
+        choice = self._choices[place * self._n + completion.index]
+        if choice.frame is None:
+            begin, _, end = self._chunk(place, completion, _GAP, final=False).partition(json_text(_GAP))
+            choice.frame = begin, end
+        return json_text(text).join(choice.frame)
+
+    def _chunk(self, place: int, completion: Completion, text: str, *, final: bool) -> bytes:
         index = place * self._n + completion.index
-        choice = self._choices[index]
-        start, choice.num_tokens = choice.num_tokens, len(completion.token_ids)
+        choice, state = self._choices[index], completion.snapshot()
+        start, choice.num_tokens = choice.num_tokens, completion.num_tokens
         fields: dict[str, Any] = {"index": index}
         if self._chat:
             fields["delta"] = {} if final else {"content": text}
         else:
             fields["text"] = text
-        fields["logprobs"] = self._logprobs(choice, output, completion, start)
-        fields["finish_reason"] = str(completion.finish_reason) if final else None
+        fields["logprobs"] = self._logprobs(choice, self._requests[place], state, start)
+        fields["finish_reason"] = str(state.finish_reason) if final else None
         if final:
-            fields["stop_reason"] = completion.stop_reason
+            fields["stop_reason"] = state.stop_reason
         if self._served.return_token_ids:
-            fields["token_ids"] = completion.token_ids[start:]
+            fields["token_ids"] = state.token_ids[start:]
         return self._event(fields)
 
     def _logprobs(
-        self, choice: _Choice, output: RequestOutput, completion: CompletionOutput, start: int
+        self, choice: _Choice, request: OpenRequest, state: CompletionOutput, start: int
     ) -> dict[str, Any] | None:
-        if completion.logprobs is None:
+        if state.logprobs is None:
             return None
-        new = completion.logprobs[start:]
+        new = state.logprobs[start:]
         if self._chat:
             return {"content": [chat_logprob(item, self._tokenizer) for item in new], "refusal": None}
         items: list[Any] = [(item.token_id, item) for item in new]
-        if not choice.begun and output.prompt_logprobs is not None:
-            items = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=False), *items]
+        if not choice.begun and (prompt := request.prompt_logprobs) is not None:
+            items = [*zip(request.request.prompt_token_ids, prompt, strict=False), *items]
         choice.begun = True
         return choice.legacy.add(items)
 
@@ -111,7 +129,10 @@ class Chunks:
         """A chunk with one choice; the first one has the warnings."""
         more, self._warnings = self._warnings, {}
         if self._served.continuous_usage:
-            more["usage"] = usage_body(list(self._usages.values()))
+            more["usage"] = self._usage()
         elif self._served.include_usage:
             more["usage"] = None
         return event({**self._head, "choices": [choice], **more})
+
+    def _usage(self) -> dict[str, Any]:
+        return usage_body([request.usage for request in self._requests.values()])

@@ -12,16 +12,15 @@ import time
 from collections.abc import Callable, Sequence
 
 import zmq
-import zmq.asyncio
 
+from kvik.config import SchedulerConfig
+from kvik.core.admission import check_request
 from kvik.core.request import Request
-from kvik.core.scheduler import Scheduler
 from kvik.errors import RequestError
-from kvik.mailbox import Mailbox
-from kvik.outputs import FinishReason, RequestOutput, SequenceOutput
+from kvik.outputs import FinishReason, SequenceOutput
 from kvik.server import messages as wire
 from kvik.server.errors import ApiError, overloaded, unavailable
-from kvik.text.output_processor import OutputProcessor
+from kvik.text.output_processor import OpenRequest, OutputProcessor
 
 __all__ = ["EngineClient", "Generation"]
 
@@ -41,19 +40,24 @@ class Generation:
     def __init__(self, client: EngineClient, requests: Sequence[Request]) -> None:
         self._client = client
         self._places = {request.request_id: place for place, request in enumerate(requests)}
-        self._mailboxes = [Mailbox() for _ in requests]
-        self._changed = asyncio.Event()
+        self._unread: dict[int, OpenRequest] = {}
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._alarm: asyncio.TimerHandle | None = None
+        self._deadline: float | None = None
         self._error: ApiError | None = None
         self._num_left = len(requests)
-        self.unfinished = {request.request_id: request.params.n for request in requests}
+        self.unfinished = set(self._places)
         self.timer: asyncio.TimerHandle | None = None
 
-    def put(self, output: RequestOutput) -> None:
-        """Add an output; unread ones of the same request are merged with it."""
-        self._mailboxes[self._places[output.request_id]].put(output)
-        if output.finished and self.unfinished.pop(output.request_id, 0):
+    def put(self, request: OpenRequest) -> None:
+        """Tell that a request changed. What is new stays in it until it is read: unread outputs are one output."""
+        request_id = request.request.request_id
+        self._unread[self._places[request_id]] = request
+        if request.finished and request_id in self.unfinished:
+            self.unfinished.remove(request_id)
             self._num_left -= 1
-        self._changed.set()
+        self._wake()
 
     @property
     def done(self) -> bool:
@@ -63,27 +67,48 @@ class Generation:
     def fail(self, error: ApiError) -> None:
         """End with an error, after what is already there."""
         self._error = self._error or error
-        self._changed.set()
+        self._wake()
 
-    async def changes(self, timeout: float | None = None) -> list[tuple[int, RequestOutput]]:
-        """(place, output) of every request that changed since the last call; [] after `timeout` seconds of nothing.
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def changes(self, timeout: float | None = None) -> list[tuple[int, OpenRequest]]:
+        """(place, request) of every request that changed since the last call; [] after `timeout` seconds of nothing.
 
         Raises ApiError where the engine failed or refused the request.
         """
-        loop = asyncio.get_running_loop()
-        end = None if timeout is None else loop.time() + timeout
-        while True:
-            taken = [(place, mailbox.take()) for place, mailbox in enumerate(self._mailboxes)]
-            found = [(place, output) for place, output in taken if output is not None]
-            if found:
-                return found
-            if self._error is not None:
-                raise self._error
-            if end is not None and loop.time() >= end:
-                return []
-            self._changed.clear()
-            timer = None if end is None else loop.call_at(end, self._changed.set)
-            await self._changed.wait()
+        if not self._unread and self._error is None:
+            self._waiter = self._loop.create_future()
+            self._deadline = None if timeout is None else self._loop.time() + timeout
+            if self._deadline is not None:
+                self._ring_at(self._deadline)
+            await self._waiter
+        found = sorted(self._unread.items())
+        self._unread.clear()
+        if not found and self._error is not None:
+            raise self._error
+        return found
+
+    def _ring_at(self, deadline: float) -> None:
+        """End the wait at `deadline`. The alarm of an earlier wait stays set, since most waits are over long before."""
+        if self._alarm is None or self._alarm.when() > deadline:
+            if self._alarm is not None:
+                self._alarm.cancel()
+            self._alarm = self._loop.call_at(deadline, self._ring)
+
+    def _ring(self) -> None:
+        self._alarm = None
+        if self._deadline is None or self._waiter is None or self._waiter.done():
+            return
+        if self._loop.time() >= self._deadline:
+            self._wake()
+        else:
+            self._ring_at(self._deadline)
+
+    def stop_timers(self) -> None:
+        """Nobody waits any more."""
+        for timer in (self.timer, self._alarm):
             if timer is not None:
                 timer.cancel()
 
@@ -105,23 +130,24 @@ class EngineClient:
         self.ready: wire.Ready | None = None
         self.status: wire.Status | None = None
         self.failure: ApiError | None = None
-        self.on_output: Callable[[RequestOutput], None] = lambda output: None
+        self.on_finished: Callable[[OpenRequest], None] = lambda request: None
         self._limits = (max_queued_requests, max_queued_tokens)
         self._queued: dict[str, tuple[int, int]] = {}
         self._num_queued = [0, 0]
         self._generations: dict[str, Generation] = {}
         self._processor: OutputProcessor | None = None
-        self._checker: Scheduler | None = None
         self._watchers: set[asyncio.Queue[str]] = set()
         self._is_ready = asyncio.Event()
         self._last_sign = time.monotonic()
-        self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.DEALER)
+        self._loop = asyncio.get_running_loop()
+        self._context = zmq.Context()
+        self._socket: zmq.Socket[bytes] = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.SNDHWM, 0)
         self._socket.setsockopt(zmq.RCVHWM, 0)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(endpoint)
-        self._reader = asyncio.create_task(self._read())
+        self._reading: asyncio.Handle | None = None
+        self._loop.add_reader(self._socket.fileno(), self._read)
         self._send(wire.Hello())
 
     async def wait_ready(self) -> wire.Ready:
@@ -134,8 +160,6 @@ class EngineClient:
 
     def attach(self, processor: OutputProcessor) -> None:
         """Give the text half of this process; `open` works from now on."""
-        assert self.ready is not None
-        self._checker = Scheduler(self.ready.scheduler)
         self._processor = processor
 
     @property
@@ -166,10 +190,10 @@ class EngineClient:
         """Start requests, all or none. Raises ApiError (429, 503) or RequestError (both numbers)."""
         if self.failure is not None:
             raise self.failure
-        if self._processor is None or self._checker is None:
+        if self._processor is None or self.ready is None:
             raise unavailable("the model is loading; try again soon", "loading")
         for request in requests:
-            self._check(request)
+            self._check(request, self.ready.scheduler)
         self._admit(requests)
         generation = Generation(self, requests)
         for request, text in zip(requests, texts, strict=True):
@@ -186,16 +210,13 @@ class EngineClient:
     def release(self, generation: Generation, reason: FinishReason) -> None:
         """Forget a generation and end what is unfinished of it."""
         assert self._processor is not None
-        for request_id, n in generation.unfinished.items():
+        for request_id in generation.unfinished:
             del self._generations[request_id]
             self._dequeue(request_id)
-            self._processor.process(
-                SequenceOutput(request_id=request_id, index=index, finish_reason=reason) for index in range(n)
-            )
+            self._processor.forget(request_id)
             self._send(wire.Finish(request_id, reason))
         generation.unfinished.clear()
-        if generation.timer is not None:
-            generation.timer.cancel()
+        generation.stop_timers()
 
     def fail(self, error: ApiError) -> None:
         """End every generation with `error` and refuse new ones."""
@@ -209,9 +230,9 @@ class EngineClient:
 
     async def close(self) -> None:
         """Close the socket."""
-        self._reader.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._reader
+        self._loop.remove_reader(self._socket.fileno())
+        if self._reading is not None:
+            self._reading.cancel()
         self._context.destroy(linger=0)
 
     # Events
@@ -231,10 +252,9 @@ class EngineClient:
 
     # Checks
 
-    def _check(self, request: Request) -> None:
+    def _check(self, request: Request, config: SchedulerConfig) -> None:
         """Refuse here, before anything was sent, what the engine would refuse."""
-        assert self._checker is not None
-        self._checker.check(request)
+        check_request(request, config)
         if request.request_id in self._generations:
             raise RequestError(f"request id {request.request_id!r} is in use", "request_id")
 
@@ -259,15 +279,23 @@ class EngineClient:
 
     # From the engine
 
-    async def _read(self) -> None:
-        count = 0
-        while True:
-            data = await self._socket.recv()
+    def _read(self) -> None:
+        """Obey what is there. The socket's descriptor tells of a change once: everything must be read."""
+        if self._reading is not None:
+            self._reading.cancel()
+            self._reading = None
+        for _ in range(BURST):
+            try:
+                data = self._socket.recv(zmq.NOBLOCK)
+            except zmq.Again:
+                return
             self._last_sign = time.monotonic()
             self._obey(wire.decode_from_engine(data))
-            count += 1
-            if count % BURST == 0:
-                await asyncio.sleep(0)
+        self._read_soon()
+
+    def _read_soon(self) -> None:
+        if self._reading is None:
+            self._reading = self._loop.call_soon(self._read)
 
     def _obey(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Outputs):
@@ -289,17 +317,17 @@ class EngineClient:
         for output in outputs:
             if output.request_id in self._queued:
                 self._dequeue(output.request_id)
-        processed = self._processor.process(outputs)
-        for request_id, index in processed.to_finish:
+        folded = self._processor.fold(outputs)
+        for request_id, index in folded.to_finish:
             self._send(wire.Finish(request_id, FinishReason.STOP, index))
-        for made in processed.outputs:
-            generation = self._generations.get(made.request_id)
+        for changed in folded.changed:
+            generation = self._generations.get(changed.request.request_id)
             if generation is None:
                 continue
-            if made.finished:
-                del self._generations[made.request_id]
-                self.on_output(made)
-            generation.put(made)
+            if changed.finished:
+                del self._generations[changed.request.request_id]
+                self.on_finished(changed)
+            generation.put(changed)
 
     def _reject(self, message: wire.Rejected) -> None:
         generation = self._generations.get(message.request_id)
@@ -327,4 +355,5 @@ class EngineClient:
             records.put_nowait(record)
 
     def _send(self, message: wire.ToEngine) -> None:
-        self._socket.send(wire.encode(message))
+        self._socket.send(wire.encode(message), zmq.NOBLOCK)
+        self._read_soon()  # sending may have taken the descriptor's sign that there is something to read

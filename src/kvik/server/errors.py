@@ -10,7 +10,8 @@ from types import MappingProxyType
 from typing import Any
 
 from kvik.errors import CapacityError, KvikError, RequestError
-from kvik.outputs import FinishReason, RequestOutput
+from kvik.outputs import FinishReason
+from kvik.text.output_processor import OpenRequest
 
 __all__ = ["ApiError", "failure_of", "not_found", "overloaded", "to_api_error", "unavailable"]
 
@@ -64,9 +65,11 @@ def overloaded(message: str) -> ApiError:
     return ApiError(429, message, code="queue_full", retry_after=1)
 
 
-def failure_of(output: RequestOutput) -> ApiError | None:
+def failure_of(request: OpenRequest) -> ApiError | None:
     """The error of a request that the engine ended before it was done, or None."""
-    for completion in output.outputs:
+    for completion in request.completions:
+        if completion.finish_reason is None:
+            continue
         if completion.finish_reason is FinishReason.TIMEOUT:
             return ApiError(504, "the request took longer than its time limit", code="deadline_exceeded")
         if completion.finish_reason is FinishReason.SHUTDOWN:

@@ -1,6 +1,6 @@
 """The outermost layer of every HTTP process: who may come in, how much they may bring, and what is logged of it.
 
-Default-deny: without a key only the routes in `PUBLIC` answer, whatever routes exist further in. Keys are compared in
+Default-deny: without a key only the paths in `public` answer, whatever routes exist further in. Keys are compared in
 constant time. The key's fingerprint becomes the salt of the prefix cache, so that one key's prompts cannot be felt
 through another key's timings.
 """
@@ -48,11 +48,13 @@ class Gate:
         self,
         app: ASGIApp,
         *,
+        public: frozenset[str],
         api_keys: Sequence[str],
         max_body_bytes: int,
         on_response: Callable[[str, str, int, float], None],
     ) -> None:
         self._app = app
+        self._public = public
         self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._on_response = on_response
@@ -87,7 +89,7 @@ class Gate:
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if any(matches) and scheme.lower() == "bearer":
             return key_salt(given)
-        if path in PUBLIC:
+        if path in self._public:
             return ""
         raise ApiError(401, "a valid API key is needed: send 'Authorization: Bearer KEY'", code="invalid_api_key")
 

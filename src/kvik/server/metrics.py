@@ -20,8 +20,8 @@ from prometheus_client import (
     multiprocess,
 )
 
-from kvik.outputs import RequestOutput
 from kvik.server.messages import Status
+from kvik.text.output_processor import OpenRequest
 
 __all__ = ["CONTENT_TYPE", "MULTIPROCESS_VARIABLE", "Metrics"]
 
@@ -66,10 +66,10 @@ class Metrics:
         self._prompt_size = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
         self._output_size = self._histogram("vllm:request_generation_tokens", "Generated tokens of one", _TOKENS)
 
-    def finished(self, output: RequestOutput) -> None:
+    def finished(self, request: OpenRequest) -> None:
         """Count a finished request."""
-        usage, metrics = output.usage, output.metrics
-        self._success.labels(self._model, str(output.finish_reason)).inc()
+        usage, metrics = request.usage, request.metrics
+        self._success.labels(self._model, str(request.finish_reason)).inc()
         self._prompt_tokens.labels(self._model).inc(usage.prompt_tokens)
         self._output_tokens.labels(self._model).inc(usage.completion_tokens)
         self._queries.labels(self._model).inc(usage.prompt_tokens)

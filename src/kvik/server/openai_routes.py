@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.requests import Request
 
-from kvik.cli.openai_format import response_body
+from kvik.openai_format import response_body
 from kvik.server.body import read_json
 from kvik.server.chunks import Chunks
 from kvik.server.engine_client import Generation
@@ -86,11 +86,11 @@ async def _events(generation: Generation, chunks: Chunks, interval: float) -> As
         done = bool(changes) and generation.done
         if not changes:
             yield PING
-        for place, output in changes:
-            error = failure_of(output)
+        for place, request in changes:
+            error = failure_of(request)
             if error is not None:
                 raise error
-            data = b"".join(chunks.of(place, output))
+            data = b"".join(chunks.of(place, request))
             if data:
                 yield data
         if interval and not done:

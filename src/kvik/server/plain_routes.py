@@ -11,8 +11,8 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.requests import Request
 
-from kvik.cli.openai_format import usage_body
 from kvik.errors import RequestError
+from kvik.openai_format import usage_body
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body, read_json
@@ -96,10 +96,11 @@ async def _events(generation: Generation, more: dict[str, Any]) -> AsyncIterator
         changes = await generation.changes(PING_INTERVAL)
         if not changes:
             yield PING
-        for _, output in changes:
-            error = failure_of(output)
+        for _, request in changes:
+            error = failure_of(request)
             if error is not None:
                 raise error
+            output = request.output()
             for completion, delta in zip(output.outputs, output.deltas, strict=True):
                 if delta:
                     yield event({"text": delta, **({"index": completion.index} if len(output.outputs) > 1 else {})})

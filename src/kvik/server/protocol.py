@@ -1,7 +1,7 @@
 """The fields of /v1/chat/completions and /v1/completions: which work, which have no effect, which are refused and why.
 
 The tables below are the whole truth: the OpenAPI document and docs/serving.md are made from them, and a test holds
-every documented field against the server's behaviour. What a field means is decided in `kvik.cli.openai_format`, which
+every documented field against the server's behaviour. What a field means is decided in `kvik.openai_format`, which
 `kvik batch` shares.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
-from kvik.cli.openai_format import KNOWN_FIELDS, OpenAIRequest, parse_body
 from kvik.errors import RequestError
+from kvik.openai_format import KNOWN_FIELDS, OpenAIRequest, parse_body
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body
 from kvik.server_config import ServerConfig

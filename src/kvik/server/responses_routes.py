@@ -215,10 +215,11 @@ class _Events:
             changes = await generation.changes(PING_INTERVAL)
             if not changes:
                 yield PING
-            for _, output in changes:
-                error = failure_of(output)
+            for _, request in changes:
+                error = failure_of(request)
                 if error is not None:
                     raise error
+                output = request.output()
                 if output.delta:
                     yield self.make("response.output_text.delta", **where, delta=output.delta, logprobs=[])
         text, done = output.text, call.response("completed", output)

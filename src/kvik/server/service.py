@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import gc
 import itertools
 import time
 import uuid
@@ -24,7 +25,7 @@ from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.streaming import while_connected
 from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
-from kvik.text.output_processor import OutputProcessor
+from kvik.text.output_processor import OpenRequest, OutputProcessor
 
 __all__ = ["Service", "gather"]
 
@@ -55,12 +56,14 @@ class Service:
             max_queued_requests=-(-self.config.max_queued_requests // share),
             max_queued_tokens=-(-self.config.max_queued_tokens // share),
         )
-        self._client.on_output = self.metrics.finished
+        self._client.on_finished = self.metrics.finished
         ready = await self._client.wait_ready()
         frontend = await asyncio.to_thread(_load_frontend, self.settings.engine, ready)
         self._defaults = frontend.default_sampling_params
         self._client.attach(OutputProcessor(frontend.tokenizer))
         self._frontend = frontend
+        gc.collect()
+        gc.freeze()  # tokeniser and routes stay: a collection that walks them holds up every stream
 
     # State
 
@@ -192,16 +195,16 @@ async def gather(generation: Generation, http: Request) -> list[RequestOutput]:
 
 
 async def _collect(generation: Generation) -> list[RequestOutput]:
-    found: dict[int, RequestOutput] = {}
+    found: dict[int, OpenRequest] = {}
     while True:
         found.update(await generation.changes())
         if generation.done:
             break
-    for output in found.values():
-        error = failure_of(output)
+    for request in found.values():
+        error = failure_of(request)
         if error is not None:
             raise error
-    return [found[place] for place in sorted(found)]
+    return [found[place].output() for place in sorted(found)]
 
 
 def _load_frontend(config: EngineConfig, ready: Any) -> Frontend:

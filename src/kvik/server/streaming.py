@@ -1,6 +1,6 @@
 """Server-sent events, and waiting for a result while the client is there.
 
-A client that reads slowly holds back `send`; meanwhile its unread text is merged into one event (`Mailbox`), so memory
+A client that reads slowly holds back `send`; meanwhile its unread text becomes one event (`Generation.put`), so memory
 is bounded by the text itself. A client that takes nothing for too long, or goes away, ends its requests at once.
 """
 
@@ -21,7 +21,7 @@ from kvik.errors import KvikError
 from kvik.log import logger
 from kvik.server.errors import ApiError, to_api_error
 
-__all__ = ["DONE", "PING", "EventStream", "event", "while_connected"]
+__all__ = ["DONE", "PING", "EventStream", "event", "json_text", "while_connected"]
 
 T = TypeVar("T")
 
@@ -31,6 +31,11 @@ PING_INTERVAL = 15.0
 """Seconds of silence after which a comment keeps proxies from closing the connection."""
 
 _json = msgspec.json.Encoder()
+
+
+def json_text(text: str) -> bytes:
+    """A text as JSON."""
+    return _json.encode(text)
 
 
 def event(data: Mapping[str, Any], name: str | None = None) -> bytes:

@@ -34,7 +34,7 @@ class Completion:
         self._token_ids: list[int] = []
         self._logprobs: list[TokenLogprobs] = []
         self._stop_reason: str | int | None = None
-        self._error: str | None = None
+        self.error: str | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,7 +78,7 @@ class Completion:
             return
         if self._matcher is not None:
             self._emit(self._matcher.flush())
-        self.finish_reason, self._error = output.finish_reason, output.error
+        self.finish_reason, self.error = output.finish_reason, output.error
         if output.stop_token_id in self._params.stop_token_ids:
             self._stop_reason = output.stop_token_id
 
@@ -98,7 +98,7 @@ class Completion:
             finish_reason=self.finish_reason,
             stop_reason=self._stop_reason,
             logprobs=self.logprobs(len(self._token_ids)),
-            error=self._error,
+            error=self.error,
         )
 
     def text(self, num_pieces: int) -> str:

@@ -2,7 +2,8 @@
 
 `OutputProcessor` owns the text state of every open request. It folds `SequenceOutput`s into cumulative
 `RequestOutput`s, finds stop strings, and tells the caller which sequences the engine must finish for that reason.
-A request that does not stream gives one output, at its end, out of the same fold.
+A request that does not stream gives one output, at its end, out of the same fold. A caller whose readers come later
+than the outputs takes the `OpenRequest`s instead, which hold what is new until it is read.
 """
 
 from __future__ import annotations
@@ -19,9 +20,16 @@ from kvik.text.completion import Completion
 from kvik.text.stop import StopStrings
 from kvik.text.tokenizer import Tokenizer
 
-__all__ = ["OutputProcessor", "Processed"]
+__all__ = ["Folded", "OpenRequest", "OutputProcessor", "Processed"]
 
 _NO_METRICS = RequestMetrics()
+
+
+class Folded(NamedTuple):
+    """Requests with something to read, and the sequences that must end, as in `Processed`."""
+
+    changed: list[OpenRequest]
+    to_finish: list[tuple[str, int]]
 
 
 class Processed(NamedTuple):
@@ -40,7 +48,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: Tokenizer, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._tokenizer = tokenizer
         self._clock = clock
-        self._open: dict[str, _OpenRequest] = {}
+        self._open: dict[str, OpenRequest] = {}
 
     def __len__(self) -> int:
         return len(self._open)
@@ -52,27 +60,33 @@ class OutputProcessor:
         """Open a request. With `stream` off it gives a single output, when all its completions are done."""
         if request.request_id in self._open:
             raise RequestError(f"request_id {request.request_id!r} is in use by an open request", "request_id")
-        self._open[request.request_id] = _OpenRequest(request, prompt_text, self._tokenizer, stream=stream)
+        self._open[request.request_id] = OpenRequest(request, prompt_text, self._tokenizer, self._clock, stream=stream)
+
+    def forget(self, request_id: str) -> None:
+        """Drop a request: nobody will read what still comes for it."""
+        self._open.pop(request_id, None)
 
     def process(self, outputs: Iterable[SequenceOutput]) -> Processed:
         """Fold one step's outputs; one RequestOutput for each streaming or finished request among them."""
-        changed: dict[str, _OpenRequest] = {}
+        changed, to_finish = self.fold(outputs)
+        return Processed([request.output() for request in changed], to_finish)
+
+    def fold(self, outputs: Iterable[SequenceOutput]) -> Folded:
+        """The same, but what is new is left in the requests until `OpenRequest.output` is called."""
+        changed: dict[str, OpenRequest] = {}
         to_finish: list[tuple[str, int]] = []
         for output in outputs:
             state = self._open.get(output.request_id)
             if state is None:
                 continue
-            if state.take(output, self._clock):
+            if state.take(output):
                 to_finish.append((output.request_id, output.index))
+            if state.finished:
+                del self._open[output.request_id]
+            elif not state.stream:
+                continue
             changed[output.request_id] = state
-        made = []
-        for request_id, state in changed.items():
-            done = state.finished
-            if done:
-                del self._open[request_id]
-            if done or state.stream:
-                made.append(state.snapshot(self._clock))
-        return Processed(made, to_finish)
+        return Folded(list(changed.values()), to_finish)
 
     def end_all(self, reason: FinishReason, error: str | None = None) -> list[RequestOutput]:
         """End every open request without the engine: terminal outputs for a failure or a shutdown."""
@@ -83,13 +97,24 @@ class OutputProcessor:
         ).outputs
 
 
-class _OpenRequest:
+class OpenRequest:
     """Text state of one request: its completions and what they share."""
 
-    def __init__(self, request: Request, prompt_text: str | None, tokenizer: Tokenizer, *, stream: bool) -> None:
+    def __init__(
+        self,
+        request: Request,
+        prompt_text: str | None,
+        tokenizer: Tokenizer,
+        clock: Callable[[], float],
+        *,
+        stream: bool,
+    ) -> None:
         params = request.params
         self.request = request
         self.stream = stream
+        self.finished = False
+        self._num_left = params.n
+        self._clock = clock
         self._prompt_text = prompt_text
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
@@ -108,10 +133,27 @@ class _OpenRequest:
         ]
 
     @property
-    def finished(self) -> bool:
-        return all(completion.finish_reason is not None for completion in self.completions)
+    def usage(self) -> Usage:
+        return Usage(
+            prompt_tokens=len(self.request.prompt_token_ids),
+            completion_tokens=sum([completion.num_tokens for completion in self.completions]),
+            cached_tokens=self._num_cached_tokens,
+        )
 
-    def take(self, output: SequenceOutput, clock: Callable[[], float]) -> bool:
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        return None if self.request.params.prompt_logprobs is None else (None, *self._prompt_logprobs)
+
+    @property
+    def metrics(self) -> RequestMetrics:
+        return self._metrics or _NO_METRICS
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        """Why the first completion ended."""
+        return self.completions[0].finish_reason
+
+    def take(self, output: SequenceOutput) -> bool:
         """Fold one engine output. True if a stop string ended the sequence and the engine does not know it yet."""
         completion = self.completions[output.index]
         if completion.finish_reason is not None:
@@ -121,40 +163,41 @@ class _OpenRequest:
             self._prompt_logprobs.extend(output.prompt_logprobs)
             self._embedding = output.embedding or self._embedding
         if output.new_token_ids and self._first_token_time is None:
-            self._first_token_time = clock()
+            self._first_token_time = self._clock()
         self._metrics = output.metrics or self._metrics
         completion.take(output)
-        stopped_here = completion.finish_reason is not None and output.finish_reason is None
+        if completion.finish_reason is None:
+            return False
+        self._num_left -= 1
+        self.finished = not self._num_left
+        stopped_here = output.finish_reason is None
         if stopped_here and self._metrics is not None:
-            self._metrics = replace(self._metrics, total_time=clock() - self.request.arrival_time)
+            self._metrics = replace(self._metrics, total_time=self._clock() - self.request.arrival_time)
+        if self._metrics is None and self.finished:
+            self._metrics = self._own_metrics()
         return stopped_here
 
-    def snapshot(self, clock: Callable[[], float]) -> RequestOutput:
+    def output(self) -> RequestOutput:
         """The request as it is now; its deltas start over."""
-        request, num_tokens = self.request, sum([completion.num_tokens for completion in self.completions])
-        with_prompt_logprobs = request.params.prompt_logprobs is not None
+        request = self.request
         return RequestOutput(
             request_id=request.request_id,
             prompt=self._prompt_text,
             prompt_token_ids=request.prompt_token_ids,
             deltas=tuple([completion.take_delta() for completion in self.completions]),
             outputs=tuple([completion.snapshot() for completion in self.completions]),
-            usage=Usage(
-                prompt_tokens=len(request.prompt_token_ids),
-                completion_tokens=num_tokens,
-                cached_tokens=self._num_cached_tokens,
-            ),
-            prompt_logprobs=(None, *self._prompt_logprobs) if with_prompt_logprobs else None,
+            usage=self.usage,
+            prompt_logprobs=self.prompt_logprobs,
             embedding=self._embedding,
-            metrics=self._metrics or (self._own_metrics(clock(), num_tokens) if self.finished else _NO_METRICS),
+            metrics=self.metrics,
         )
 
-    def _own_metrics(self, now: float, num_tokens: int) -> RequestMetrics:
+    def _own_metrics(self) -> RequestMetrics:
         """Timings as seen here, for a request that a stop string ended: the engine's come with a terminal output."""
-        arrival, first = self.request.arrival_time, self._first_token_time
+        now, arrival, first = self._clock(), self.request.arrival_time, self._first_token_time
         if first is None:
             return RequestMetrics(total_time=now - arrival)
-        per_completion = num_tokens / len(self.completions)
+        per_completion = self.usage.completion_tokens / len(self.completions)
         return RequestMetrics(
             time_to_first_token=first - arrival,
             time_per_output_token=(now - first) / (per_completion - 1) if per_completion > 1 else None,
