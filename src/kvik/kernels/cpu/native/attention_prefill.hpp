@@ -2,12 +2,17 @@
 // (FlashAttention, https://arxiv.org/abs/2205.14135). Included per instruction set, after attention.hpp.
 //
 //     row r of the item    query r / group, head r % group: neighbours in a tile of 12 see nearly the same keys
-//     one key tile         scores [12][64] -> weights [12][64] -> acc [12][head_dim], all in the L1 cache
+//     one key tile         scores [12][128] -> weights [12][128] -> acc [12][head_dim], in the first-level cache, while
+//                          the packed keys and values stream from the second
 
-// Keys of tokens [begin, begin + kKeyTile) as panels [token / 32][word][32]; whatever lies past `end` stays unread.
+// `count` keys rounded up to whole panels, but not past the end of a tile: keys beyond are not multiplied at all.
+static inline int whole_panels(int count) { return min_int(kKeyTile, (count + kPanel - 1) / kPanel * kPanel); }
+
+// Keys of tokens [begin, end) of a tile as panels [token / 32][word][32], zeros past the end.
 template <class Cache>
 static void pack_keys(const Context<Cache>& context, int head, int begin, int end, int words, uint32_t* out) {
-  for (int t = 0; t < kKeyTile; t += kLanes) {
+  int shown = whole_panels(end - begin);
+  for (int t = 0; t < shown; t += kLanes) {
     uint32_t* panel = out + int64_t{t / kPanel} * words * kPanel + t % kPanel;
     int rows = max_int(0, min_int(kLanes, end - begin - t));
     if (rows == 0) {
@@ -26,11 +31,12 @@ static void pack_keys(const Context<Cache>& context, int head, int begin, int en
   }
 }
 
-// Values of tokens [begin, end) as panels [output / 32][token pair or token][32]; `words` words, zeros past the end.
+// Values of tokens [begin, end) of a tile as panels [output / 32][token pair or token][32], zeros past the end.
 template <class Cache>
-static void pack_values(const Context<Cache>& context, int head, int begin, int end, int words, uint32_t* out) {
-  int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel;
-  for (int k = 0; k < words; ++k) {
+static void pack_values(const Context<Cache>& context, int head, int begin, int end, uint32_t* out) {
+  constexpr int words = kKeyTile / Cache::kPerWord;
+  int d = context.op.head_dim, panels = (d + kPanel - 1) / kPanel, shown = whole_panels(end - begin) / Cache::kPerWord;
+  for (int k = 0; k < shown; ++k) {
     int token = begin + k * Cache::kPerWord;
     typename Cache::Value space[Cache::kPerWord * kMaxHeadDim + kLanes];
     const typename Cache::Value* row = nullptr;
@@ -61,13 +67,13 @@ static inline void hide(float* row, int from, int to) {
 }
 
 // The largest score so far of `count` rows from `first` on, into `state.top`; what was summed up is rescaled to it.
-static inline void raise_tops(const KvikOp& op, QueryRows& state, int first, int count, const float* scores) {
+static inline void raise_tops(const KvikOp& op, QueryRows& state, int first, int count, const float* scores, int keys) {
   for (int m = 0; m < count; m += kLanes) {
     alignas(64) float maxima[kLanes * kLanes], factors[kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const float* row = scores + (m + i < count ? m + i : m) * kKeyTile;
       F top = loadf(row);
-      for (int j = kLanes; j < kKeyTile; j += kLanes) top = maxf(top, loadf(row + j));
+      for (int j = kLanes; j < keys; j += kLanes) top = maxf(top, loadf(row + j));
       storef(maxima + i * kLanes, top);
     }
     float* tops = state.top + first + m;
@@ -87,28 +93,28 @@ static inline void raise_tops(const KvikOp& op, QueryRows& state, int first, int
   }
 }
 
-// One tile of `count` rows from `first` on against the packed keys and values of [begin, begin + kKeyTile).
+// One tile of `count` rows from `first` on against the packed keys and values of a tile, as far as a row sees them.
 template <class Cache>
 static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count, const uint32_t* queries, int begin,
                         const uint32_t* keys, const uint32_t* values) {
   using Value = typename Cache::Value;
   constexpr int kPairs = kKeyTile / Cache::kPerWord;
-  int words = op.head_dim / Cache::kPerWord;
+  int words = op.head_dim / Cache::kPerWord, shown = whole_panels(state.position(first + count - 1) + 1 - begin);
   alignas(64) float scores[kMaxTile * kKeyTile];
   alignas(64) Value weights[kMaxTile * kKeyTile];
   alignas(64) float columns[kLanes * kLanes], sums[kLanes];
-  for (int p = 0; p < kKeyTile / kPanel; ++p)
+  for (int p = 0; p < shown / kPanel; ++p)
     gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)(keys + int64_t{p} * words * kPanel), words,
                                         scores + p * kPanel, kKeyTile);
   for (int m = 0; m < count; ++m) {
     int position = state.position(first + m);
-    hide(scores + m * kKeyTile, max_int(0, position + 1 - begin), kKeyTile);
-    if (op.window > 0) hide(scores + m * kKeyTile, 0, min_int(kKeyTile, position - op.window + 1 - begin));
+    hide(scores + m * kKeyTile, max_int(0, position + 1 - begin), shown);
+    if (op.window > 0) hide(scores + m * kKeyTile, 0, min_int(shown, position - op.window + 1 - begin));
   }
-  raise_tops(op, state, first, count, scores);
+  raise_tops(op, state, first, count, scores, shown);
   for (int m = 0; m < count; ++m) {
     int row = first + m, lane = m % kLanes;
-    F columns_sum = exponentials<Cache>(scores + m * kKeyTile, kKeyTile, setf(state.top[row]), setf(op.scale * kSlope),
+    F columns_sum = exponentials<Cache>(scores + m * kKeyTile, shown, setf(state.top[row]), setf(op.scale * kSlope),
                                         weights + m * kKeyTile);
     storef(columns + lane * kLanes, columns_sum);
     if (lane < kLanes - 1 && m < count - 1) continue;
@@ -117,7 +123,7 @@ static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count
   }
   for (int p = 0; p < state.dims / kPanel; ++p)
     gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1,
-                                            (const uint8_t*)(values + int64_t{p} * kPairs * kPanel), kPairs,
+                                            (const uint8_t*)(values + int64_t{p} * kPairs * kPanel), shown / Cache::kPerWord,
                                             state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
 }
 
@@ -161,7 +167,7 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   int low = op.window > 0 ? max_int(0, position - op.window + 1) : 0, end = position + count;
   for (int begin = low / kKeyTile * kKeyTile; begin < end; begin += kKeyTile) {
     pack_keys(context, head, begin, end, words, keys);
-    pack_values(context, head, begin, end, kPairs, values);
+    pack_values(context, head, begin, end, values);
     for (int t = 0; t < tiling.tiles; ++t) {
       int row = tiling.start(t), rows = tiling.size(t);
       if (begin > state.position(row + rows - 1)) continue;  // all of it lies in the future

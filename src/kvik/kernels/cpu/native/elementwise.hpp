@@ -119,34 +119,38 @@ static void rotate(float* x, int half, const float* cosines, const float* sines)
   }
 }
 
-// Item: one key/value head of one token, with the query heads that read it.
-static void rope_store(const Job& job, int item, Scratch& scratch) {
+// Item: one token. Its heads are read in the order of memory.
+static void rope_store(const Job& job, int token, Scratch& scratch) {
   const KvikOp& op = *job.op;
-  int token = item / op.num_kv_heads, head = item % op.num_kv_heads;
-  int d = op.head_dim, half = d / 2, group = op.num_heads / op.num_kv_heads;
+  int d = op.head_dim, half = d / 2;
   const float* qkv = (const float*)op.x + token * op.width;
   const float* cosines = job.step->cos + int64_t{token} * half;
   const float* sines = job.step->sin + int64_t{token} * half;
   int padded = (d + kLanes - 1) / kLanes * kLanes;
   float* row = (float*)scratch.get(sizeof(float) * padded);
-  for (int g = 0; g < group; ++g) {
-    int64_t q = int64_t{head} * group + g;
-    normalise(qkv + q * d, op.norm, op.eps, d, d, row);
+  for (int head = 0; head < op.num_heads; ++head, qkv += d) {
+    normalise(qkv, op.norm, op.eps, d, d, row);
     rotate(row, half, cosines, sines);
-    store_row(row, d, op.type, (int64_t{token} * op.num_heads + q) * d, op.y);
+    store_row(row, d, op.type, (int64_t{token} * op.num_heads + head) * d, op.y);
   }
-  int64_t slot = job.step->slots[token], block = slot / op.block_size, offset = slot % op.block_size;
-  int64_t place = (block * op.num_kv_heads + head) * op.block_size + offset;
-  const float* value = qkv + (int64_t{op.num_heads} + op.num_kv_heads + head) * d;
-  normalise(qkv + (int64_t{op.num_heads} + head) * d, op.norm2, op.eps, d, padded, row);
-  rotate(row, half, cosines, sines);
-  if (!op.k_scales) {
-    store_row(row, d, op.type, place * d, op.k_cache);
-    return store_row(value, d, op.type, place * d, op.v_cache);
+  int64_t slot = job.step->slots[token], heads = op.num_kv_heads;
+  int64_t first = slot / op.block_size * heads * op.block_size + slot % op.block_size;  // place of head 0
+  for (int head = 0; head < heads; ++head, qkv += d) {
+    int64_t place = first + int64_t{head} * op.block_size;
+    normalise(qkv, op.norm2, op.eps, d, padded, row);
+    rotate(row, half, cosines, sines);
+    if (op.k_scales) op.k_scales[place] = store_row_int8(row, d, (int8_t*)op.k_cache + place * d);
+    else store_row(row, d, op.type, place * d, op.k_cache);
   }
-  op.k_scales[place] = store_row_int8(row, d, (int8_t*)op.k_cache + place * d);
-  normalise(value, nullptr, 0, d, padded, row);
-  op.v_scales[place] = store_row_int8(row, d, (int8_t*)op.v_cache + place * d);
+  for (int head = 0; head < heads; ++head, qkv += d) {
+    int64_t place = first + int64_t{head} * op.block_size;
+    if (op.k_scales) {
+      normalise(qkv, nullptr, 0, d, padded, row);
+      op.v_scales[place] = store_row_int8(row, d, (int8_t*)op.v_cache + place * d);
+    } else {
+      store_row(qkv, d, op.type, place * d, op.v_cache);
+    }
+  }
 }
 
 static void argmax(const Job& job, int item, Scratch&) {
@@ -172,24 +176,27 @@ static void read(const void* data, int64_t bytes) {
   (void)keep;
 }
 
-// `products` dot products of two words, in registers only.
+static inline void opaque(void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
+
+// `products` dot products of two words, in registers only: the loops over the chains are unrolled, for an array that is
+// indexed by a variable lies in memory, and the compiler must not see that all chains hold the same.
 template <class Dot>
 static void multiply(int64_t products) {
   constexpr int kChains = 2 * kRowsInRegisters;
-  typename Dot::Acc acc[kChains];
+  typename Dot::Acc chains[kChains], acc[kChains];
+  for (int i = 0; i < kChains; ++i) clear(chains[i]);
+  opaque(chains);
   I a = as_int(setf(1.0f)), b = as_int(setf(0.5f));
-  for (int i = 0; i < kChains; ++i) clear(acc[i]);
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) acc[i] = chains[i];
   for (int64_t n = 0; n < products; n += kChains * kLanes) {
 #pragma GCC unroll 32
     for (int i = 0; i < kChains; ++i) acc[i] = Dot::dot(acc[i], a, b);
     asm volatile("" ::: "memory");
   }
-  alignas(64) uint32_t lanes[kLanes];
-  volatile uint32_t keep = 0;
-  for (int i = 0; i < kChains; ++i) {
-    __builtin_memcpy(lanes, &acc[i], sizeof lanes);
-    keep = keep ^ lanes[0];
-  }
+#pragma GCC unroll 32
+  for (int i = 0; i < kChains; ++i) chains[i] = acc[i];
+  opaque(chains);
 }
 
 static void peak(int format, int64_t products) {

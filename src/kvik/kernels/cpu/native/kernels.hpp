@@ -20,7 +20,7 @@ constexpr int kMaxTile = 12;  // rows of activations that a microkernel call tak
 constexpr int kChunk = 256;   // tokens of context in one item of decode attention (four times that past kLongContext)
 constexpr int kLongContext = 16384;
 constexpr int kMaxHeadDim = 512;
-constexpr int kKeyTile = 64;  // keys per inner step of prefill attention
+constexpr int kKeyTile = 128;  // keys per inner step of prefill attention
 constexpr int kQueryRows = 192;  // rows (queries x heads of a group) of one item of prefill attention
 
 // Memory of one thread or one run, grown on demand and 64-byte aligned.

@@ -26,7 +26,11 @@ static void normalise(const float* x, const float* weight, float eps, int n, int
     for (; i < n; ++i) out[i] = x[i];
   } else {
     F squares[4] = {setf(0), setf(0), setf(0), setf(0)};
-    for (int j = 0; i < whole; i += kLanes, j = (j + 1) & 3) squares[j] = fma(loadf(x + i), loadf(x + i), squares[j]);
+    while (i < whole)
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j, i += kLanes)
+        if (i < whole) squares[j] = fma(loadf(x + i), loadf(x + i), squares[j]);
+    i = whole;
     float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
     for (; i < n; ++i) total += x[i] * x[i];
     float inverse = 1.0f / __builtin_sqrtf(total / float(n) + eps);

@@ -178,12 +178,11 @@ bool Pool::is_tiny() const {
     case KVIK_EMBED:
     case KVIK_NORM:
     case KVIK_GATHER_NORM:
+    case KVIK_ROPE_STORE:
     case KVIK_ARGMAX:
       return num_items_ == 1;
     case KVIK_LINEAR:
       return job_.stage == 0 && num_items_ == 1;
-    case KVIK_ROPE_STORE:
-      return job_.rows == 1;
     default:
       return false;
   }
@@ -203,9 +202,6 @@ bool Pool::next_stage() {
     case KVIK_LINEAR:
       num_stages_ = 2;
       num_items_ = job_.stage == 0 ? plan_prepare(op) : plan_gemm(op);
-      break;
-    case KVIK_ROPE_STORE:
-      num_items_ = job_.rows * op.num_kv_heads;
       break;
     case KVIK_ATTENTION:
       num_items_ = plan_attention(op);
