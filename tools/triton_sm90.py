@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton.ops import TritonOps
 
 __all__ = ["Compiled", "Sizes", "compile_model", "main"]
@@ -165,7 +165,7 @@ def _run_block(ops: TritonOps, sizes: Sizes, m: int) -> Iterator[str]:
     cache = _empty(8, sizes.kv_heads, 64, sizes.head_dim)
     angles = _empty(m, sizes.head_dim // 2, dtype=torch.float32)
     head_gain = _empty(sizes.head_dim) if sizes.qk_norm else None
-    q = ops.qk_norm_rope_store(qkv, angles, angles, ids, cache, cache, head_gain, head_gain, 1e-6)
+    q = ops.qk_norm_rope_store(qkv, angles, angles, ids, KVLayer(cache, cache), head_gain, head_gain, 1e-6)
     yield "o"
     x = ops.linear_add(q.flatten(1), linear(sizes.hidden, sizes.heads * sizes.head_dim), x)
     yield "gate_up"

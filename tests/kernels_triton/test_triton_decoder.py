@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from linear_cases import noise
 
-from kvik.attention.base import ForwardBatch, KVLayer
+from kvik.attention.base import ForwardBatch
 from kvik.attention.reference import ReferenceAttention
-from kvik.kernels.api import LinearWeight, Ops
+from kvik.kernels.api import KVLayer, LinearWeight, Ops
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, RowPlan, Rule, Table
 from kvik.kernels.triton.ops import TritonOps

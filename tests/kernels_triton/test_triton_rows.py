@@ -74,7 +74,7 @@ def test_no_tokens(device: torch.device) -> None:
     assert ops.embedding(torch.empty(0, dtype=torch.int64, device=device), gain[None]).shape == (0, 16)
     cache = torch.zeros(1, 1, 16, 4, device=device)
     none = torch.empty(0, dtype=torch.int64, device=device)
-    q = ops.qk_norm_rope_store(nothing, nothing[:, :2], nothing[:, :2], none, cache, cache, None, None, EPS)
+    q = ops.qk_norm_rope_store(nothing, nothing[:, :2], nothing[:, :2], none, KVLayer(cache, cache), None, None, EPS)
     assert q.shape == (0, 2, 4)
 
 
@@ -98,8 +98,8 @@ def compare_rope(
     shape = (5, heads[1], block_size, heads[2])
     got_cache, want_cache = ([torch.full(shape, -7.0, dtype=dtype, device=device) for _ in "kv"] for _ in range(2))
     before = qkv.clone()
-    got = ops_on(device, block).qk_norm_rope_store(qkv, cos, sin, slots, *got_cache, q_norm, k_norm, EPS)
-    want = REFERENCE.qk_norm_rope_store(qkv, cos, sin, slots, *want_cache, q_norm, k_norm, EPS)
+    got = ops_on(device, block).qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*got_cache), q_norm, k_norm, EPS)
+    want = REFERENCE.qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*want_cache), q_norm, k_norm, EPS)
     assert torch.equal(qkv, before)
     check(got, want)
     check(got_cache[0], want_cache[0])
@@ -124,7 +124,7 @@ def test_padding_writes_nothing(device: torch.device) -> None:
     qkv, cos, sin, slots = rope_inputs(5, heads, 16, dtype, device)
     slots[[1, 4]] = -1
     caches = [torch.full((5, 1, 16, 16), math.nan, device=device) for _ in "kv"]
-    q = ops_on(device, 4).qk_norm_rope_store(qkv, cos, sin, slots, *caches, None, None, EPS)
+    q = ops_on(device, 4).qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*caches), None, None, EPS)
     assert not q.isnan().any()
     for cache in caches:
         written = ~cache.transpose(1, 2).flatten(0, 1).isnan().any(-1).any(-1)
@@ -137,15 +137,15 @@ def test_keys_and_values_of_a_block_may_lie_side_by_side(device: torch.device) -
     pairs = torch.zeros(5, 2, 1, 16, 16, dtype=dtype, device=device)
     apart = [torch.zeros(5, 1, 16, 16, dtype=dtype, device=device) for _ in "kv"]
     ops = ops_on(device, 4)
-    ops.qk_norm_rope_store(qkv, cos, sin, slots, pairs[:, 0], pairs[:, 1], None, None, EPS)
-    ops.qk_norm_rope_store(qkv, cos, sin, slots, *apart, None, None, EPS)
+    ops.qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(pairs[:, 0], pairs[:, 1]), None, None, EPS)
+    ops.qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*apart), None, None, EPS)
     assert torch.equal(pairs, torch.stack(apart, 1))
 
 
 def test_a_cache_of_another_type(device: torch.device) -> None:
     qkv, cos, sin, slots = rope_inputs(3, (2, 1, 16), 16, torch.float32, device)
     got, want = ([torch.zeros(5, 1, 16, 16, dtype=torch.float16, device=device) for _ in "kv"] for _ in range(2))
-    ops_on(device, 4).qk_norm_rope_store(qkv, cos, sin, slots, *got, None, None, EPS)
-    REFERENCE.qk_norm_rope_store(qkv, cos, sin, slots, *want, None, None, EPS)
+    ops_on(device, 4).qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*got), None, None, EPS)
+    REFERENCE.qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(*want), None, None, EPS)
     for mine, reference in zip(got, want, strict=True):
         check(mine, reference)

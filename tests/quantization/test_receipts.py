@@ -9,16 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from quantization_cases import receipt
 
 from kvik import LLM, SamplingParams
 from kvik.cli.main import main
 from kvik.kernels.cpu.native import available
 from kvik.kernels.cpu.packing import FORMATS
-from kvik.quantization.calibrate import Moments, calibrated
 from kvik.quantization.formats import GROUPS
-from kvik.quantization.reference import dequantize, quantize
 from kvik.text.tokenizer import Tokenizer
 
 EXPECTED: dict[str, dict[str, Any]] = json.loads(Path(__file__).with_name("receipts.json").read_text())
@@ -54,35 +51,6 @@ def test_the_held_out_text_is_long_and_plain() -> None:
     assert 60_000 < len(text.encode()) < 100_000
     assert "<|" not in text and "http" not in text
     assert text not in (HELD_OUT.parent / "calibration.txt").read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("columns", [32, 100, 129])
-@pytest.mark.parametrize("fmt", GROUPS)
-def test_calibration_lowers_the_error_of_outputs(fmt: str, columns: int) -> None:
-    generator = torch.Generator().manual_seed(columns)
-    x = torch.randn(2000, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
-    weight = torch.randn(40, columns, generator=generator)
-    weight[3] = 0
-
-    def error(q: torch.Tensor, scales: torch.Tensor) -> float:
-        return float((x @ (dequantize(q, scales, fmt) - weight).T).square().mean())
-
-    q, scales = calibrated(fmt, Moments.of(x))(weight)
-    assert q.dtype == torch.int8 and scales.shape == quantize(weight, fmt)[1].shape
-    assert int(q.min()) >= (-127 if fmt == "int8" else -8) and int(q.max()) <= (127 if fmt == "int8" else 7)
-    assert not q[3].any()
-    assert fmt == "int8" or torch.equal(scales, scales.half().float())
-    assert error(q, scales) < 0.7 * error(*quantize(weight, fmt))
-
-
-@pytest.mark.parametrize("fmt", GROUPS)
-def test_calibration_survives_inputs_that_are_always_zero(fmt: str) -> None:
-    weight = torch.randn(8, 64)
-    for x in (torch.zeros(4, 64), torch.eye(64)[:3]):
-        q, scales = calibrated(fmt, Moments.of(x))(weight)
-        values = dequantize(q, scales, fmt)
-        assert values.isfinite().all()
-        assert float((values - weight).norm() / weight.norm()) < 0.25
 
 
 def test_the_formats_are_those_of_the_kernels() -> None:

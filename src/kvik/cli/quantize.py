@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kvik.cli.environment import machine
 from kvik.cli.options import Parser
 from kvik.config import EngineConfig
 from kvik.errors import ConfigError, KvikError
-from kvik.log import configure
+from kvik.log import configure, logger
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,8 @@ __all__ = ["run"]
 _FORMATS = {"int8": "int8", "int4": "int4g32", "int4g128": "int4g128"}
 _WINDOW = 512
 _HELD_OUT, _CALIBRATION = "heldout.txt", "calibration.txt"
+_COST_TOKENS = 1024
+_MARGIN = 0.9
 _SPEED_PROMPT, _SPEED_OUTPUT = 256, 64
 _LOG_LEVELS = ("debug", "info", "warning", "error")
 
@@ -54,7 +57,9 @@ def _read(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("model", metavar="MODEL", help="an unquantised model, named as for the other commands")
     parser.add_argument("out", metavar="OUT", help="the folder to make")
     parser.add_argument("--quantization", choices=_FORMATS, required=True, help="form of the weights")
-    parser.add_argument("--min-top1", type=float, metavar="X", help="write nothing if top-1 agreement is below X")
+    parser.add_argument(
+        "--min-top1", type=float, metavar="X", help="raise projections to int8 until top-1 agreement is X"
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it holds a model")
     parser.add_argument("--text", metavar="FILE", help="text to compare on (default: held-out English fiction)")
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="tokens to compare on (default: 16384)")
@@ -84,7 +89,8 @@ class _Quantizer:
 
     def run(self) -> Receipt:
         """Make the folder. Raises ConfigError when the gate refuses it, and then nothing is left of it."""
-        import kvik
+        # Before anything is written: the exit code may be -2, not 130, if Ctrl-C comes while an import runs `exec`.
+        import kvik.quantization.convert
         from kvik.models.hub import load_config
         from kvik.quantization.writer import copy_companions, staged
 
@@ -96,9 +102,16 @@ class _Quantizer:
         stored = self._plan()
         with staged(self._out) as folder:
             copy_companions(self._path, folder)
-            baseline = self._convert(info, stored, folder, text, calibration)
-            self._write_config(folder, {**config, "quantization_config": stored.to_json(kvik.__version__)})
-            receipt = self._receipt(info, stored, folder, text, baseline)
+            costs: dict[str, float] = {}
+            while True:
+                baseline = self._convert(info, stored, folder, text, calibration)
+                self._write_config(folder, {**config, "quantization_config": stored.to_json(kvik.__version__)})
+                made, quality = self._compare(folder, text, baseline)
+                if self._passes(stored, info, quality):
+                    break
+                costs = costs or self._costs(info, stored, text if calibration is None else calibration)
+                stored = self._more_bits(info, stored, quality, costs)
+            receipt = self._receipt(info, made, stored, folder, quality)
             (folder / "quantization_receipt.json").write_text(
                 json.dumps(receipt.to_json(), indent=2) + "\n", encoding="utf-8"
             )
@@ -150,6 +163,8 @@ class _Quantizer:
         from kvik.quantization.convert import convert
         from kvik.quantization.writer import ShardWriter
 
+        for old in folder.glob("model*.safetensors*"):
+            old.unlink()
         info.platform.start(self._args.threads)
         pool = NativePool(self._args.threads) if info.resolved.kernels == "native" else None
         try:
@@ -158,36 +173,67 @@ class _Quantizer:
             if pool is not None:
                 pool.close()
 
-    def _receipt(
-        self, info: ModelInfo, stored: StoredQuantization, folder: Path, text: Tensor, baseline: Baseline
-    ) -> Receipt:
-        import kvik
-        from kvik.quantization.receipt import Receipt, compare
-        from kvik.quantization.writer import folder_bytes
+    def _compare(self, folder: Path, text: Tensor, baseline: Baseline) -> tuple[ModelInfo, Quality]:
+        from kvik.quantization.receipt import compare
         from kvik.startup import load_decoder
 
         made = self._inspect(folder)
         decoder = load_decoder(self._engine_config(folder), made)
-        quality = compare(decoder, baseline.hidden, baseline.logits, text, made.resolved.kv_dtype)
-        del decoder
-        self._check_gate(quality)
+        return made, compare(decoder, baseline.hidden, baseline.logits, text, made.resolved.kv_dtype)
+
+    def _passes(self, stored: StoredQuantization, info: ModelInfo, quality: Quality) -> bool:
+        """Whether the gate lets this through. Raises ConfigError when no more bits can be given."""
+        wanted = self._args.min_top1
+        if wanted is None or quality.top1_agreement >= wanted:
+            return True
+        if stored.block_bits(info.spec) >= 8:
+            raise ConfigError(
+                f"top-1 agreement is {quality.top1_agreement:.4f} on {quality.num_tokens:,} tokens with every weight in"
+                f" int8, below --min-top1 {wanted:g}: nothing was written; use a lower --min-top1"
+            )
+        return False
+
+    def _costs(self, info: ModelInfo, stored: StoredQuantization, windows: Tensor) -> dict[str, float]:
+        from kvik.quantization.sensitivity import sensitivities
+
+        count = max(1, _COST_TOKENS // windows.shape[1])
+        return sensitivities(info.path, info.spec, stored.format, windows[:count])
+
+    def _more_bits(
+        self, info: ModelInfo, stored: StoredQuantization, quality: Quality, costs: dict[str, float]
+    ) -> StoredQuantization:
+        """`stored` with more projections in int8, so many that the gate should let it through.
+
+        Disagreement grows as the square root of the divergence; a tenth of what the gate allows is kept as a margin.
+        """
+        from kvik.quantization.sensitivity import raised
+
+        share = _MARGIN * (1 - self._args.min_top1) / (1 - quality.top1_agreement)
+        aim = quality.kl_divergence * share**2
+        overrides = raised(costs, info.spec, stored, quality.kl_divergence, aim)
+        logger.warning(
+            "top-1 agreement is %.4f, below --min-top1 %g: trying again with %d of %d projections in int8",
+            quality.top1_agreement, self._args.min_top1, len(overrides), len(costs),
+        )  # fmt: skip
+        return replace(stored, overrides=overrides)
+
+    def _receipt(
+        self, info: ModelInfo, made: ModelInfo, stored: StoredQuantization, folder: Path, quality: Quality
+    ) -> Receipt:
+        import kvik
+        from kvik.quantization.receipt import Receipt
+        from kvik.quantization.writer import folder_bytes
+
         decode, prefill = self._speeds(folder)
         facts = machine()
         return Receipt(
-            model=self._args.model, format=stored.format, head_format=stored.head_format,
-            calibration=stored.calibration, text=_text_name(self._args.text, _HELD_OUT) or "", quality=quality,
-            size_bytes=folder_bytes(folder), size_bytes_unquantized=folder_bytes(self._path), decode_tok_s=decode,
-            prefill_tok_s=prefill, kernels=_kernels(made), kvik_version=kvik.__version__,
+            model=self._args.model, format=stored.format, head_format=stored.head_format, overrides=stored.overrides,
+            bits_per_weight=stored.block_bits(info.spec), calibration=stored.calibration,
+            text=_text_name(self._args.text, _HELD_OUT) or "", quality=quality, size_bytes=folder_bytes(folder),
+            size_bytes_unquantized=folder_bytes(self._path), decode_tok_s=decode, prefill_tok_s=prefill,
+            kernels=_kernels(made), kvik_version=kvik.__version__,
             machine={"cpu": facts["cpu"], "cores": facts["cores"], "memory": facts["memory"], "os": facts["os"]},
         )  # fmt: skip
-
-    def _check_gate(self, quality: Quality) -> None:
-        wanted = self._args.min_top1
-        if wanted is not None and quality.top1_agreement < wanted:
-            raise ConfigError(
-                f"top-1 agreement is {quality.top1_agreement:.4f} on {quality.num_tokens:,} tokens, below --min-top1"
-                f" {wanted:g}: nothing was written; use more bits or a lower --min-top1"
-            )
 
     def _speeds(self, folder: Path) -> tuple[float | None, float | None]:
         """(decode, prefill) tokens per second of one sequence, the better of two runs."""
@@ -246,6 +292,8 @@ def _render(receipt: Receipt, out: Path) -> str:
         "size": f"{receipt.size_bytes_unquantized / 1e6:,.1f} MB -> {receipt.size_bytes / 1e6:,.1f} MB",
         "calibration": receipt.calibration or "none",
     }
+    if receipt.overrides:
+        rows["also in int8"] = f"{', '.join(receipt.overrides)} ({receipt.bits_per_weight:.2f} bits a weight)"
     if receipt.decode_tok_s and receipt.prefill_tok_s:
         speeds = f"decode {receipt.decode_tok_s:,.0f} tok/s, prefill {receipt.prefill_tok_s:,.0f} tok/s"
         rows["speed"] = f"{speeds} ({receipt.kernels}; {cpu})"

@@ -1,155 +1,113 @@
-"""Rounding that knows what the weights are multiplied with.
+"""Rounding that knows what a layer is for: values and scales are trained until the layer does what the plain one does.
 
-GPTQ (Frantar et al. 2022, arXiv:2210.17323), inputs in the order of their energy: one input after the other is
-quantised, and the error that it makes in the outputs is made good, as far as it can be, by those still to come. Then,
-for int4, sweeps of coordinate descent over values and scales, each step of which lowers the squared error of the
-outputs, |(W - Q) X|^2 over the calibration text. int4 scales begin as the best of a grid, inputs weighted by energy.
+All values and scales of a layer are free, and the squared error of its outputs on the calibration text is lowered by
+Adam, with the gradient going straight through the rounding: Block-AP of EfficientQAT (Chen et al. 2024,
+arXiv:2407.11062), begun at rounding to nearest. A layer's inputs are those that the quantised layers before it make,
+its aim is what the plain layers make of the plain text: so it makes good what it can of the errors before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from kvik.kernels.api import LinearWeight
+from kvik.models.decoder import LayerWeights
 from kvik.quantization.formats import GROUPS
+from kvik.quantization.windows import LayerStream
 
-__all__ = ["Moments", "calibrated"]
+__all__ = ["calibrated"]
 
-_DAMPING = 0.01  # of the mean energy of an input
-_BLOCK = 64
-_SWEEPS = 2
-_GRID = (*(-8 * (1 + 0.03 * i) for i in range(-6, 16)), *(7 * (1 + 0.03 * i) for i in range(-4, 12)))
-"""What the extreme value of an int4 group may become."""
-_SMALLEST_SCALE = 2.0**-24
-
-
-@dataclass(slots=True, eq=False)
-class Moments:
-    """x.T @ x summed over the inputs x of a projection, [in, in] fp32."""
-
-    total: Tensor
-    count: int = 0
-
-    @classmethod
-    def zero(cls, features: int) -> Moments:
-        return cls(torch.zeros(features, features))
-
-    @classmethod
-    def of(cls, x: Tensor) -> Moments:
-        """Those of x [num_tokens, in]."""
-        moments = cls.zero(x.shape[1])
-        moments.add(x)
-        return moments
-
-    def add(self, x: Tensor) -> None:
-        """Count x [num_tokens, in]."""
-        self.total.addmm_(x.T, x)
-        self.count += len(x)
-
-    def damped(self) -> Tensor:
-        """The mean of x.T @ x, with something on the diagonal that makes it safely invertible."""
-        mean = self.total / max(1, self.count)
-        energy = float(mean.diagonal().mean())
-        mean.diagonal().add_(_DAMPING * energy if energy > 0 else 1.0)
-        return mean
+_PASSES = 8
+_TOKENS = 1024  # in a step
+_RATE = 0.005  # of values, in units of their scale
+_SCALE_RATE = 0.001  # of scales, relative
+_DECAYS = (0.9, 0.99)
 
 
-def calibrated(fmt: str, moments: Moments) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
-    """A quantiser of weights [out, in] whose inputs have these `moments`: (q int8 [out, in], scales [out, groups])."""
-    energy = moments.damped()
-    order = torch.argsort(energy.diagonal(), descending=True, stable=True)
-    ordered = energy[order][:, order].double()
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(ordered))
-    factor = torch.linalg.cholesky(inverse, upper=True).float()
+def calibrated(
+    index: int,
+    layer: LayerWeights,
+    formats: Mapping[str, str],
+    start: Mapping[str, tuple[Tensor, Tensor]],
+    stream: LayerStream,
+    target: Tensor,
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Projection to (q int8 [out, in], scales [out, groups]) such that `layer` makes `target` of `stream`'s states.
 
-    def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
-        wide = weight.float()
-        scales = _row_scales(wide) if fmt == "int8" else _group_scales(wide, energy.diagonal(), GROUPS[fmt])
-        q = _compensate(wide, scales, order, factor, fmt)
-        if fmt != "int8":
-            for _ in range(_SWEEPS):
-                _descend(wide, energy, q, scales, GROUPS[fmt])
-        return q.to(torch.int8), scales
-
-    return quantise
-
-
-def _limits(fmt: str) -> tuple[int, int]:
-    return (-127, 127) if fmt == "int8" else (-8, 7)
-
-
-def _row_scales(weight: Tensor) -> Tensor:
-    most = weight.abs().amax(1, keepdim=True)
-    return torch.where(most > 0, most / 127.0, 1.0)
-
-
-def _group_scales(weight: Tensor, energy: Tensor, group: int) -> Tensor:
-    """[out, groups]: of a grid, rounded to fp16, the scale with the least squared error weighted by `energy` [in]."""
-    parts = []
-    for begin in range(0, weight.shape[1], group):
-        part, weighting = weight[:, begin : begin + group], energy[begin : begin + group]
-        extreme = part.gather(1, part.abs().argmax(1, keepdim=True))
-        best, scales = torch.full_like(extreme, torch.inf), torch.full_like(extreme, _SMALLEST_SCALE)
-        for limit in _GRID:
-            scale = _as_half(extreme / limit)
-            q = (part / scale).round_().clamp_(-8, 7)
-            error = (part - q * scale).square_() @ weighting[:, None]
-            scales = torch.where(error < best, scale, scales)
-            best = torch.minimum(best, error)
-        parts.append(scales)
-    return torch.cat(parts, 1)
+    `formats` and `start`, (q, scales) rounded to nearest, are by projection. `target` is of the shape of the states.
+    The same inputs and number of threads give the same result.
+    """
+    parts = {role: _Trained(getattr(layer, role), fmt, *start[role]) for role, fmt in formats.items()}
+    optimizer = torch.optim.Adam(
+        [
+            {"params": [part.values for part in parts.values()], "lr": _RATE},
+            {"params": [part.stretch for part in parts.values()], "lr": _SCALE_RATE},
+        ],
+        betas=_DECAYS,
+    )
+    batches = _batches(*target.shape[:2])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _cosine(step / len(batches)))
+    for rows in batches:
+        weights: dict[str, Any] = {role: part.weight() for role, part in parts.items()}
+        out = stream.block(index, replace(layer, **weights), stream.hidden[rows])
+        # Relative to each token, for some are a thousand times larger and every layer begins with a norm.
+        error = (out - target[rows]).square().sum(-1) / target[rows].square().sum(-1).clamp_min(1e-12)
+        optimizer.zero_grad()
+        torch.autograd.backward(error.sum())
+        optimizer.step()
+        schedule.step()
+    return {role: part.rounded() for role, part in parts.items()}
 
 
-def _as_half(scale: Tensor) -> Tensor:
-    """What fp16 makes of a scale; never zero."""
-    rounded = scale.clamp(-65504.0, 65504.0).half().float()
-    return torch.where(rounded == 0, _SMALLEST_SCALE, rounded)
+def _batches(num_windows: int, length: int) -> list[Tensor]:
+    """Indices of the windows of each step: every pass in another order."""
+    generator = torch.Generator().manual_seed(0)
+    size = max(1, _TOKENS // length)
+    return [
+        rows for _ in range(_PASSES) for rows in torch.split(torch.randperm(num_windows, generator=generator), size)
+    ]  # fmt: skip
 
 
-def _compensate(weight: Tensor, scales: Tensor, order: Tensor, factor: Tensor, fmt: str) -> Tensor:
-    """GPTQ: the quantised values [out, in] as floats. `factor` is the upper Cholesky factor of the inverse moments."""
-    low, high = _limits(fmt)
-    columns = weight.shape[1]
-    group = GROUPS[fmt] or columns
-    left = weight[:, order]
-    q = torch.empty_like(left)
-    scale_of = scales[:, order // group]
-    for begin in range(0, columns, _BLOCK):
-        end = min(begin + _BLOCK, columns)
-        errors = torch.empty(len(weight), end - begin)
-        for j in range(begin, end):
-            q[:, j] = (left[:, j] / scale_of[:, j]).round_().clamp_(low, high)
-            errors[:, j - begin] = (left[:, j] - q[:, j] * scale_of[:, j]) / factor[j, j]
-            left[:, j + 1 : end].addr_(errors[:, j - begin], factor[j, j + 1 : end], alpha=-1)
-        left[:, end:] -= errors @ factor[begin:end, end:]
-    back = torch.empty_like(order)
-    back[order] = torch.arange(columns)
-    return q[:, back]
+def _cosine(progress: float) -> float:
+    return 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def _descend(weight: Tensor, energy: Tensor, q: Tensor, scales: Tensor, group: int) -> None:
-    """One sweep over the values, then one over the scales; `q` and `scales` are changed."""
-    spread = scales.repeat_interleave(group, 1)[:, : weight.shape[1]]
-    slope = (weight - q * spread) @ energy  # [out, in]: half the slope of the squared error, negated
-    for begin in range(0, weight.shape[1], _BLOCK):
-        end = min(begin + _BLOCK, weight.shape[1])
-        moves = torch.empty(len(weight), end - begin)
-        for j in range(begin, end):
-            best = (q[:, j] + slope[:, j] / (energy[j, j] * spread[:, j])).round_().clamp_(-8, 7)
-            moves[:, j - begin] = (best - q[:, j]) * spread[:, j]
-            q[:, j] = best
-            slope[:, j + 1 : end].addr_(moves[:, j - begin], energy[j, j + 1 : end], alpha=-1)
-            slope[:, begin : j + 1].addr_(moves[:, j - begin], energy[j, begin : j + 1], alpha=-1)
-        slope[:, :begin] -= moves @ energy[begin:end, :begin]
-        slope[:, end:] -= moves @ energy[begin:end, end:]
-    for k in range(scales.shape[1]):
-        part = slice(k * group, (k + 1) * group)
-        values = q[:, part]
-        curvature = ((values @ energy[part, part]) * values).sum(1)
-        step = (values * slope[:, part]).sum(1) / curvature.clamp_min(1e-30)
-        new = _as_half(torch.where(curvature > 0, scales[:, k] + step, scales[:, k]))
-        slope -= (values * (new - scales[:, k])[:, None]) @ energy[part]
-        scales[:, k] = new
+class _Trained:
+    """A projection whose values, in units of their scales, and scales are trained."""
+
+    def __init__(self, plain: LinearWeight, fmt: str, q: Tensor, scales: Tensor) -> None:
+        rows, columns = q.shape
+        self._plain = plain
+        self._limits = (-127, 127) if fmt == "int8" else (-8, 7)
+        self._halves = fmt != "int8"
+        self._scales = scales.float().view(rows, -1, 1)
+        group = GROUPS[fmt] or columns
+        padded = F.pad(plain.weight, (0, -columns % group)).view(rows, -1, group)
+        self.values = torch.where(self._scales == 0, 0, padded / self._scales).requires_grad_()
+        self.stretch = torch.zeros_like(self._scales).requires_grad_()
+
+    def weight(self) -> LinearWeight:
+        """What the projection is now, in fp32."""
+        values = self.values + (self._q() - self.values).detach()
+        return replace(self._plain, weight=self._flat(values * (self._scales * (1 + self.stretch))))
+
+    @torch.no_grad()
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """(q int8 [out, in], scales [out, groups])."""
+        scales = self._scales * (1 + self.stretch)
+        if self._halves:
+            scales = scales.clamp(-65504, 65504).half().float()
+        return self._flat(self._q()).to(torch.int8), scales.squeeze(2)
+
+    def _q(self) -> Tensor:
+        return self.values.detach().round().clamp(*self._limits)
+
+    def _flat(self, grouped: Tensor) -> Tensor:
+        return grouped.flatten(1)[:, : self._plain.weight.shape[1]]

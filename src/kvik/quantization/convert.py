@@ -6,7 +6,6 @@ is one, move through it at the same time. So the plain form of one layer is in m
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,15 +23,15 @@ from kvik.models.decoder import LayerWeights, allocate_layer
 from kvik.models.loader import open_checkpoint
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_views
-from kvik.quantization.calibrate import Moments, calibrated
+from kvik.quantization.calibrate import calibrated
 from kvik.quantization.formats import SCALE_SUFFIX, StoredQuantization, pack_nibbles, stored_dtypes
 from kvik.quantization.reference import dequantize, quantize
 from kvik.quantization.windows import LayerStream
 from kvik.quantization.writer import ShardWriter
 
-__all__ = ["Baseline", "convert"]
+__all__ = ["ROLES", "Baseline", "convert", "read_layer", "read_plain"]
 
-_ROLES = ("qkv", "o", "gate_up", "down")
+ROLES = ("qkv", "o", "gate_up", "down")
 _HEAD_ROWS = 8192
 
 
@@ -62,26 +61,50 @@ def convert(
     `text` and `calibration` [num_windows, length] are token ids. Raises ModelLoadError for a bad checkpoint.
     """
     job = _Job(spec, stored, open_checkpoint(path, spec), writer, pool)
-    embedding = job.plain(EMBEDDING)
+    embedding = read_plain(job.checkpoint, EMBEDDING)
     if not spec.tie_word_embeddings:
         writer.add(EMBEDDING, embedding)
     measured = LayerStream(spec, text, embedding)
-    moving = None if calibration is None else LayerStream(spec, calibration, embedding)
+    learning = None if calibration is None else _Learning.of(spec, calibration, embedding)
     for index in tqdm(range(spec.num_layers), desc="Quantising", unit="layer", delay=0.5, leave=False, disable=None):
-        layer = job.read_layer(index)
-        measured.hidden = measured.advance(index, layer)
-        job.quantise_layer(index, layer, moving)
-    final_norm = job.plain(FINAL_NORM)
+        layer = read_layer(job.checkpoint, spec, index)
+        measured.advance(index, layer)
+        job.quantise_layer(index, layer, learning)
+    final_norm = read_plain(job.checkpoint, FINAL_NORM)
     writer.add(FINAL_NORM, final_norm)
-    name, head = (EMBEDDING, embedding) if spec.tie_word_embeddings else (LM_HEAD, job.plain(LM_HEAD))
-
-    def normed(hidden: Tensor) -> Tensor:
-        return ReferenceOps().rms_norm(hidden, final_norm.float(), spec.rms_norm_eps)
-
-    moments = None if moving is None else Moments.of(normed(moving.hidden))
-    job.store(name, stored.head_format, *job.quantise_rows(head, stored.head_format, moments))
+    name, head = (EMBEDDING, embedding) if spec.tie_word_embeddings else (LM_HEAD, read_plain(job.checkpoint, LM_HEAD))
+    job.store(name, stored.head_format, *job.to_nearest(head, stored.head_format))
     writer.finish()
-    return Baseline(normed(measured.hidden), head)
+    hidden = measured.hidden.flatten(0, 1)
+    return Baseline(ReferenceOps().rms_norm(hidden, final_norm.float(), spec.rms_norm_eps), head)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Learning:
+    """The text for calibration on its way through the plain layers, and through those that were quantised."""
+
+    plain: LayerStream
+    quantised: LayerStream
+
+    @classmethod
+    def of(cls, spec: DecoderSpec, windows: Tensor, embedding: Tensor) -> _Learning:
+        return cls(LayerStream(spec, windows, embedding), LayerStream(spec, windows, embedding))
+
+
+def read_plain(checkpoint: Checkpoint, name: str) -> Tensor:
+    """A tensor as the checkpoint has it."""
+    info = checkpoint.tensors[name]
+    tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
+    checkpoint.read(name, tensor)
+    return tensor
+
+
+def read_layer(checkpoint: Checkpoint, spec: DecoderSpec, index: int) -> LayerWeights:
+    """A layer in fp32."""
+    layer = allocate_layer(spec, torch.float32, torch.device("cpu"))
+    for name, view in layer_views(spec, index, layer).items():
+        checkpoint.read(name, view)
+    return layer
 
 
 def _parts(weight: Tensor) -> list[Tensor]:
@@ -97,38 +120,20 @@ class _Job:
     writer: ShardWriter
     pool: NativePool | None
 
-    def plain(self, name: str) -> Tensor:
-        """A tensor as the checkpoint has it."""
-        info = self.checkpoint.tensors[name]
-        tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
-        self.checkpoint.read(name, tensor)
-        return tensor
-
-    def read_layer(self, index: int) -> LayerWeights:
-        layer = allocate_layer(self.spec, torch.float32, torch.device("cpu"))
-        for name, view in layer_views(self.spec, index, layer).items():
-            self.checkpoint.read(name, view)
-        return layer
-
-    def quantise_layer(self, index: int, layer: LayerWeights, moving: LayerStream | None) -> None:
-        """Store the layer; with `moving` text, calibrate on its activations and move it on."""
-        moments: dict[int, Moments] = {}
-        if moving is not None:
-
-            def observe(weight: LinearWeight, x: Tensor) -> None:
-                moments.setdefault(id(weight), Moments.zero(x.shape[1])).add(x)
-
-            moving.advance(index, layer, observe)
-        values, scales, rounded = dict[str, Any](), dict[str, Any](), dict[str, Any]()
-        for role in _ROLES:
-            weight: LinearWeight = getattr(layer, role)
-            fmt = self.stored.of_role(index, role)
-            q, scale = self.quantise_rows(weight.weight, fmt, moments.get(id(weight)))
-            values[role], scales[role] = LinearWeight(q, weight.bias), LinearWeight(scale)
-            if moving is not None:
-                rounded[role] = LinearWeight(dequantize(q, scale, fmt), weight.bias)
-        if moving is not None:
-            moving.hidden = moving.advance(index, replace(layer, **rounded))
+    def quantise_layer(self, index: int, layer: LayerWeights, learning: _Learning | None) -> None:
+        """Store the layer, rounded to nearest or, with text for it, calibrated; the text is moved on."""
+        formats = {role: self.stored.of_role(index, role) for role in ROLES}
+        made = {role: self.to_nearest(getattr(layer, role).weight, fmt) for role, fmt in formats.items()}
+        biases = {role: getattr(layer, role).bias for role in ROLES}
+        if learning is not None:
+            learning.plain.advance(index, layer)
+            made = calibrated(index, layer, formats, made, learning.quantised, learning.plain.hidden)
+            rounded: dict[str, Any] = {
+                role: LinearWeight(dequantize(*made[role], fmt), biases[role]) for role, fmt in formats.items()
+            }
+            learning.quantised.advance(index, replace(layer, **rounded))
+        values: dict[str, Any] = {role: LinearWeight(q, biases[role]) for role, (q, _) in made.items()}
+        scales: dict[str, Any] = {role: LinearWeight(scale) for role, (_, scale) in made.items()}
         self._store_layer(index, replace(layer, **values), replace(layer, **scales))
 
     def _store_layer(self, index: int, layer: LayerWeights, scales: LayerWeights) -> None:
@@ -141,22 +146,15 @@ class _Job:
             else:
                 self.store(name, fmt, view, parts[name])
 
-    def quantise_rows(self, weight: Tensor, fmt: str, moments: Moments | None) -> tuple[Tensor, Tensor]:
-        """(q int8 [out, in], scales [out, groups]): to nearest, or calibrated, some rows at a time."""
-        if moments is not None:
-            quantise: Callable[[Tensor], tuple[Tensor, Tensor]] = calibrated(fmt, moments)
-        elif self.pool is not None:
-            pool = self.pool
-
-            def quantise(part: Tensor) -> tuple[Tensor, Tensor]:
-                return pack_linear(part, None, fmt, pool=pool).quantized(pool)
-        else:
-
-            def quantise(part: Tensor) -> tuple[Tensor, Tensor]:
-                return quantize(part, fmt)
-
-        parts = [quantise(part) for part in _parts(weight)]
+    def to_nearest(self, weight: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+        """(q int8 [out, in], scales [out, groups]), some rows at a time."""
+        parts = [self._rows_to_nearest(part, fmt) for part in _parts(weight)]
         return torch.cat([q for q, _ in parts]), torch.cat([scales for _, scales in parts])
+
+    def _rows_to_nearest(self, weight: Tensor, fmt: str) -> tuple[Tensor, Tensor]:
+        if self.pool is None:
+            return quantize(weight, fmt)
+        return pack_linear(weight, None, fmt, pool=self.pool).quantized(self.pool)
 
     def store(self, name: str, fmt: str, q: Tensor, scales: Tensor) -> None:
         """Give a projection to the writer. Copies, for views hold on to more than they show."""

@@ -31,6 +31,7 @@ __all__ = [
     "StoredQuantization",
     "pack_nibbles",
     "read_quantization",
+    "role_sizes",
     "scale_shape",
     "stored_dtypes",
     "stored_shape",
@@ -75,9 +76,7 @@ class StoredQuantization:
 
     def block_bits(self, spec: DecoderSpec) -> float:
         """Bits of an average weight of the blocks' projections."""
-        hidden, inner = spec.hidden_size, spec.intermediate_size
-        sizes = {"qkv": hidden * (spec.q_size + 2 * spec.kv_size), "o": hidden * spec.q_size}
-        sizes |= {"gate_up": 2 * hidden * inner, "down": hidden * inner}
+        sizes = role_sizes(spec)
         total = sum(
             BITS[self.of_role(index, role)] * size for index in range(spec.num_layers) for role, size in sizes.items()
         )
@@ -98,6 +97,13 @@ class StoredQuantization:
             "calibration": self.calibration,
             "receipt": None if self.receipt is None else dict(self.receipt),
         }
+
+
+def role_sizes(spec: DecoderSpec) -> dict[str, int]:
+    """Weights of each (stacked) projection of a layer."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    sizes = {"qkv": hidden * (spec.q_size + 2 * spec.kv_size), "o": hidden * spec.q_size}
+    return sizes | {"gate_up": 2 * hidden * inner, "down": hidden * inner}
 
 
 def read_quantization(config: Mapping[str, Any]) -> StoredQuantization | None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from kvik.quantization.formats import StoredQuantization
 from kvik.quantization.windows import Scorer, hidden_states, kv_layers
 
-__all__ = ["Quality", "Receipt", "compare", "describe_receipt"]
+__all__ = ["Quality", "Receipt", "compare", "describe_receipt", "kl_divergence"]
 
 _SCORES_AT_ONCE = 1 << 24
 
@@ -46,6 +46,8 @@ class Receipt:
     model: str
     format: str
     head_format: str
+    overrides: Mapping[str, str]
+    bits_per_weight: float  # of the blocks' projections, scales included
     calibration: str | None
     text: str
     quality: Quality
@@ -61,7 +63,13 @@ class Receipt:
         """Plain values; the quality's fields stand beside the others."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         quality = dataclasses.asdict(fields.pop("quality"))
-        return {**fields, "machine": dict(self.machine), **quality, "perplexity_change": self.quality.perplexity_change}
+        return {
+            **fields,
+            "machine": dict(self.machine),
+            "overrides": dict(self.overrides),
+            **quality,
+            "perplexity_change": self.quality.perplexity_change,
+        }
 
 
 def compare(
@@ -84,10 +92,9 @@ def compare(
             begin = rows.stop
             scores = [plain_logits(plain_hidden[rows]), model.logits(part)]
             agree += int((scores[0].argmax(1) == scores[1].argmax(1)).sum())
-            plain, quantised = (torch.log_softmax(score.float(), 1) for score in scores)
-            divergence += float((plain.exp() * (plain - quantised)).sum(1).double().sum())
-            for i, logs in enumerate((plain, quantised)):
-                picked = logs.gather(1, targets[rows, None])[has_target[rows]]
+            divergence += float(kl_divergence(*scores).double().sum())
+            for i, score in enumerate(scores):
+                picked = score.log_softmax(1).gather(1, targets[rows, None])[has_target[rows]]
                 losses[i] -= float(picked.double().sum())
     assert begin == windows.numel() == len(plain_hidden)
     count = max(1, int(has_target.sum()))
@@ -95,10 +102,17 @@ def compare(
     return Quality(agree / begin, divergence / begin, after, before, begin, length)
 
 
+def kl_divergence(plain: Tensor, quantised: Tensor) -> Tensor:
+    """KL(plain || quantised) of each row, [num_rows], of scores [num_rows, vocab_size]."""
+    logs = plain.log_softmax(1)
+    return (logs.exp() * (logs - quantised.log_softmax(1))).sum(1)
+
+
 def describe_receipt(stored: StoredQuantization) -> str:
     """The receipt of a quantised folder in one line."""
     head = "" if stored.head_format == stored.format else f" (output head {stored.head_format})"
-    facts = f"weights quantised to {stored.format}{head}"
+    raised = f", {len(stored.overrides)} projections in other formats" if stored.overrides else ""
+    facts = f"weights quantised to {stored.format}{head}{raised}"
     receipt = stored.receipt
     if not receipt:
         return f"{facts}, without a receipt"

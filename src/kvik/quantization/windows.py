@@ -6,7 +6,7 @@ between two layers; the block itself is `Decoder.forward` with one layer, whose 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,10 +21,7 @@ from kvik.layers.rope import RopeTable
 from kvik.models.decoder import Decoder, DecoderWeights, LayerWeights
 from kvik.models.spec import DecoderSpec
 
-__all__ = ["LayerStream", "Observe", "Scorer", "cut_windows", "hidden_states", "kv_layers"]
-
-Observe = Callable[[LinearWeight, Tensor], None]
-"""Sees the input [num_tokens, in_features] of each projection."""
+__all__ = ["LayerStream", "Scorer", "cut_windows", "hidden_states", "kv_layers"]
 
 _BLOCK = 16
 _TOKENS_AT_ONCE = 2048
@@ -70,43 +67,40 @@ class LayerStream:
 
     def __init__(self, spec: DecoderSpec, windows: Tensor, embedding: Tensor) -> None:
         self._spec = spec
-        self._windows = windows
+        self._shape = windows.shape
         self._rope = RopeTable(spec.rope, windows.shape[1], _CPU)
-        self.hidden = embedding[windows.view(-1)].float()  # [num_tokens, hidden_size]
+        self.hidden = embedding[windows].float()  # [num_windows, length, hidden_size]
 
-    def advance(self, index: int, layer: LayerWeights, observe: Observe | None = None) -> Tensor:
-        """The hidden states after `layer`, an fp32 one; `self.hidden` is left as it is."""
-        length = self._windows.shape[1]
+    def block(self, index: int, layer: LayerWeights, hidden: Tensor) -> Tensor:
+        """What `layer`, an fp32 one, makes of `hidden` [num_windows, length, hidden_size]; differentiable in both."""
+        num_windows, length, _ = hidden.shape
         spec = replace(self._spec, num_layers=1, windows=(self._spec.windows[index],))
-        kv, out, begin = kv_layers(spec, length, torch.float32), torch.empty_like(self.hidden), 0
-        for part in _parts(self._windows, _TOKENS_AT_ONCE):
-            rows = slice(begin, begin + part.numel())
-            ops = _LayerOps(self.hidden[rows], observe)
-            weights = DecoderWeights(ops.nothing, (layer,), ops.nothing, LinearWeight(ops.nothing))
-            decoder = Decoder(spec, weights, self._rope, ops, select_backend("auto", _CPU))
-            out[rows] = decoder.forward(_batch(part), kv)
-            begin = rows.stop
-        return out
+        ops = _LayerOps(hidden.flatten(0, 1))
+        weights = DecoderWeights(ops.nothing, (layer,), ops.nothing, LinearWeight(ops.nothing))
+        decoder = Decoder(spec, weights, self._rope, ops, select_backend("auto", _CPU))
+        kv = kv_layers(spec, length, torch.float32, hidden.shape[:2].numel())
+        out = decoder.forward(_batch(torch.empty(num_windows, length, dtype=torch.int64)), kv)
+        return out.view_as(hidden)
+
+    @torch.no_grad()
+    def advance(self, index: int, layer: LayerWeights) -> None:
+        """Move the hidden states through `layer`, an fp32 one."""
+        count = max(1, _TOKENS_AT_ONCE // self._shape[1])
+        self.hidden = torch.cat([self.block(index, layer, part) for part in torch.split(self.hidden, count)])
 
 
 class _LayerOps(ReferenceOps):
     """Operations of a decoder that begins and ends with hidden states."""
 
-    def __init__(self, hidden: Tensor, observe: Observe | None) -> None:
+    def __init__(self, hidden: Tensor) -> None:
         self.nothing = torch.empty(0)
         self._hidden = hidden
-        self._observe = observe
 
     def embedding(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         return self._hidden
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return x if weight is self.nothing else super().rms_norm(x, weight, eps)
-
-    def linear(self, x: Tensor, w: LinearWeight) -> Tensor:
-        if self._observe is not None:
-            self._observe(w, x)
-        return super().linear(x, w)
 
 
 def _parts(windows: Tensor, max_tokens: int) -> list[Tensor]:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kvik.kernels.api import LinearWeight
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, RowPlan, Table, load_table
 
@@ -93,8 +93,7 @@ class TritonOps:
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
-        k_cache: Tensor,
-        v_cache: Tensor,
+        kv: KVLayer,
         q_norm: Tensor | None,
         k_norm: Tensor | None,
         eps: float,
@@ -102,13 +101,14 @@ class TritonOps:
         out: Tensor | None = None,
     ) -> Tensor:
         """As the protocol says; and a token whose slot is negative writes nothing (padding rows of a CUDA graph)."""
-        num_kv_heads, _, head_dim = k_cache.shape[1:]
+        assert kv.k_scale is None, "an int8 cache has no Triton kernel yet"
+        num_kv_heads, _, head_dim = kv.k.shape[1:]
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
         out = qkv.new_empty((len(qkv), num_heads, head_dim)) if out is None else out
         if len(qkv):
             plan = self._row_plan("qk_norm_rope_store", out, head_dim)
             qk_norm_rope_store.qk_norm_rope_store(
-                qkv, cos, sin, slots, k_cache, v_cache, q_norm, k_norm, eps, plan, out, pdl=self._pdl
+                qkv, cos, sin, slots, kv.k, kv.v, q_norm, k_norm, eps, plan, out, pdl=self._pdl
             )
         return out
 
