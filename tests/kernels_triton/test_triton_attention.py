@@ -13,10 +13,10 @@ from torch import Tensor
 pytest.importorskip("triton")
 
 from kvik.attention.base import ForwardBatch
-from kvik.kernels.api import KVLayer
 from kvik.attention.reference import ReferenceAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.errors import CapacityError
+from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}

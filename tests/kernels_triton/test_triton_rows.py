@@ -12,6 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from linear_cases import DTYPES, check, noise, one_plan
 
+from kvik.kernels.api import KVLayer
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, RowPlan
 from kvik.kernels.triton.ops import TritonOps

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from kvik.attention.base import ForwardBatch
-from kvik.kernels.api import KVLayer
 from kvik.errors import CapacityError
+from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
