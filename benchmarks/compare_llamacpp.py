@@ -122,9 +122,7 @@ def compare(shape: str, fmt: str, args: argparse.Namespace) -> list[dict[str, An
         subprocess.run([args.llama_python, __file__, "--make", shape, kind, str(gguf_file)], check=True)
     kvik = Worker([sys.executable, str(PAIRS), str(folder), quantization or ""])
     llama = Worker([args.llama_python, __file__, "--llama", str(gguf_file)])
-    records = []
-    for users in args.users:
-        records += alternate(kvik, llama, "llamacpp", users, args.pairs, shape=shape, format=fmt)
+    records = alternate(kvik, llama, "llamacpp", args, shape=shape, format=fmt)
     kvik.close()
     llama.close()
     return records

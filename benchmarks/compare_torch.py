@@ -83,9 +83,7 @@ def compare(shape: str, args: argparse.Namespace) -> tuple[dict[str, Any], list[
     kvik, peer = (Worker(command) for command in commands)
     ready = {"shape": shape, "kvik_seconds": kvik.start_seconds, f"{args.peer}_seconds": peer.start_seconds}
     print(f"{shape} ready in: kvik {kvik.start_seconds:.2f} s, {args.peer} {peer.start_seconds:.2f} s", flush=True)
-    records = []
-    for users in args.users:
-        records += alternate(kvik, peer, args.peer, users, args.pairs, shape=shape, format="bf16")
+    records = alternate(kvik, peer, args.peer, args, shape=shape, format="bf16")
     kvik.close()
     peer.close()
     return ready, records

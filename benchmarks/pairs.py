@@ -90,25 +90,36 @@ def random_prompts(users: int) -> list[list[int]]:
     return [[_RANDOM.randint(3, 9000) for _ in range(PROMPT)] for _ in range(users)]
 
 
-def alternate(kvik: Worker, peer: Worker, name: str, users: int, pairs: int, **facts: Any) -> list[dict[str, Any]]:
-    """Warm both engines up, run `pairs` pairs and return one record for prefill and one for decode."""
-    kvik.run(users), peer.run(users)
-    runs = [(kvik.run(users), peer.run(users)) for _ in range(pairs)]
+def alternate(kvik: Worker, peer: Worker, name: str, args: argparse.Namespace, **facts: Any) -> list[dict[str, Any]]:
+    """Run `args.pairs` pairs for each number of users; one record for prefill and one for decode of each.
+
+    Both engines first run as many users as ever, so that all memory of their caches has been touched once.
+    """
     records = []
-    for phase in ("prefill", "decode"):
-        ratios = sorted(ours[phase] / theirs[phase] for ours, theirs in runs)
-        record = {
-            **facts, "users": users, "phase": phase, "kvik_tok_s": statistics.median(ours[phase] for ours, _ in runs),
-            f"{name}_tok_s": statistics.median(theirs[phase] for _, theirs in runs),
-            "ratio": statistics.median(ratios), "ratio_min": ratios[0], "ratio_max": ratios[-1], "pairs": pairs,
-        }  # fmt: skip
-        records.append(record)
-        print(
-            *facts.values(), f"{users} users {phase:8} kvik {record['kvik_tok_s']:8.1f}  "
-            f"{name} {record[f'{name}_tok_s']:8.1f}  ratio {record['ratio']:.2f} ({ratios[0]:.2f}..{ratios[-1]:.2f})",
-            flush=True,
-        )  # fmt: skip
+    kvik.run(max(args.users)), peer.run(max(args.users))
+    for users in args.users:
+        kvik.run(users), peer.run(users)
+        runs = [(kvik.run(users), peer.run(users)) for _ in range(args.pairs)]
+        for phase in ("prefill", "decode"):
+            record = {**facts, "users": users, "phase": phase, "pairs": args.pairs, **_medians(runs, name, phase)}
+            records.append(record)
+            print(
+                *facts.values(), f"{users} users {phase:8} kvik {record['kvik_tok_s']:8.1f}  "
+                f"{name} {record[f'{name}_tok_s']:8.1f}  ratio {record['ratio']:.2f} "
+                f"({record['ratio_min']:.2f}..{record['ratio_max']:.2f})", flush=True,
+            )  # fmt: skip
     return records
+
+
+def _medians(runs: list[tuple[dict[str, float], dict[str, float]]], name: str, phase: str) -> dict[str, float]:
+    ratios = sorted(ours[phase] / theirs[phase] for ours, theirs in runs)
+    return {
+        "kvik_tok_s": statistics.median(ours[phase] for ours, _ in runs),
+        f"{name}_tok_s": statistics.median(theirs[phase] for _, theirs in runs),
+        "ratio": statistics.median(ratios),
+        "ratio_min": ratios[0],
+        "ratio_max": ratios[-1],
+    }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
