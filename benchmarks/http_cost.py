@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from compare_llamacpp import SHAPES
+from pairs import SHAPES, write_line
 
 Prompts = list[list[int]]
 HIGHEST_ID = 5000  # below every vocabulary's size
@@ -225,19 +225,7 @@ def main() -> None:
             make_folder(args.model, Path(folder))
         record = measure(model, args, Path(folder) / "log")
     print(json.dumps(record, indent=2))
-    if args.json is not None:
-        from kvik.cli.environment import commit, machine, versions
-
-        line = {
-            "benchmark": "http_cost",
-            "machine": machine(),
-            "versions": versions(),
-            "commit": commit(),
-            "records": [record],
-        }
-        with args.json.open("a") as file:
-            file.write(json.dumps(line) + "\n")
-    return None
+    return write_line(args.json, "http_cost", records=[record])
 
 
 if __name__ == "__main__":

@@ -3,31 +3,44 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Protocol
 
 from kvik.core.plan import StepPlan, StepResult
 from kvik.errors import WorkerError
-from kvik.runtime.model_runner import ModelRunner
 
-__all__ = ["UniprocExecutor"]
+__all__ = ["Runner", "UniprocExecutor"]
+
+
+class Runner(Protocol):
+    """Executes plans in order on one device."""
+
+    def start(self, plan: StepPlan) -> Callable[[], StepResult]:
+        """Start a step, or compute it where the device is this processor; what is returned waits for its result."""
+
+    def reset(self) -> None:
+        """Wait for whatever still runs."""
 
 
 class UniprocExecutor:
-    """Runs each plan in `submit`; `collect` hands out the results in order."""
+    """Starts each plan in `submit`; `collect` hands out the results in order."""
 
-    def __init__(self, runner: ModelRunner) -> None:
-        self._runner: ModelRunner | None = runner
-        self._results: deque[StepResult] = deque()
+    def __init__(self, runner: Runner) -> None:
+        self._runner: Runner | None = runner
+        self._results: deque[Callable[[], StepResult]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
         if self._runner is None:
             raise WorkerError("the engine is closed; make a new one")
-        self._results.append(self._runner.execute(plan))
+        self._results.append(self._runner.start(plan))
 
     def collect(self) -> StepResult:
-        return self._results.popleft()
+        return self._results.popleft()()
 
     def reset(self) -> None:
         self._results.clear()
+        if self._runner is not None:
+            self._runner.reset()
 
     def close(self) -> None:
         self._results.clear()

@@ -8,6 +8,7 @@ logit rows    (row 4, last token)                             (row 2, last token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from kvik.attention.base import ForwardBatch
 from kvik.core.plan import Chunk
 from kvik.runtime.request_table import RequestTable
 
-__all__ = ["PromptRows", "StepBatch", "build_batch"]
+__all__ = ["PromptRows", "StepBatch", "build_batch", "logit_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ def build_batch(chunks: tuple[Chunk, ...], table: RequestTable, block_size: int,
     offsets = torch.tensor([chunk.start - start for chunk, start in zip(chunks, starts, strict=False)])
     positions = torch.arange(starts[-1]) + offsets.repeat_interleave(lengths)  # [num_tokens]
     blocks = table.block_table[rows, positions // block_size].long()
-    logit_indices, prompt_rows = _logit_rows(chunks, starts, table)
+    logit_indices, prompt_rows = logit_rows(chunks, starts, table.num_prompt)
     num_blocks = max(-(-chunk.end // block_size) for chunk in chunks)
     rope_lens: Tensor | None = None
     if with_rope_lens:
@@ -72,14 +73,14 @@ def build_batch(chunks: tuple[Chunk, ...], table: RequestTable, block_size: int,
     return StepBatch(forward, tuple(chunk.row for chunk in chunks if chunk.sample), prompt_rows)
 
 
-def _logit_rows(
-    chunks: tuple[Chunk, ...], starts: list[int], table: RequestTable
+def logit_rows(
+    chunks: Sequence[Chunk], starts: Sequence[int], num_prompt: Sequence[int]
 ) -> tuple[list[int], tuple[PromptRows, ...]]:
-    """Token indices that need logits, and which of them are prompt positions."""
+    """Token indices that need logits, and which of them are prompt positions; `num_prompt` is by table row."""
     indices = [starts[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sample]
     prompt_rows = []
     for i, chunk in enumerate(chunks):
-        stop = min(chunk.end, table.num_prompt[chunk.row] - 1)
+        stop = min(chunk.end, num_prompt[chunk.row] - 1)
         if chunk.prompt_logprobs and stop > chunk.start:
             count = stop - chunk.start
             prompt_rows.append(PromptRows(chunk.row, len(indices), len(indices) + count, chunk.start))

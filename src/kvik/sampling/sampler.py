@@ -24,7 +24,10 @@ from kvik.sampling.philox import NOISE_MAX, gumbel_noise, gumbel_row, split_seed
 from kvik.sampling.processors import process
 from kvik.sampling.row import RowSampling
 
-__all__ = ["RowSample", "Sampler"]
+__all__ = ["ALL_MASKED", "NOT_FINITE", "RowSample", "Sampler"]
+
+ALL_MASKED = "every token is masked: allowed_token_ids, bad_words, min_tokens and processors leave none"
+NOT_FINITE = "the logits hold NaN or +inf: no token can be drawn from them"
 
 MANY = 4096  # candidates from which on it pays to draw the best HEAD first and to drop those that cannot win any more
 HEAD = 64
@@ -151,9 +154,7 @@ def _check_peak(peak: float) -> None:
     """Refuse logits without a finite maximum (a NaN anywhere makes the maximum NaN)."""
     if math.isfinite(peak):
         return
-    if peak == -math.inf:
-        raise RequestError("every token is masked: allowed_token_ids, bad_words, min_tokens and processors leave none")
-    raise RequestError(f"the logits hold {'NaN' if math.isnan(peak) else '+inf'}: no token can be drawn from them")
+    raise RequestError(ALL_MASKED if peak == -math.inf else NOT_FINITE)
 
 
 def _with_logprobs(samples: list[RowSample], logits: Tensor, rows: Sequence[RowSampling]) -> list[RowSample]:

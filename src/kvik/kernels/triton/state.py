@@ -8,8 +8,9 @@ With this a step needs nothing from the host while the batch stays the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,6 +30,22 @@ class DecodeInputs:
     seq_lens: Tensor  # [num_rows] int32
     block_tables: Tensor  # [num_rows, max_blocks] int32
     stopped: Tensor  # [num_rows] bool
+
+    @classmethod
+    def empty(cls, num_rows: int, max_blocks: int, device: torch.device) -> DecodeInputs:
+        """Uninitialised tensors for `num_rows` rows."""
+        return cls(
+            input_ids=torch.empty(num_rows, dtype=torch.int64, device=device),
+            positions=torch.empty(num_rows, dtype=torch.int64, device=device),
+            slots=torch.empty(num_rows, dtype=torch.int64, device=device),
+            seq_lens=torch.empty(num_rows, dtype=torch.int32, device=device),
+            block_tables=torch.empty((num_rows, max_blocks), dtype=torch.int32, device=device),
+            stopped=torch.empty(num_rows, dtype=torch.bool, device=device),
+        )
+
+    def first(self, num_rows: int) -> DecodeInputs:
+        """Views of the first rows."""
+        return DecodeInputs(*(getattr(self, field.name)[:num_rows] for field in fields(self)))
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,0 +1,146 @@
+"""A decode step from the request table back to the request table: one CUDA graph per number of rows and sampler path.
+
+    rows ──► ids, positions, slots, lengths ──► layers ──► logits ──► tokens ──► appended to the rows
+    static      `advance`                        model      sample     `advance`
+
+While the batch stays the same, a step is one graph launch and copies nothing to the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kvik.attention.base import ForwardBatch
+from kvik.attention.triton import TritonAttention
+from kvik.kernels.triton.sampler import sample
+from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
+from kvik.kernels.triton.state import DecodeInputs
+from kvik.models.decoder import Decoder
+from kvik.runtime.device_table import DeviceTable, upload
+from kvik.runtime.kv_pool import KVPool
+from kvik.sampling_params import SamplingParams
+
+__all__ = ["DecodeStep", "SamplerPath", "buckets"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplerPath:
+    """Which of the sampler's passes any row of a batch needs."""
+
+    edits: bool
+    top_k: bool
+    top_p: bool
+    min_p: bool
+
+    @classmethod
+    def of(cls, params: Sequence[SamplingParams]) -> SamplerPath:
+        """The passes that these rows need together. Filters do nothing for a greedy row."""
+        drawn = [p for p in params if not p.greedy]
+        return cls(
+            edits=any(_edits(p) for p in params),
+            top_k=any(p.top_k > 0 for p in drawn),
+            top_p=any(p.top_p < 1.0 for p in drawn),
+            min_p=any(p.min_p > 0.0 for p in drawn),
+        )
+
+    def sample(self, logits: Tensor, rows: Tensor, table: SamplingTable, work: SamplingWorkspace) -> Tensor:
+        """The next token of each row: [num_rows] int32, see `kvik.kernels.triton.sampler.sample`."""
+        return sample(logits, rows, table, work, edits=self.edits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
+
+
+def _edits(params: SamplingParams) -> bool:
+    penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
+    listed = bool(params.logit_bias or params.bad_words or params.min_tokens)
+    return penalised or listed or params.allowed_token_ids is not None
+
+
+def buckets(max_rows: int) -> tuple[int, ...]:
+    """Numbers of rows that steps are padded to: 1, 2, 4, every 8 up to 64, every 16 up to 128, then every 32."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows, 32)]
+    return (*(size for size in sizes if size < max_rows), max_rows)
+
+
+class _Bucket:
+    """The static tensors of one number of rows."""
+
+    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
+        self.rows = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
+        self.inputs = DecodeInputs.empty(num_rows, max_blocks, device)
+        self.filled: list[int] = []
+        self.batch = ForwardBatch(
+            input_ids=self.inputs.input_ids,
+            positions=self.inputs.positions,
+            slots=self.inputs.slots,
+            query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+            seq_lens=self.inputs.seq_lens,
+            block_tables=self.inputs.block_tables,
+            logit_indices=torch.arange(num_rows, device=device),
+            query_starts_host=tuple(range(num_rows + 1)),
+            seq_lens_host=(1,) * num_rows,  # the real ones are on the device only
+        )
+
+    def fill(self, rows: list[int]) -> None:
+        """Set the table rows of the step, where they are not those of the last one."""
+        if rows != self.filled:
+            padded = np.array(rows + [-1] * (len(self.rows) - len(rows)), dtype=np.int32)
+            self.rows.copy_(upload(padded, self.rows.device))
+            self.filled = list(rows)
+
+
+class DecodeStep:
+    """Runs decode steps of up to `max_rows` rows; with `use_graphs` each kind of step is captured when it first comes.
+
+    A captured step uses the memory of its own pool, shared by all graphs: one runs at a time.
+    """
+
+    def __init__(
+        self, model: Decoder, attention: TritonAttention, kv_pool: KVPool, table: DeviceTable, work: SamplingWorkspace,
+        *, use_graphs: bool,
+    ) -> None:  # fmt: skip
+        self._model, self._attention, self._kv_pool = model, attention, kv_pool
+        self._table, self._work, self._use_graphs = table, work, use_graphs
+        max_rows, self._max_blocks = table.block_table.shape
+        self._sizes = buckets(max_rows)
+        self._buckets: dict[int, _Bucket] = {}
+        self._graphs: dict[tuple[int, SamplerPath], torch.cuda.CUDAGraph] = {}
+        self._pool: Any = None
+
+    def run(self, rows: list[int], path: SamplerPath) -> Tensor:
+        """Decode one token of each table row: int32 [len(rows)], valid until the next step."""
+        size = next(size for size in self._sizes if size >= len(rows))
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            bucket = self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
+        bucket.fill(rows)
+        if not self._use_graphs:
+            return self._compute(bucket, path)[: len(rows)]
+        graph = self._graphs.get((size, path))
+        if graph is None:
+            tokens = self._compute(bucket, path)[: len(rows)].clone()  # also compiles what the capture will launch
+            self._graphs[size, path] = self._capture(bucket, path)
+            return tokens
+        graph.replay()
+        return self._work.tokens[: len(rows)]
+
+    def _compute(self, bucket: _Bucket, path: SamplerPath) -> Tensor:
+        self._table.advance(bucket.rows, None, bucket.inputs)
+        self._attention.prepare(bucket.batch)
+        hidden = self._model.forward(bucket.batch, self._kv_pool.layers)
+        logits = self._model.ops.linear(hidden, self._model.weights.lm_head)  # [num_rows, vocab_size]
+        tokens = path.sample(logits, bucket.rows, self._table.fields, self._work)
+        self._table.advance(bucket.rows, tokens, bucket.inputs)
+        return tokens
+
+    def _capture(self, bucket: _Bucket, path: SamplerPath) -> torch.cuda.CUDAGraph:
+        """Record a step. Capturing launches nothing, so no row advances."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            self._compute(bucket, path)
+        self._pool = self._pool or graph.pool()
+        return graph

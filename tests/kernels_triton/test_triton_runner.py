@@ -1,0 +1,110 @@
+"""The whole GPU runtime under the engine, against the CPU's on torch: the same tokens, whatever the schedule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from test_triton_decoder import TABLE, model
+
+from kvik.attention.reference import ReferenceAttention
+from kvik.attention.triton import AttentionLimits, TritonAttention
+from kvik.config import SchedulerConfig
+from kvik.core.engine import Engine
+from kvik.core.request import Request
+from kvik.core.scheduler import Scheduler
+from kvik.distributed.uniproc import Runner, UniprocExecutor
+from kvik.kernels.reference import ReferenceOps
+from kvik.kernels.triton.ops import TritonOps
+from kvik.kernels.triton.sampling_table import SamplingWorkspace
+from kvik.layers.rope import RopeTable
+from kvik.models.decoder import Decoder
+from kvik.outputs import SequenceOutput
+from kvik.runtime.decode_step import DecodeStep
+from kvik.runtime.device_table import DeviceTable
+from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.kv_pool import KVPool
+from kvik.runtime.model_runner import ModelRunner
+from kvik.runtime.request_table import RequestTable
+from kvik.sampling_params import SamplingParams
+
+ROWS, LENGTH, BLOCK = 4, 64, 16
+ASKED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "max_tokens": 8},
+    {"temperature": 1.0, "max_tokens": 6},
+    {"temperature": 0.8, "top_p": 0.8, "top_k": 20, "max_tokens": 5},
+    {"temperature": 0.0, "max_tokens": 7, "presence_penalty": 1.0, "frequency_penalty": 0.5},
+    {"temperature": 0.0, "max_tokens": 4, "logprobs": 3, "prompt_logprobs": 2},
+    {"temperature": 1.0, "max_tokens": 5, "logit_bias": {5: 4.0, 9: -3.0}, "min_tokens": 3, "n": 2},
+    {"temperature": 0.7, "max_tokens": 4, "logits_processors": [lambda ids, logits: logits - logits.mean()]},
+    {"temperature": 0.0, "max_tokens": 5, "allowed_token_ids": [3, 4, 50, 70]},
+]
+
+
+def gpu_runner(device: torch.device, settings: SchedulerConfig) -> Runner:
+    spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
+    limits = AttentionLimits(
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=ROWS,
+        max_num_tokens=settings.max_num_batched_tokens, max_context_tokens=ROWS * LENGTH,
+    )  # fmt: skip
+    attention = TritonAttention(limits, device)
+    decoder = Decoder(
+        spec, weights, RopeTable(spec.rope, LENGTH, device), TritonOps(device, table=TABLE), attention
+    )  # fmt: skip
+    pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
+    table = DeviceTable(ROWS, LENGTH, BLOCK, spec.vocab_size, device)
+    work = SamplingWorkspace(ROWS, spec.vocab_size, device)
+    decode = DecodeStep(decoder, attention, pool, table, work, use_graphs=device.type == "cuda")
+    return GpuRunner(decoder, pool, table, decode, work)
+
+
+def cpu_runner(settings: SchedulerConfig) -> Runner:
+    device = torch.device("cpu")
+    spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
+    decoder = Decoder(spec, weights, RopeTable(spec.rope, LENGTH, device), ReferenceOps(), ReferenceAttention())
+    pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
+    return ModelRunner(decoder, pool, RequestTable(ROWS, LENGTH, BLOCK, device))
+
+
+def settings(**changes: Any) -> SchedulerConfig:
+    fields = {
+        "block_size": BLOCK, "num_blocks": 16, "max_num_seqs": ROWS, "max_num_batched_tokens": 32,
+        "max_model_len": LENGTH,
+    }  # fmt: skip
+    return SchedulerConfig(**fields | changes)
+
+
+def run(runner: Runner, config: SchedulerConfig) -> dict[tuple[str, int], list[SequenceOutput]]:
+    engine = Engine(Scheduler(config), UniprocExecutor(runner))
+    for i, asked in enumerate(ASKED):
+        prompt = tuple((11 * i + 7 * p) % 90 + 3 for p in range(3 + 9 * i % 40))
+        params = SamplingParams(ignore_eos=True, **asked)
+        engine.add(Request(request_id=str(i), prompt_token_ids=prompt, params=params, seed=100 + i))
+    found: dict[tuple[str, int], list[SequenceOutput]] = {}
+    while engine.has_unfinished():
+        for output in engine.step():
+            found.setdefault((output.request_id, output.index), []).append(output)
+    assert engine.scheduler.kv.num_used == 0
+    return found
+
+
+def tokens(found: dict[tuple[str, int], list[SequenceOutput]]) -> dict[tuple[str, int], list[int]]:
+    return {key: [token for output in outputs for token in output.new_token_ids] for key, outputs in found.items()}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"run_ahead": 1}, {"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6, "run_ahead": 1}]
+)
+def test_the_engine_gives_the_same_tokens(changes: dict[str, Any], device: torch.device) -> None:
+    config = settings(**changes)
+    got, want = run(gpu_runner(device, config), config), run(cpu_runner(settings()), settings())
+    assert tokens(got) == tokens(want)
+    assert all(len(token_ids) == ASKED[int(key[0])]["max_tokens"] for key, token_ids in tokens(got).items())
+    for mine, reference in zip(got["4", 0], want["4", 0], strict=False):
+        for ours, theirs in zip(mine.logprobs, reference.logprobs, strict=True):
+            assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
+            assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
