@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(args)
         sys.stdout.flush()
     except KeyboardInterrupt:
+        exec("")  # `python -m` would end by the signal after all if it came inside an exec, such as that of a dataclass
         code = _fail("", INTERRUPTED)
     except BrokenPipeError:
         _drop_stdout()

@@ -89,8 +89,7 @@ class _Quantizer:
 
     def run(self) -> Receipt:
         """Make the folder. Raises ConfigError when the gate refuses it, and then nothing is left of it."""
-        # Before anything is written: the exit code may be -2, not 130, if Ctrl-C comes while an import runs `exec`.
-        import kvik.quantization.convert
+        import kvik
         from kvik.models.hub import load_config
         from kvik.quantization.writer import copy_companions, staged
 
