@@ -24,7 +24,7 @@ from kvik.kernels.triton.state import DecodeInputs
 from kvik.models.decoder import Decoder
 from kvik.runtime.device_table import DeviceTable, upload
 from kvik.runtime.kv_pool import KVPool
-from kvik.sampling_params import SamplingParams
+from kvik.sampling.row import RowSampling
 
 __all__ = ["DecodeStep", "SamplerPath", "buckets"]
 
@@ -39,11 +39,11 @@ class SamplerPath:
     min_p: bool
 
     @classmethod
-    def of(cls, params: Sequence[SamplingParams]) -> SamplerPath:
+    def of(cls, rows: Sequence[RowSampling]) -> SamplerPath:
         """The passes that these rows need together. Filters do nothing for a greedy row."""
-        drawn = [p for p in params if not p.greedy]
+        drawn = [row.params for row in rows if not row.params.greedy]
         return cls(
-            edits=any(_edits(p) for p in params),
+            edits=any(row.edits for row in rows),
             top_k=any(p.top_k > 0 for p in drawn),
             top_p=any(p.top_p < 1.0 for p in drawn),
             min_p=any(p.min_p > 0.0 for p in drawn),
@@ -52,12 +52,6 @@ class SamplerPath:
     def sample(self, logits: Tensor, rows: Tensor, table: SamplingTable, work: SamplingWorkspace) -> Tensor:
         """The next token of each row: [num_rows] int32, see `kvik.kernels.triton.sampler.sample`."""
         return sample(logits, rows, table, work, edits=self.edits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
-
-
-def _edits(params: SamplingParams) -> bool:
-    penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
-    listed = bool(params.logit_bias or params.bad_words or params.min_tokens)
-    return penalised or listed or params.allowed_token_ids is not None
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:

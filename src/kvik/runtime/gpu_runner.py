@@ -79,7 +79,7 @@ class GpuRunner:
                 if init.pooling is not None:
                     self._pooled[init.row] = None
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
-        path = SamplerPath.of([self._table.sampling(row).params for row in rows])
+        path = SamplerPath.of([self._table.sampling(row) for row in rows])
         plain = all(chunk.is_decode for chunk in plan.chunks) and not any(map(self._needs_mixed, rows))
         with self._tracer.span("launch", tokens=plan.num_tokens, sequences=len(plan.chunks)):
             step = self._finish(self._decode.run(rows, path), rows) if plain else self._mixed(plan.chunks, rows, path)
