@@ -28,13 +28,12 @@ from kvik.runtime.decode_step import DecodeStep, SamplerPath
 from kvik.runtime.device_table import DeviceTable, upload
 from kvik.runtime.forward_batch import PromptRows, StepBatch, logit_rows
 from kvik.runtime.kv_pool import KVPool
+from kvik.runtime.prompt_outputs import PromptOutputs
 from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.sampler import ALL_MASKED, NOT_FINITE, Sampler
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["GpuRunner"]
-
-PROMPT_LOGPROB_ROWS = 64
 
 
 @dataclass(slots=True)
@@ -64,7 +63,7 @@ class GpuRunner:
         self._model, self._kv_pool, self._table, self._decode, self._work = model, kv_pool, table, decode, work
         self._device = table.device
         self._sampler = Sampler(model.spec.vocab_size)
-        self._pooled: dict[int, Tensor | None] = {}
+        self._prompts = PromptOutputs()
         self._tracer = tracer
         num_rows, max_blocks = table.block_table.shape
         self._appended = DecodeInputs.empty(num_rows, max_blocks, self._device)
@@ -75,9 +74,7 @@ class GpuRunner:
         with self._tracer.span("prepare"):
             self._table.apply(plan)
             for init in plan.joined:
-                self._pooled.pop(init.row, None)
-                if init.pooling is not None:
-                    self._pooled[init.row] = None
+                self._prompts.join(init)
         rows = [chunk.row for chunk in plan.chunks if chunk.sample]
         path = SamplerPath.of([self._table.sampling(row) for row in rows])
         plain = all(chunk.is_decode for chunk in plan.chunks) and not any(map(self._needs_mixed, rows))
@@ -92,14 +89,14 @@ class GpuRunner:
 
     def _needs_mixed(self, row: int) -> bool:
         """Whether a row asks for more than its token, or for a token that the kernels cannot draw."""
-        asks_more = row in self._pooled or self._table.sampling(row).params.logprobs is not None
+        asks_more = self._prompts.is_pooled(row) or self._table.sampling(row).params.logprobs is not None
         return asks_more or self._table.on_host(row) or self._model.spec.rope.depends_on_length
 
     def _mixed(self, chunks: Sequence[Chunk], rows: list[int], path: SamplerPath) -> _Step:
         batch = self._batch(chunks, rows)
         hidden = self._model.forward(batch.forward, self._kv_pool.layers)
         prompts = {part.row: self._prompt_logprobs(part, hidden) for part in batch.prompt_rows}
-        embeddings = {row: self._embedding(row, hidden[i]) for i, row in enumerate(rows) if row in self._pooled}
+        embeddings = {row: self._prompts.embedding(row, hidden[i]) for i, row in enumerate(rows)}
         if not rows:
             return _Step(torch.empty(0, dtype=torch.int32), None, rows, {}, {}, prompts, embeddings)
         logits = self._model.ops.linear(hidden[: len(rows)], self._model.weights.lm_head)  # [rows, vocab_size]
@@ -167,25 +164,10 @@ class GpuRunner:
         return {rows[i]: one._replace(top=one.top[:k]) for (i, k), one in zip(counts.items(), found, strict=True)}
 
     def _prompt_logprobs(self, part: PromptRows, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt tokens that follow the positions of `part`; none where those are pooled."""
-        if part.row in self._pooled:
-            total, before = hidden[part.start : part.stop].float().sum(0), self._pooled[part.row]
-            self._pooled[part.row] = total if before is None else before + total
-            return ()
-        num_top = self._table.sampling(part.row).params.prompt_logprobs or 0
         last = part.first_position + part.stop - part.start
         next_ids = self._table.tokens(part.row, last + 1)[part.first_position + 1 :]
-        found: list[TokenLogprobs] = []
-        for start in range(part.start, part.stop, PROMPT_LOGPROB_ROWS):
-            stop = min(start + PROMPT_LOGPROB_ROWS, part.stop)
-            targets = next_ids[start - part.start : stop - part.start]
-            found.extend(prompt_logprobs(self._model.logits(hidden[start:stop]), targets, num_top))
-        return tuple(found)
-
-    def _embedding(self, row: int, last: Tensor) -> tuple[float, ...]:
-        before = self._pooled.pop(row)
-        total = last.float() if before is None else before + last.float()  # [hidden_size]
-        return tuple((total / total.norm().clamp(min=1e-12)).tolist())
+        num_top = self._table.sampling(part.row).params.prompt_logprobs or 0
+        return self._prompts.take(part, hidden, next_ids, num_top, self._model.logits)
 
     def _finish(self, tokens: Tensor, rows: list[int]) -> _Step:
         """Have the tokens copied to the host."""

@@ -13,16 +13,13 @@ from kvik.outputs import TokenLogprobs
 from kvik.runtime.forward_batch import PromptRows, StepBatch, build_batch
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.native_decoder import NativeDecoder
+from kvik.runtime.prompt_outputs import PromptOutputs
 from kvik.runtime.request_table import RequestTable
-from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.row import RowSampling
 from kvik.sampling.sampler import RowSample, Sampler
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["ModelRunner"]
-
-PROMPT_LOGPROB_ROWS = 64
-"""Prompt positions whose logits exist at the same time: bounds their memory to this many rows of the vocabulary."""
 
 
 class ModelRunner:
@@ -35,7 +32,7 @@ class ModelRunner:
         self._kv_pool = kv_pool
         self._table = table
         self._sampler = Sampler(model.spec.vocab_size)
-        self._pooled: dict[int, Tensor | None] = {}  # rows that want an embedding: the sum of what came so far
+        self._prompts = PromptOutputs()
         self._tracer = tracer
 
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -52,9 +49,7 @@ class ModelRunner:
         with self._tracer.span("prepare"):
             for init in plan.joined:
                 self._table.join(init, RowSampling.from_init(init, self._model.spec.vocab_size))
-                self._pooled.pop(init.row, None)
-                if init.pooling is not None:
-                    self._pooled[init.row] = None
+                self._prompts.join(init)
             for chunk in plan.chunks:
                 self._table.add_blocks(chunk)
             rope_lens = self._model.spec.rope.depends_on_length
@@ -64,23 +59,12 @@ class ModelRunner:
         with self._tracer.span("sample"):
             samples = self._sample(batch, hidden)
             prompts = {rows.row: self._prompt_logprobs(rows, hidden) for rows in batch.prompt_rows}
-            embeddings = {row: self._embedding(row, hidden[i]) for i, row in enumerate(batch.sampling_rows)}
+            embeddings = {row: self._prompts.embedding(row, hidden[i]) for i, row in enumerate(batch.sampling_rows)}
         rows = tuple(
             _row_result(chunk.row, samples.get(chunk.row), prompts.get(chunk.row, ()), embeddings.get(chunk.row, ()))
             for chunk in plan.chunks
         )
         return StepResult(plan.step_id, rows)
-
-    def _embedding(self, row: int, last: Tensor) -> tuple[float, ...]:
-        """The embedding of a row's prompt, of length 1, where one is wanted; `last` is the last token's hidden state.
-
-        It is the mean over what `_prompt_logprobs` has seen and `last`, which alone is the mean under "last" pooling.
-        """
-        if row not in self._pooled:
-            return ()
-        before = self._pooled.pop(row)
-        total = last.float() if before is None else before + last.float()  # [hidden_size]
-        return tuple((total / total.norm().clamp(min=1e-12)).tolist())
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[int, RowSample]:
         """Sample the rows whose sequences end in this step, and append the tokens to the table."""
@@ -95,20 +79,10 @@ class ModelRunner:
                 self._table.append(row, sample.token_id)
         return dict(zip(rows, samples, strict=True))
 
-    def _prompt_logprobs(self, rows: PromptRows, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt tokens that follow the positions of `rows`; none where those are pooled."""
-        if rows.row in self._pooled:
-            total, before = hidden[rows.start : rows.stop].float().sum(0), self._pooled[rows.row]
-            self._pooled[rows.row] = total if before is None else before + total
-            return ()
-        num_top = self._sampling(rows.row).params.prompt_logprobs or 0
-        next_ids = self._table.tokens(rows.row)[rows.first_position + 1 :]
-        found: list[TokenLogprobs] = []
-        for start in range(rows.start, rows.stop, PROMPT_LOGPROB_ROWS):
-            stop = min(start + PROMPT_LOGPROB_ROWS, rows.stop)
-            targets = next_ids[start - rows.start : stop - rows.start]
-            found.extend(prompt_logprobs(self._model.logits(hidden[start:stop]), targets, num_top))
-        return tuple(found)
+    def _prompt_logprobs(self, part: PromptRows, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
+        next_ids = self._table.tokens(part.row)[part.first_position + 1 :]
+        num_top = self._sampling(part.row).params.prompt_logprobs or 0
+        return self._prompts.take(part, hidden, next_ids, num_top, self._model.logits)
 
     def _sampling(self, row: int) -> RowSampling:
         state = self._table.sampling[row]
