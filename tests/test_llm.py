@@ -239,7 +239,7 @@ def test_two_engines_do_not_share_anything(folder: Path) -> None:
         ({"num_kvcache_blocks": 10**9}, CapacityError, "fit"),
         ({"kv_cache_memory": "900GiB"}, CapacityError, "fit"),
         ({"num_kvcache_blocks": 2, "block_size": 16, "max_model_len": 512}, CapacityError, "32 tokens"),
-        ({"device": "cuda"}, ConfigError, "CPU"),
+        ({"device": "cuda:99"}, ConfigError, "GPU|CUDA"),
         ({"max_num_seqs": 8, "max_num_batched_tokens": 4}, ConfigError, "max_num_batched_tokens 4"),
         ({"block_size": 20}, ConfigError, "multiple of 16"),
         ({"kv_cache_dtype": "fp8"}, ConfigError, "auto, bfloat16, int8"),

@@ -95,11 +95,13 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "reuse the KV of prompt prefixes that were computed before")
     enforce_eager: bool = option(False, "launch every kernel from Python instead of replaying CUDA graphs")
     tensor_parallel_size: int = option(1, "GPUs that share one model", low=1, high=1024)
-    kernels: str = option("auto", "compiled CPU kernels or plain torch operations", choices=("auto", "native", "torch"))
+    kernels: str = option(
+        "auto", "native or torch on CPUs, triton on GPUs", choices=("auto", "native", "torch", "triton")
+    )
     quantization: str | None = option(
         None, "form in which weights are kept, from any float checkpoint", choices=("int8", "int4", "int4g128")
     )
-    attention_backend: str = option("auto", "attention implementation", choices=("auto", "reference", "cpu"))
+    attention_backend: str = option("auto", "attention implementation", choices=("auto", "reference", "cpu", "triton"))
     scheduling_policy: str = option("fcfs", "order of waiting requests", choices=SCHEDULING_POLICIES)
     run_ahead: int | None = option(
         None, "steps that may be planned before the result of the previous one is known", low=0, high=16

@@ -27,7 +27,7 @@ class ResolvedConfig:
 
     dtype: torch.dtype
     kv_dtype: torch.dtype  # of the KV cache
-    kernels: str  # native or torch
+    kernels: str  # native, triton or torch
     weight_format: str  # of the blocks' projections: bf16, fp32, int8, int4g32, int4g128
     head_format: str  # of the output head
     scheduler: SchedulerConfig
@@ -48,19 +48,22 @@ def resolve(
     """
     notes: list[str] = []
     dtype = _dtype(config, checkpoint_dtype, platform, notes)
-    kv_dtype = {"auto": dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}[config.kv_cache_dtype]
     block_size = config.kvcache_block_size or platform.default_block_size
     kernels = _kernels(config, dtype, spec, platform)
+    kv_dtype = _kv_dtype(config, dtype, kernels)
     weight_format, head_format = _formats(config, dtype, stored)
     num_seqs, budget_tokens = _batch(config, platform)
     wanted_len = _wanted_context(config, spec)
     weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
-    activations = activation_bytes(spec, dtype, budget_tokens, num_seqs)
+    activations = activation_bytes(spec, dtype, budget_tokens, num_seqs) + platform.reserved_memory
+    if kernels == "triton":
+        activations += _gpu_workspace(spec, num_seqs, budget_tokens, wanted_len, block_size)
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
     kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
     block_bytes = block_size * kv_bytes_per_token
     fitting = max(0, budget - weights - activations) // block_bytes
-    num_blocks = _num_blocks(config, fitting, block_bytes, num_seqs * -(-wanted_len // block_size))
+    useful = num_seqs * -(-wanted_len // block_size)  # blocks that sequences of the longest context take
+    num_blocks = _num_blocks(config, platform, fitting, block_bytes, useful)
     memory = MemoryPlan(
         device_name=platform.name,
         total=platform.total_memory(),
@@ -104,11 +107,17 @@ def _dtype(config: EngineConfig, checkpoint: torch.dtype, platform: Platform, no
 
 
 def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platform: Platform) -> str:
-    """native where the library, the types and the shapes allow it; an explicit choice is had or refused."""
+    """triton on GPUs, native on CPUs where library, types and shapes allow it; a choice by name is had or refused."""
+    on_gpu = platform.device.type != "cpu"
+    own = ("triton",) if on_gpu else ("native", "torch")
+    if config.kernels not in ("auto", *own):
+        raise ConfigError(f"kernels={config.kernels!r} do not run on {platform.device}, which has {' and '.join(own)}")
+    if on_gpu:
+        if config.attention_backend not in ("auto", "triton"):
+            raise ConfigError(f"attention_backend={config.attention_backend!r} does not run on a GPU; leave it out")
+        return "triton"
     obstacle = None
-    if platform.device.type != "cpu":
-        obstacle = f"they run on the CPU, not on {platform.device}"
-    elif not native.available():
+    if not native.available():
         obstacle = "Kvik was installed without them; reinstall it where a C++ compiler is"
     elif dtype not in (torch.bfloat16, torch.float32):
         obstacle = f"they compute in bfloat16 or float32, not {dtype}; leave dtype out"
@@ -119,6 +128,12 @@ def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platfo
     if obstacle and config.kernels == "native":
         raise ConfigError(f"kernels='native' needs the native CPU kernels: {obstacle}")
     return "torch" if obstacle or config.kernels == "torch" else "native"
+
+
+def _kv_dtype(config: EngineConfig, dtype: torch.dtype, kernels: str) -> torch.dtype:
+    if kernels == "triton" and config.kv_cache_dtype != "auto":
+        raise ConfigError(f"kv_cache_dtype={config.kv_cache_dtype!r}: on a GPU keys and values are kept as {dtype}")
+    return {"auto": dtype, "bfloat16": torch.bfloat16, "int8": torch.int8}[config.kv_cache_dtype]
 
 
 def _formats(config: EngineConfig, dtype: torch.dtype, stored: StoredQuantization | None) -> tuple[str, str]:
@@ -167,6 +182,12 @@ def _batch(config: EngineConfig, platform: Platform) -> tuple[int, int]:
     return num_seqs, num_tokens or max(platform.default_batched_tokens, num_seqs)
 
 
+def _gpu_workspace(spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int) -> int:
+    from kvik.runtime.gpu import workspace_bytes  # imports triton
+
+    return workspace_bytes(spec, num_seqs, num_tokens, max_model_len, block_size)
+
+
 def _wanted_context(config: EngineConfig, spec: DecoderSpec) -> int:
     if config.max_model_len is not None and config.max_model_len > spec.context_len:
         raise ConfigError(
@@ -176,8 +197,8 @@ def _wanted_context(config: EngineConfig, spec: DecoderSpec) -> int:
     return config.max_model_len or spec.context_len
 
 
-def _num_blocks(config: EngineConfig, fitting: int, block_bytes: int, useful: int) -> int:
-    """Blocks of the KV pool: as asked for, else half of what fits, and never more than all sequences could use."""
+def _num_blocks(config: EngineConfig, platform: Platform, fitting: int, block_bytes: int, useful: int) -> int:
+    """Blocks of the KV pool: as asked for, else the platform's share of what fits, and never more than is useful."""
     if config.num_kvcache_blocks is not None:
         if config.num_kvcache_blocks > fitting:
             raise CapacityError(
@@ -193,7 +214,7 @@ def _num_blocks(config: EngineConfig, fitting: int, block_bytes: int, useful: in
                 f" {fitting} ({gib(fitting * block_bytes)}) fit beside weights and activations"
             )
         return min(asked, useful)
-    return min(fitting // 2, useful)
+    return min(int(fitting * platform.kv_share), useful)
 
 
 def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, notes: list[str]) -> int:

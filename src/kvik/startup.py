@@ -15,7 +15,7 @@ from kvik.attention.registry import select_backend
 from kvik.config import EngineConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
-from kvik.distributed.uniproc import UniprocExecutor
+from kvik.distributed.uniproc import Runner, UniprocExecutor
 from kvik.kernels.cpu.native import NativePool
 from kvik.kernels.reference import ReferenceOps
 from kvik.layers.rope import RopeTable
@@ -91,9 +91,24 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
         model = load_decoder(config, info)
     with ledger.phase("KV cache"):
         pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
-        table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
-    runner = ModelRunner(model, pool, table, tracer)
+        runner = _runner(config, info, model, pool, tracer)
     return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)
+
+
+def _runner(
+    config: EngineConfig, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool, tracer: NoTrace
+) -> Runner:
+    settings, device = info.resolved.scheduler, info.platform.device
+    if info.resolved.kernels == "triton":
+        from kvik.runtime.gpu import build_gpu_runner
+
+        assert isinstance(model, Decoder)
+        return build_gpu_runner(
+            model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=not config.enforce_eager,
+            tracer=tracer,
+        )  # fmt: skip
+    table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
+    return ModelRunner(model, pool, table, tracer)
 
 
 def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecoder:
@@ -113,7 +128,14 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
         pool = NativePool(config.threads)
         weights = load(native_pack(resolved.weight_format, resolved.head_format, pool), native_pack_quantized(pool))
         return NativeDecoder(info.spec, weights, rope, pool, settings.max_num_batched_tokens)
-    attention = select_backend(config.attention_backend, device)
     quantised_on_load = resolved.weight_format in GROUPS and info.stored is None
     weights = load(rounded(resolved.weight_format, resolved.head_format) if quantised_on_load else keep_plain)
-    return Decoder(info.spec, weights, rope, ReferenceOps(), attention)
+    if resolved.kernels == "torch":
+        return Decoder(info.spec, weights, rope, ReferenceOps(), select_backend(config.attention_backend, device))
+    from kvik.kernels.triton.ops import TritonOps
+    from kvik.runtime.gpu import gpu_attention
+
+    attention = gpu_attention(
+        info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device
+    )
+    return Decoder(info.spec, weights, rope, TritonOps(device), attention)

@@ -12,6 +12,7 @@ from kvik.errors import ConfigError, did_you_mean
 __all__ = ["ATTENTION_BACKENDS", "select_backend"]
 
 ATTENTION_BACKENDS = ("auto", "reference", "cpu")
+"""Those that run on torch; that of GPUs belongs to their kernels (`resolve.py`)."""
 
 
 def select_backend(name: str, device: torch.device) -> AttentionBackend:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib.util
 import platform as host
 from typing import Protocol
 
@@ -15,7 +16,10 @@ import torch
 
 from kvik.errors import ConfigError
 
-__all__ = ["CpuPlatform", "Platform", "select_platform"]
+__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "select_platform"]
+
+_OLDEST_GPU = (8, 0)
+"""The compute capability from which on GPUs compute in bfloat16, as all kernels do."""
 
 
 class Platform(Protocol):
@@ -26,6 +30,10 @@ class Platform(Protocol):
     default_num_seqs: int
     default_batched_tokens: int
     default_run_ahead: int
+    kv_share: float
+    """How much of the memory that is left becomes KV cache when the user does not say."""
+    reserved_memory: int
+    """Bytes that libraries take for themselves beside what is planned."""
 
     @property
     def name(self) -> str:
@@ -52,6 +60,8 @@ class CpuPlatform:
     default_num_seqs = 16
     default_batched_tokens = 2048
     default_run_ahead = 0
+    kv_share = 0.5
+    reserved_memory = 0
 
     @property
     def name(self) -> str:
@@ -76,11 +86,67 @@ class CpuPlatform:
         _return_large_blocks()
 
 
+class CudaPlatform:
+    """One NVIDIA GPU, Ampere or newer."""
+
+    default_block_size = 64
+    default_num_seqs = 256
+    default_batched_tokens = 8192
+    default_run_ahead = 1
+    kv_share = 1.0
+    reserved_memory = 768 << 20  # workspaces of the vendor's library, compiled kernels, descriptors of CUDA graphs
+
+    def __init__(self, index: int = 0) -> None:
+        self.device = torch.device("cuda", index)
+
+    @property
+    def name(self) -> str:
+        return torch.cuda.get_device_name(self.device)
+
+    def available_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[0]
+
+    def total_memory(self) -> int:
+        return torch.cuda.mem_get_info(self.device)[1]
+
+    def dtype_for(self, checkpoint: torch.dtype) -> torch.dtype:
+        """fp32 becomes bfloat16, at twice the speed with half of the memory; that models are published in either."""
+        return torch.bfloat16 if checkpoint is torch.float32 else checkpoint
+
+    def start(self, threads: int | None) -> None:
+        torch.set_num_threads(threads or 1)
+        torch.cuda.set_device(self.device)
+
+
 def select_platform(device: str) -> Platform:
-    """The platform of "auto", "cpu" or "cuda[:N]". Raises ConfigError for a device that cannot be had."""
-    if device in ("auto", "cpu"):
+    """The platform of "auto", "cpu" or "cuda[:N]"; auto is the first GPU that can run Kvik, else the CPU.
+
+    Raises ConfigError for a device that cannot be had.
+    """
+    if device == "cpu":
         return CpuPlatform()
-    raise ConfigError(f"device={device!r}: this version runs on the CPU only; use device='cpu' or leave it out")
+    index = int(device.partition(":")[2] or 0)
+    obstacle = _cuda_obstacle(index)
+    if obstacle is None:
+        return CudaPlatform(index)
+    if device == "auto":
+        return CpuPlatform()
+    raise ConfigError(f"device={device!r}: {obstacle}; use device='cpu' or leave it out")
+
+
+def _cuda_obstacle(index: int) -> str | None:
+    """Why the GPU of this number cannot be used."""
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        return "torch finds no NVIDIA GPU" if built else f"torch {torch.__version__} was built without CUDA"
+    if index >= (count := torch.cuda.device_count()):
+        return f"there are {count} GPUs, cuda:0 to cuda:{count - 1}"
+    if (capability := torch.cuda.get_device_capability(index)) < _OLDEST_GPU:
+        name = torch.cuda.get_device_name(index)
+        return f"{name} has compute capability {capability[0]}.{capability[1]}; Kvik needs 8.0 (Ampere) or newer"
+    if importlib.util.find_spec("triton") is None:
+        return "the GPU kernels need triton; pip install triton"
+    return None
 
 
 def _return_large_blocks() -> None:

@@ -14,10 +14,15 @@ from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, RowPlan, Table, load_table
 
-__all__ = ["TritonOps"]
+__all__ = ["TritonOps", "supports_pdl"]
 
 _HOPPER = (9, 0)
 _ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Whether kernels can overlap their predecessors there."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
 
 
 class TritonOps:
@@ -33,10 +38,9 @@ class TritonOps:
     def __init__(
         self, device: torch.device, *, table: Table | None = None, deterministic: bool = False, pdl: bool | None = None
     ) -> None:
-        on_gpu = device.type == "cuda"
-        self._table = table or load_table(torch.cuda.get_device_name(device) if on_gpu else device.type)
+        self._table = table or load_table(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self._deterministic = deterministic
-        self._pdl = on_gpu and torch.cuda.get_device_capability(device) >= _HOPPER if pdl is None else pdl
+        self._pdl = supports_pdl(device) if pdl is None else pdl
 
     def embedding(self, input_ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         size = weight.shape[1]

@@ -149,6 +149,7 @@ def qk_norm_rope_store(
         K_NORM=k_norm is not None,
         PDL=pdl,
         num_warps=plan.num_warps,
+        enable_fp_fusion=False,  # bf16 products are rounded before they are added
         launch_pdl=pdl,
     )
     return out

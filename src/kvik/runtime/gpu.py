@@ -1,0 +1,56 @@
+"""The parts of an engine on a GPU put together, and what they take beside weights and KV cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kvik.attention.triton import AttentionLimits, TritonAttention
+from kvik.kernels.triton.ops import supports_pdl
+from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
+from kvik.models.decoder import Decoder
+from kvik.models.spec import DecoderSpec
+from kvik.runtime.decode_step import DecodeStep
+from kvik.runtime.device_table import DeviceTable
+from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.kv_pool import KVPool
+from kvik.tracing import NO_TRACE, NoTrace
+
+__all__ = ["build_gpu_runner", "gpu_attention", "workspace_bytes"]
+
+
+def gpu_attention(
+    spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device
+) -> TritonAttention:
+    """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`."""
+    limits = AttentionLimits(
+        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
+        max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
+    )  # fmt: skip
+    return TritonAttention(limits, device, pdl=supports_pdl(device))
+
+
+def build_gpu_runner(
+    model: Decoder, pool: KVPool, num_seqs: int, max_model_len: int, *, use_graphs: bool, tracer: NoTrace = NO_TRACE
+) -> GpuRunner:
+    """A runner of `model`, which computes with `TritonOps` and `gpu_attention`, over the cache in `pool`."""
+    vocab_size, device = model.spec.vocab_size, pool.layers[0].k.device
+    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device)
+    work = SamplingWorkspace(num_seqs, vocab_size, device)
+    assert isinstance(model.attention, TritonAttention)
+    decode = DecodeStep(model, model.attention, pool, table, work, use_graphs=use_graphs)
+    return GpuRunner(model, pool, table, decode, work, tracer)
+
+
+def workspace_bytes(spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int) -> int:
+    """Bytes of the tensors that live as long as an engine, weights and KV cache excepted.
+
+    They are built on torch's meta device, where tensors have sizes and no memory: there is no second formula to keep.
+    """
+    meta = torch.device("meta")
+    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta)
+    table = DeviceTable(num_seqs, max_model_len, block_size, spec.vocab_size, meta)
+    work = SamplingWorkspace(num_seqs, spec.vocab_size, meta)
+    fields = [getattr(table.fields, name) for name in SamplingTable.__slots__]
+    tensors = [*vars(attention).values(), *vars(table).values(), *vars(work).values(), *fields]
+    return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
