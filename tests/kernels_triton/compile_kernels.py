@@ -71,15 +71,24 @@ def attention() -> None:
             "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
             "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": tiles.block_n, "PDL": True,
         }  # fmt: skip
+        chunks = {"CHUNK": tiles.chunk, "SHORT_LEN": tiles.short_len, "SHORT_CHUNK": tiles.short_chunk}
         rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
-        constants = both | {"MAX_QUERIES": queries, "CHUNK": tiles.chunk, "BLOCK_M": rows}
+        constants = both | {"MAX_QUERIES": queries, "BLOCK_M": rows} | chunks
         stages = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages, "launch_pdl": 1}
         compile_kernel(f"decode {name}", _decode, types, constants, **stages)
         constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}
         stages = {"num_warps": tiles.prefill_warps, "num_stages": tiles.prefill_stages, "launch_pdl": 1}
         compile_kernel(f"prefill {name}", _prefill, types, constants, **stages)
     types = {**types, "decode_items": "*i32", "prefill_items": "*i32", "num_seqs": "i32"}
-    constants = {"MAX_QUERIES": 1, "CHUNK": 512, "TILE_QUERIES": 16, "SEQS": 256, "BLOCK": 64}
+    constants = {
+        "MAX_QUERIES": 1,
+        "CHUNK": 512,
+        "SHORT_LEN": 2048,
+        "SHORT_CHUNK": 128,
+        "TILE_QUERIES": 16,
+        "SEQS": 256,
+        "BLOCK": 64,
+    }
     compile_kernel("plan", _plan, types, constants, num_warps=1)
 
 

@@ -23,8 +23,13 @@ GEMV = {
 SKINNY = {
     "plain": Plan(path="skinny", block_n=32, block_k=32, block_t=32),
     "wgmma": Plan(path="skinny", block_n=64, block_k=64, prefetch=2),
-    "split": Plan(path="skinny", block_n=32, block_k=16, block_t=32, split_k=3, reduce_n=32, reduce_t=16),
-    "more parts than K has": Plan(path="skinny", block_n=32, block_k=64, split_k=8, fuse_norm=False),
+    "split": Plan(path="skinny", block_n=32, block_k=16, block_t=32, split_k=3),
+    "more parts than K has": Plan(
+        path="skinny",
+        block_n=32,
+        block_k=64,
+        split_k=8,
+    ),
 }
 BLAS = Plan(path="blas")
 SIZES = [(40, 80), (33, 48), (1, 16)]  # outputs, inputs
@@ -38,7 +43,7 @@ def compare(plan: Plan, m: int, n: int, k: int, dtype: torch.dtype, bias: bool, 
     w, gate_up = (projection(rows, k, bias, dtype, device) for rows in (n, 2 * n))
     check(ops.linear(x, w), REFERENCE.linear(x, w))
     check(ops.norm_linear(x, gain, EPS, w), REFERENCE.norm_linear(x, gain, EPS, w))
-    added = ops.linear_add(x, w, residual)
+    added = ops.linear_add(x, w, residual.clone())
     check(added, REFERENCE.linear_add(x, w, residual), rounds_alike=plan.path != "blas")
     gated = ops.norm_linear_swiglu(x, gain, EPS, gate_up)
     check(gated, REFERENCE.norm_linear_swiglu(x, gain, EPS, gate_up))
@@ -86,33 +91,18 @@ def test_a_deterministic_row_does_not_know_its_neighbours(dtype: torch.dtype, de
     whole = (
         ops.linear(x, w),
         ops.norm_linear(x, gain, EPS, w),
-        ops.linear_add(x, w, residual),
+        ops.linear_add(x, w, residual.clone()),
         ops.norm_linear_swiglu(x, gain, EPS, gate_up),
     )
     for rows in (slice(0, 1), slice(67, 70), slice(3, 20)):
         part = (
             ops.linear(x[rows], w),
             ops.norm_linear(x[rows], gain, EPS, w),
-            ops.linear_add(x[rows], w, residual[rows]),
+            ops.linear_add(x[rows], w, residual[rows].clone()),
             ops.norm_linear_swiglu(x[rows], gain, EPS, gate_up),
         )
         for alone, together in zip(part, whole, strict=True):
             assert torch.equal(alone, together[rows])
-
-
-@pytest.mark.parametrize("plan", [GEMV["chunks"], SKINNY["split"], BLAS], ids=lambda plan: plan.path)
-def test_results_go_where_they_are_wanted(plan: Plan, device: torch.device) -> None:
-    ops = TritonOps(device, table=one_plan(plan))
-    x, gain = torch.ones(2, 16, device=device), torch.ones(16, device=device)
-    w = LinearWeight(torch.eye(16, device=device))
-    out = torch.full((2, 16), float("nan"), device=device)
-    assert ops.linear(x, w, out=out) is out
-    assert torch.equal(out, x)
-    assert ops.linear_add(x, w, x, out=out) is out
-    assert torch.equal(out, 2 * x)
-    gated = torch.full((2, 8), float("nan"), device=device)
-    assert ops.norm_linear_swiglu(x, gain, EPS, w, out=gated) is gated
-    assert not gated.isnan().any()
 
 
 def test_no_tokens(device: torch.device) -> None:

@@ -19,7 +19,7 @@ from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
-from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
+from kvik.kernels.triton.attention_tile import FEW_SEQS, AttentionTiles, attention_tiles
 
 __all__ = ["AttentionLimits", "TritonAttention"]
 
@@ -40,9 +40,9 @@ class AttentionLimits:
 class TritonAttention:
     """`AttentionBackend` in Triton. Allocates its workspace once; a call allocates its result only.
 
-    A sequence's result is the same in every batch, bit for bit: its kernel, its chunks and their order depend on its
-    own lengths only. A query's result also depends on how its prompt was cut into steps, since that decides between
-    the kernels, unless `deterministic` is set.
+    A sequence's kernel, its chunks and their order depend on its own lengths, and on whether the step has few sequences
+    (`FEW_SEQS`). A query's result also depends on how its prompt was cut into steps, since that decides between the
+    kernels. With `deterministic` neither matters: it is the same in every step, bit for bit.
     """
 
     def __init__(
@@ -55,10 +55,18 @@ class TritonAttention:
         pdl: bool = False,
     ) -> None:
         self._limits, self._pdl = limits, pdl
-        self._tiles = tiles or attention_tiles(limits.head_dim, deterministic=deterministic)
+        few, many = (
+            tiles or attention_tiles(limits.head_dim, num_seqs, deterministic=deterministic)
+            for num_seqs in (FEW_SEQS, FEW_SEQS + 1)
+        )
+        self._few, self._many, self._tiles = few, many, many
         self._group = limits.num_heads // limits.num_kv_heads
-        self._capacity = limits.max_context_tokens // self._tiles.chunk + limits.max_num_seqs
-        most_tiles = limits.max_num_tokens // tile_queries(self._group, self._tiles) + limits.max_num_seqs
+        self._capacity = max(
+            limits.max_context_tokens // tiles.chunk + num_seqs * (1 + tiles.short_len // tiles.short_chunk)
+            for tiles, num_seqs in ((few, min(FEW_SEQS, limits.max_num_seqs)), (many, limits.max_num_seqs))
+        )
+        rows = min(tile_queries(self._group, tiles) for tiles in (few, many))
+        most_tiles = limits.max_num_tokens // rows + limits.max_num_seqs
         rows = self._group * limits.max_queries
         parts = (self._capacity, limits.num_kv_heads, rows)
         self._parts = torch.empty((*parts, limits.head_dim), dtype=torch.float32, device=device)
@@ -84,9 +92,10 @@ class TritonAttention:
             raise CapacityError(
                 f"attention was set up for (sequences, tokens, context tokens) of {given} and got a step of {asked}"
             )
+        self._tiles = self._few if batch.num_seqs <= FEW_SEQS else self._many
         plan_attention(
             batch.query_starts, batch.seq_lens, self._decode_items, self._prefill_items, self._counts,
-            max_seqs=limits.max_num_seqs, max_queries=limits.max_queries, chunk=self._tiles.chunk,
+            max_seqs=limits.max_num_seqs, max_queries=limits.max_queries, tiles=self._tiles,
             tile_queries=tile_queries(self._group, self._tiles),
         )  # fmt: skip
         counts = [end - start for start, end in itertools.pairwise(batch.query_starts_host)]

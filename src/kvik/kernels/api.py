@@ -90,7 +90,10 @@ class Ops(Protocol):
         """
 
     def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor) -> Tensor:
-        """residual + linear(x, w): [num_tokens, in_features] -> [num_tokens, hidden_size]."""
+        """residual + linear(x, w): [num_tokens, in_features] -> [num_tokens, hidden_size].
+
+        `residual` [num_tokens, hidden_size] may be overwritten, with the result or with anything.
+        """
 
     def norm_linear_swiglu(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
         """silu(gate) * up, where [gate | up] = norm_linear(x, norm_weight, eps, w) -> [num_tokens, intermediate_size].

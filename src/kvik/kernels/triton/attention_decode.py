@@ -17,12 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kvik.kernels.triton.attention_plan import chunk_of
 from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["LOG2_E", "decode_attention"]
 
 LOG2_E = 1.4426950408889634
+MERGE_STAGES = tl.constexpr(4)  # partial results that are on their way while one is added
 
 
 @triton.jit
@@ -43,21 +45,24 @@ def _store_part(parts: tl.tensor, stats: tl.tensor, index: tl.tensor, rows: tl.t
 
 
 @triton.jit
-def _merge_parts(parts: tl.tensor, stats: tl.tensor, first: tl.tensor, count: tl.tensor, stride: tl.tensor,
-                 rows: tl.tensor, held: tl.tensor, scale: tl.tensor, BLOCK_D: tl.constexpr, PART: tl.constexpr,
-                 HEAD_DIM: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Add up `count` partial results that lie `stride` apart. Read through L2: other SMs wrote them just now."""
-    dims = tl.arange(0, BLOCK_D)
+def _merge_parts(parts: tl.tensor, stats: tl.tensor, first: tl.tensor, count: tl.tensor, start: tl.tensor,
+                 num_queries: tl.tensor, head: tl.tensor, out: tl.tensor, scale: tl.tensor, NUM_KV_HEADS: tl.constexpr,
+                 GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+                 PART: tl.constexpr) -> None:  # fmt: skip
+    """Store what a sequence's `count` partial results add up to. Read through L2: other SMs wrote them just now."""
+    rows, dims = tl.arange(0, triton.next_power_of_2(PART)), tl.arange(0, BLOCK_D)
+    held = (rows < PART)[:, None] & (dims < HEAD_DIM)[None, :]
     m = tl.full([rows.shape[0]], float("-inf"), tl.float32)
     s = tl.zeros([rows.shape[0]], tl.float32)
     acc = tl.zeros([rows.shape[0], BLOCK_D], tl.float32)
-    for i in range(count):
-        row = (first + i * stride) * PART + rows
+    for i in tl.range(0, count, num_stages=MERGE_STAGES):
+        row = (first + i * NUM_KV_HEADS) * PART + rows
         part_m = tl.load(stats + 2 * row, mask=rows < PART, other=0.0, cache_modifier=".cg")
         part_s = tl.load(stats + 2 * row + 1, mask=rows < PART, other=0.0, cache_modifier=".cg")
         part = tl.load(parts + row[:, None] * HEAD_DIM + dims[None, :], mask=held, other=0.0, cache_modifier=".cg")
         m, s, acc = merge(m, s, acc, part_m, part_s, part, scale)
-    return s, acc
+    offsets = ((start + rows // GROUP) * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * HEAD_DIM
+    _store_out(out, offsets + dims[None, :], held & (rows // GROUP < num_queries)[:, None], s, acc)
 
 
 @triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
@@ -65,7 +70,8 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             arrivals: tl.tensor, items: tl.tensor, counts: tl.tensor, query_starts: tl.tensor, seq_lens: tl.tensor,
             tables: tl.tensor, table_stride: tl.tensor, block_stride: tl.tensor, scale: tl.tensor,
             WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
-            HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+            HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr,
+            SHORT_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
             BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
     start_dependents(PDL)
     wait_for_inputs(PDL)  # everything below reads what earlier kernels wrote
@@ -80,16 +86,17 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
         start, seq_len = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
         num_queries = tl.load(query_starts + sequence + 1) - start
         first_position = seq_len - num_queries
+        size = chunk_of(seq_len, CHUNK, SHORT_LEN, SHORT_CHUNK)
         first_chunk = 0
         if WINDOW > 0:
-            first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
-        num_parts = tl.cdiv(seq_len, CHUNK) - first_chunk
+            first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // size
+        num_parts = tl.cdiv(seq_len, size) - first_chunk
         if chunk >= first_chunk:
             token = start + rows // GROUP
             offsets = (token * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
             held = (rows // GROUP < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
             tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
-            m, s, acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, seq_len,
+            m, s, acc = attend(tile, chunk * size, (chunk + 1) * size, first_position, seq_len,
                                first_position + rows // GROUP, k, v, tables + sequence.to(tl.int64) * table_stride,
                                block_stride, scale, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
             if num_parts <= 1:
@@ -101,9 +108,8 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
                 arrival = arrivals + sequence * NUM_KV_HEADS + head
                 if tl.atomic_add(arrival, 1, sem="acq_rel") == num_parts - 1:
                     first_part = part + (first_chunk - chunk) * NUM_KV_HEADS
-                    s, acc = _merge_parts(parts, stats, first_part, num_parts, NUM_KV_HEADS, rows, held, scale,
-                                          BLOCK_D, PART, HEAD_DIM)  # fmt: skip
-                    _store_out(out, offsets, held, s, acc)
+                    _merge_parts(parts, stats, first_part, num_parts, start, num_queries, head, out, scale,
+                                 NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PART)  # fmt: skip
                     tl.store(arrival, 0)
 
 
@@ -124,13 +130,14 @@ def decode_attention(
     """
     (_, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
     group = num_heads // num_kv_heads
-    longest = -(-block_tables.shape[1] * block_size // tiles.chunk)
+    tokens = block_tables.shape[1] * block_size  # of the longest context
+    longest = max(-(-tokens // tiles.chunk), -(-min(tokens, tiles.short_len) // tiles.short_chunk))
     programs = min(block_tables.shape[0] * longest, max(tiles.decode_programs // num_kv_heads, 1))
     _decode[(num_kv_heads, programs)](
         q, k, v, out, parts, stats, arrivals, items, counts, query_starts, seq_lens, block_tables,
         block_tables.stride(0), k.stride(0), scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, CHUNK=tiles.chunk,
+        BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
         BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.block_n, PDL=pdl,
         num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),

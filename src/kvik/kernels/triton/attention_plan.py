@@ -13,9 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["plan_attention"]
+from kvik.kernels.triton.attention_tile import AttentionTiles
+
+__all__ = ["chunk_of", "plan_attention"]
 
 WRITE = 64  # items written at a time
+
+
+@triton.jit
+def chunk_of(seq_len: tl.tensor, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr) -> tl.tensor:
+    """Keys of a work item of a sequence, which depends on its length only."""
+    return tl.where(seq_len <= SHORT_LEN, SHORT_CHUNK, CHUNK)
 
 
 @triton.jit
@@ -29,12 +37,14 @@ def _write(items: tl.tensor, start: tl.tensor, count: tl.tensor, sequence: tl.te
 @triton.jit(do_not_specialize=["num_seqs"])
 def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor, prefill_items: tl.tensor,
           counts: tl.tensor, num_seqs: tl.tensor, MAX_QUERIES: tl.constexpr, CHUNK: tl.constexpr,
-          TILE_QUERIES: tl.constexpr, SEQS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
+          SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr, TILE_QUERIES: tl.constexpr, SEQS: tl.constexpr,
+          BLOCK: tl.constexpr) -> None:  # fmt: skip
     sequence = tl.program_id(0)
     ids = tl.arange(0, SEQS)
     held = ids < num_seqs
     queries = tl.load(query_starts + ids + 1, mask=held, other=0) - tl.load(query_starts + ids, mask=held, other=0)
-    chunks = tl.maximum(tl.cdiv(tl.load(seq_lens + ids, mask=held, other=0), CHUNK), 1)
+    lens = tl.load(seq_lens + ids, mask=held, other=0)
+    chunks = tl.maximum(tl.cdiv(lens, chunk_of(lens, CHUNK, SHORT_LEN, SHORT_CHUNK)), 1)
     chunks = tl.where((queries > 0) & (queries <= MAX_QUERIES), chunks, 0)
     tiles = tl.where(queries > MAX_QUERIES, tl.cdiv(queries, TILE_QUERIES), 0)
     before, mine = ids < sequence, ids == sequence
@@ -49,7 +59,7 @@ def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor,
 
 def plan_attention(
     query_starts: Tensor, seq_lens: Tensor, decode_items: Tensor, prefill_items: Tensor, counts: Tensor, *,
-    max_seqs: int, max_queries: int, chunk: int, tile_queries: int,
+    max_seqs: int, max_queries: int, tiles: AttentionTiles, tile_queries: int,
 ) -> None:  # fmt: skip
     """Fill the lists of (sequence, chunk) and (sequence, tile of queries), and how many there are of each.
 
@@ -60,6 +70,7 @@ def plan_attention(
     num_seqs = seq_lens.shape[0]
     _plan[(num_seqs,)](
         query_starts, seq_lens, decode_items, prefill_items, counts, num_seqs,
-        MAX_QUERIES=max_queries, CHUNK=chunk, TILE_QUERIES=tile_queries, SEQS=triton.next_power_of_2(max_seqs),
+        MAX_QUERIES=max_queries, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
+        TILE_QUERIES=tile_queries, SEQS=triton.next_power_of_2(max_seqs),
         BLOCK=WRITE, num_warps=1,
     )  # fmt: skip

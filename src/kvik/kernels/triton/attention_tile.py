@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-__all__ = ["AttentionTiles", "attend", "attention_tiles", "merge"]
+__all__ = ["FEW_SEQS", "AttentionTiles", "attend", "attention_tiles", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,28 +26,37 @@ class AttentionTiles:
 
     block_n: int = 64  # keys per tile, in both kernels
     chunk: int = 512  # keys per work item of the decode kernel; a multiple of block_n
+    short_len: int = 0  # up to this context a sequence is cut more finely, so that few sequences fill the GPU:
+    short_chunk: int = 128  # keys per work item then
     decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
     decode_warps: int = 4
-    decode_stages: int = 3
-    decode_programs: int = 132 * 8  # at most; each takes several work items when there are more
+    decode_stages: int = 2
+    decode_programs: int = 132 * 32  # at most; each takes several work items when there are more
     prefill_rows: int = 64
     prefill_warps: int = 4
     prefill_stages: int = 3
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
 
 
-def attention_tiles(head_dim: int, *, deterministic: bool = False) -> AttentionTiles:
-    """The configuration for heads of `head_dim`.
+def attention_tiles(head_dim: int, num_seqs: int = 256, *, deterministic: bool = False) -> AttentionTiles:
+    """The configuration for heads of `head_dim` and a step of `num_seqs` sequences.
 
-    `deterministic` gives a query the same bits from either kernel: both add up chunk by chunk, on tiles of the same
-    number of rows, which is what decides the matrix instruction (mma or wgmma) and the order of a row's sum.
+    `deterministic` has one for all steps, and gives a query the same bits from either kernel: both add up chunk by
+    chunk, on tiles of the same number of rows, which is what decides the matrix instruction (mma or wgmma) and the
+    order of a row's sum.
     """
     if deterministic:
         return _EXACT_LARGE if head_dim > 128 else _EXACT
-    return _LARGE if head_dim > 128 else _DEFAULT
+    if head_dim > 128:
+        return _LARGE
+    return _FEW if num_seqs <= FEW_SEQS else _MANY
 
 
-_DEFAULT = AttentionTiles()
+FEW_SEQS = 16
+"""Up to this many sequences of a step, their contexts are cut more finely."""
+
+_MANY = AttentionTiles()
+_FEW = AttentionTiles(short_len=2048)
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
 # The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
 _EXACT = AttentionTiles(decode_rows=64, decode_warps=8, prefill_warps=8, merge_chunks=True)

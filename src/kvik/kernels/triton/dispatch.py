@@ -49,14 +49,11 @@ class Plan:
     num_warps: int = 4
     num_stages: int = 3  # skinny: depth of the software pipeline
     prefetch: int = 0  # skinny: steps of the weight asked for before the predecessor has ended
-    fuse_norm: bool = True  # skinny: normalise inside, or run rms_norm before
-    reduce_n: int = 128  # skinny with split_k > 1: tile of the kernel that adds the parts
-    reduce_t: int = 4
 
     def __post_init__(self) -> None:
         if self.path not in _PATHS:
             raise ConfigError(f"path must be one of {', '.join(_PATHS)}, got {self.path!r}")
-        for name in ("block_n", "block_k", "block_t", "num_warps", "reduce_n", "reduce_t"):
+        for name in ("block_n", "block_k", "block_t", "num_warps"):
             _power_of_two(name, getattr(self, name))
         if self.path == "skinny" and min(self.block_k, self.block_t) < 16:
             raise ConfigError(
@@ -130,7 +127,7 @@ class Table:
     rules: tuple[Rule, ...]
     deterministic: tuple[Rule, ...]  # one plan for every number of tokens
     rows: tuple[Rule, ...]  # operations on rows
-    measured: dict[str, Plan] = field(default_factory=dict)
+    measured: dict[str, Plan] = field(default_factory=dict)  # by Case.key
 
     def plan(self, case: Case, *, deterministic: bool = False) -> Plan:
         """The plan of a projection. A deterministic one does not depend on `case.num_tokens`."""
@@ -155,13 +152,16 @@ def _first(rules: tuple[Rule, ...], case: Case) -> Plan | RowPlan:
 
 
 def load_table(gpu: str, directory: Path | None = None) -> Table:
-    """The shipped table, and over it what was measured on this kind of GPU with these kernels, if anything was."""
+    """The shipped table, and over it what was measured on this kind of GPU with these kernels, if anything was.
+
+    The shipped rules serve every GPU, the shipped measurements only the kind that they were taken on.
+    """
     shipped = json.loads((_HERE / "h200.json").read_text())
+    measured: dict[str, Plan] = _plans(shipped) if gpu == shipped["gpu"] else {}
     path = cache_path(gpu, directory)
-    measured: dict[str, Plan] = {}
     if path.exists():
         try:
-            measured = {key: Plan(**plan) for key, plan in json.loads(path.read_text())["measured"].items()}
+            measured |= _plans(json.loads(path.read_text()))
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             logger.warning("ignoring the measured kernel table %s, which cannot be read: %s", path, error)
     return Table(
@@ -170,6 +170,10 @@ def load_table(gpu: str, directory: Path | None = None) -> Table:
         rows=tuple(_rule(entry, RowPlan) for entry in shipped["rows"]),
         measured=measured,
     )
+
+
+def _plans(table: dict[str, Any]) -> dict[str, Plan]:
+    return {key: Plan(**plan) for key, plan in table["measured"].items()}
 
 
 def _rule(entry: dict[str, Any], kind: type[Plan] | type[RowPlan]) -> Rule:

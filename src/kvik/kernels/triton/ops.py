@@ -1,7 +1,7 @@
 """`TritonOps`: the operations of a decoder block on a GPU, each by the kernel that the table names for its shape.
 
-Holds no tensors. Outputs and partial sums are allocated by torch, from a CUDA graph's own pool while one is captured;
-sizes that change between replays of a graph are only ever contents of tensors.
+Outputs and partial sums are allocated by torch, from a CUDA graph's own pool while one is captured; sizes that change
+between replays of a graph are only ever contents of tensors. The only tensor held is a row of counters.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ __all__ = ["TritonOps", "supports_pdl"]
 
 _HOPPER = (9, 0)
 _ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
+_COUNTERS = 1 << 14  # output tiles of one projection whose K is split
 
 
 def supports_pdl(device: torch.device) -> bool:
@@ -26,7 +27,7 @@ def supports_pdl(device: torch.device) -> bool:
 
 
 class TritonOps:
-    """`kvik.kernels.api.Ops` in Triton, rounding where `ReferenceOps` does; and every result also into `out`.
+    """`kvik.kernels.api.Ops` in Triton, rounding where `ReferenceOps` does; results of rows also into `out`.
 
     Where a projection goes to the vendor's library, a residual is added before the result is rounded, not after.
 
@@ -41,6 +42,7 @@ class TritonOps:
         self._table = table or load_table(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self._deterministic = deterministic
         self._pdl = supports_pdl(device) if pdl is None else pdl
+        self._arrivals = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
     def embedding(self, input_ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
         size = weight.shape[1]
@@ -75,21 +77,17 @@ class TritonOps:
             silu_mul.silu_mul(gate_up, self._row_plan("silu_mul", out, size), out, pdl=self._pdl)
         return out
 
-    def linear(self, x: Tensor, w: LinearWeight, *, out: Tensor | None = None) -> Tensor:
-        return self._project("linear", x, w, out)
+    def linear(self, x: Tensor, w: LinearWeight) -> Tensor:
+        return self._project("linear", x, w)
 
-    def norm_linear(
-        self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight, *, out: Tensor | None = None
-    ) -> Tensor:
-        return self._project("norm_linear", x, w, out, norm=Norm(norm_weight, eps))
+    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
+        return self._project("norm_linear", x, w, norm=Norm(norm_weight, eps))
 
-    def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return self._project("linear_add", x, w, out, residual=residual)
+    def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor) -> Tensor:
+        return self._project("linear_add", x, w, residual=residual)
 
-    def norm_linear_swiglu(
-        self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight, *, out: Tensor | None = None
-    ) -> Tensor:
-        return self._project("norm_linear_swiglu", x, w, out, norm=Norm(norm_weight, eps))
+    def norm_linear_swiglu(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
+        return self._project("norm_linear_swiglu", x, w, norm=Norm(norm_weight, eps))
 
     def qk_norm_rope_store(
         self,
@@ -121,34 +119,29 @@ class TritonOps:
         return self._table.row_plan(Case(op, num_tokens, size, size, str(x.dtype).removeprefix("torch.")))
 
     def _project(
-        self,
-        op: str,
-        x: Tensor,
-        w: LinearWeight,
-        out: Tensor | None,
-        norm: Norm | None = None,
-        residual: Tensor | None = None,
+        self, op: str, x: Tensor, w: LinearWeight, norm: Norm | None = None, residual: Tensor | None = None
     ) -> Tensor:
         swiglu = op == "norm_linear_swiglu"
         m, k = x.shape
         n = w.weight.shape[0] // (2 if swiglu else 1)
-        out = x.new_empty((m, n)) if out is None else out
         if m == 0:
-            return out
+            return x.new_empty((m, n))
         case = Case(op, m, n, k, str(x.dtype).removeprefix("torch."))
         plan = self._table.plan(case, deterministic=self._deterministic)
-        if norm is not None and (plan.path == "blas" or not (plan.path == "gemv" or plan.fuse_norm)):
-            x, norm = self.rms_norm(x, norm.weight, norm.eps), None
+        if norm is not None and plan.path != "gemv":
+            x = self.rms_norm(x, norm.weight, norm.eps)
         if plan.path == "blas":
-            return self.silu_mul(F.linear(x, w.weight, w.bias), out=out) if swiglu else _blas(x, w, residual, out)
-        launch = gemv.gemv if plan.path == "gemv" else skinny.skinny
-        return launch(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
+            if residual is not None:
+                return _blas_add(x, w, residual)
+            result = F.linear(x, w.weight, w.bias)
+            return self.silu_mul(result) if swiglu else result
+        out = x.new_empty((m, n))
+        if plan.path == "gemv":
+            return gemv.gemv(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
+        return skinny.skinny(x, w, plan, out, self._arrivals, residual=residual, swiglu=swiglu, pdl=self._pdl)
 
 
-def _blas(x: Tensor, w: LinearWeight, residual: Tensor | None, out: Tensor) -> Tensor:
-    """residual + x @ weight.T + bias by the vendor's library, in as few calls as it allows."""
-    first = w.bias if residual is None else residual
-    if first is None:
-        return torch.mm(x, w.weight.t(), out=out)
-    torch.addmm(first, x, w.weight.t(), out=out)
-    return out if w.bias is None or residual is None else out.add_(w.bias)
+def _blas_add(x: Tensor, w: LinearWeight, residual: Tensor) -> Tensor:
+    """residual += x @ weight.T + bias. In place, because torch copies a residual that is to stay."""
+    residual.addmm_(x, w.weight.t())
+    return residual if w.bias is None else residual.add_(w.bias)

@@ -26,7 +26,6 @@ __all__ = ["GraphTimer", "Timer", "candidates", "decoder_cases", "tune"]
 Timer = Callable[[Callable[[int], object], int], float]
 """Microseconds of one call of the function, which gets the number of the weight's copy to use, below the second."""
 
-_NORMED = ("norm_linear", "norm_linear_swiglu")
 _SWEPT_BYTES = 256 << 20  # several times the L2 cache of any GPU
 _SHARED_BYTES = 227 << 10  # of one program on Hopper
 _MULTIPROCESSORS = 132
@@ -66,33 +65,32 @@ def _rows_and_bytes(case: Case) -> tuple[int, int]:
 
 def _gemv_plans(case: Case) -> Iterator[Plan]:
     rows, size = _rows_and_bytes(case)
-    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (2, 4, 8)):
+    for block_n, block_k, num_warps in itertools.product((1, 2, 4, 8), (512, 1024, 2048, 4096), (1, 2, 4, 8)):
         held = rows * block_n * block_k * size / (32 * num_warps)  # bytes of the weight in a thread's registers
-        if 32 <= held <= 256 and block_k < 2 * case.k:
+        if 64 <= held <= 256 and block_k < 2 * case.k and (block_k >= 1024 or block_k >= case.k):
             yield Plan(path="gemv", block_n=block_n, block_k=block_k, num_warps=num_warps)
 
 
 def _skinny_plans(case: Case) -> Iterator[Plan]:
     rows, size = _rows_and_bytes(case)
     block_t = max(16, min(64, case.bucket))
-    norms = (False, True) if case.op in _NORMED else (False,)
     steps = ((64, 6), (128, 4), (256, 3))
-    for block_n, split_k, (block_k, stages), fused in itertools.product((32, 64, 128), (1, 2, 4, 8), steps, norms):
+    for block_n, split_k, (block_k, stages) in itertools.product((32, 64, 128), (1, 2, 4, 8), steps):
         programs = -(-case.n // block_n) * split_k
         shared = stages * block_k * (rows * block_n + block_t) * size
         fills = programs >= _MULTIPROCESSORS // 2 and (split_k == 1 or programs <= 4 * _MULTIPROCESSORS)
         if fills and shared <= _SHARED_BYTES and split_k * block_k <= case.k:
-            yield Plan(
-                path="skinny",
-                block_n=block_n,
-                block_k=block_k,
-                block_t=block_t,
-                split_k=split_k,
-                num_warps=8 if block_n == 128 else 4,
-                num_stages=stages,
-                prefetch=2,
-                fuse_norm=fused,
-            )
+            for prefetch in {2, max(2, case.k // split_k // block_k)}:  # two steps, or all that a program reads
+                yield Plan(
+                    path="skinny",
+                    block_n=block_n,
+                    block_k=block_k,
+                    block_t=block_t,
+                    split_k=split_k,
+                    num_warps=8 if block_n == 128 else 4,
+                    num_stages=stages,
+                    prefetch=prefetch,
+                )
 
 
 class _Problem:
@@ -108,17 +106,17 @@ class _Problem:
         self.copies = max(1, _SWEPT_BYTES // (rows * case.n * case.k * size))
         self._weights = [LinearWeight(noise(rows * case.n, case.k)) for _ in range(self.copies)]
         self._x, self._gain = noise(case.num_tokens, case.k), noise(case.k)
-        self._out, self._residual = noise(case.num_tokens, case.n), noise(case.num_tokens, case.n)
+        self._residual = noise(case.num_tokens, case.n)
         self._op = case.op
 
     def run(self, ops: TritonOps, copy: int) -> Tensor:
         w = self._weights[copy]
         if self._op == "linear":
-            return ops.linear(self._x, w, out=self._out)
+            return ops.linear(self._x, w)
         if self._op == "linear_add":
-            return ops.linear_add(self._x, w, self._residual, out=self._out)
+            return ops.linear_add(self._x, w, self._residual)
         norm_linear = ops.norm_linear if self._op == "norm_linear" else ops.norm_linear_swiglu
-        return norm_linear(self._x, self._gain, 1e-6, w, out=self._out)
+        return norm_linear(self._x, self._gain, 1e-6, w)
 
 
 class GraphTimer:
