@@ -57,6 +57,7 @@ def attention() -> None:
     cases = [
         ("0.6B", 8, 2, 128, 0, 64, 1, False), ("0.6B exact", 8, 2, 128, 0, 64, 1, True),
         ("8B", 8, 4, 128, 0, 64, 1, False), ("8B exact", 8, 4, 128, 0, 64, 1, True),
+        ("0.6B blocks of 1", 8, 2, 128, 0, 1, 1, False),
         ("8B blocks of 16", 8, 4, 128, 0, 16, 1, False), ("8B window", 8, 4, 128, 4096, 64, 1, False),
         ("8B speculating", 8, 4, 128, 0, 64, 8, False), ("64", 8, 7, 64, 0, 64, 1, False),
         ("80", 4, 3, 80, 0, 64, 1, False),

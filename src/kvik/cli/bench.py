@@ -1,7 +1,8 @@
 """`kvik bench throughput|latency MODEL`: a named workload on a warm engine, best of several runs with other token ids.
 
 `throughput` gives the engine all requests at once; `latency` one after the other, or from --users callers. The machine,
-the versions and the commit stand beside every result. `kvik bench serve URL` is in `bench_serve`.
+the versions and the commit stand beside every result. `kvik bench serve URL` is in `bench_serve`, `kvik bench ops` in
+`bench_ops`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ def run(argv: Sequence[str]) -> int:
         from kvik.cli import bench_serve
 
         return bench_serve.run(argv[1:])
+    if argv and argv[0] == "ops":
+        from kvik.cli import bench_ops
+
+        return bench_ops.run(argv[1:])
     args = _parser().parse(argv)
     options = read_engine_options(args)
     workload = find_workload(args.workload or _DEFAULT_WORKLOADS[args.mode], args.requests, args.scale)
@@ -55,7 +60,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    about = "Measure an engine; kvik bench serve URL measures a server that runs (kvik bench serve --help)."
+    about = "Measure an engine; kvik bench serve URL measures a server that runs, kvik bench ops single operators."
     parser = Parser("kvik bench", f"{about}\nWorkloads: {', '.join(WORKLOADS)}, decode_bsN.")
     parser.add_argument("mode", choices=tuple(_DEFAULT_WORKLOADS), help="all requests at once, or one after the other")
     add_engine_flags(parser, sampling=False)
