@@ -98,6 +98,9 @@ class EngineConfig:
     kernels: str = option(
         "auto", "native or torch on CPUs, triton on GPUs", choices=("auto", "native", "torch", "triton")
     )
+    deterministic: bool = option(
+        False, "give a request the same tokens and logprobs, bit for bit, whatever its batch, chunking and cache hits"
+    )
     quantization: str | None = option(
         None, "form in which weights are kept, from any float checkpoint", choices=("int8", "int4", "int4g128")
     )

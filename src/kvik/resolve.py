@@ -13,6 +13,7 @@ from kvik.kernels.cpu.ops import MAX_HEAD_DIM
 from kvik.models.spec import DecoderSpec
 from kvik.quantization.formats import BITS, StoredQuantization
 from kvik.runtime.memory import MemoryPlan, activation_bytes, gib
+from kvik.runtime.native_decoder import attention_parts_bytes
 from kvik.runtime.platform import Platform
 
 __all__ = ["ResolvedConfig", "resolve"]
@@ -55,9 +56,8 @@ def resolve(
     num_seqs, budget_tokens = _batch(config, platform)
     wanted_len = _wanted_context(config, spec)
     weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
-    activations = activation_bytes(spec, dtype, budget_tokens, num_seqs) + platform.reserved_memory
-    if kernels == "triton":
-        activations += _gpu_workspace(spec, num_seqs, budget_tokens, wanted_len, block_size)
+    activations = platform.reserved_memory
+    activations += _activation_bytes(config, spec, dtype, kernels, (num_seqs, budget_tokens, wanted_len, block_size))
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
     kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
     block_bytes = block_size * kv_bytes_per_token
@@ -125,9 +125,16 @@ def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platfo
         obstacle = f"they need an even head_dim of at most {MAX_HEAD_DIM}; this model has {spec.head_dim}"
     elif config.attention_backend != "auto":
         obstacle = f"they have their own attention; attention_backend={config.attention_backend!r} is torch's"
+    elif config.kernels == "torch":
+        obstacle = "kernels='torch' leaves them out; leave that out"
+    if obstacle and config.deterministic:
+        raise ConfigError(
+            "deterministic=True on a CPU needs the native kernels, since torch adds up a row's products in an order"
+            f" that depends on how many rows there are: {obstacle}"
+        )
     if obstacle and config.kernels == "native":
         raise ConfigError(f"kernels='native' needs the native CPU kernels: {obstacle}")
-    return "torch" if obstacle or config.kernels == "torch" else "native"
+    return "torch" if obstacle else "native"
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype, kernels: str) -> torch.dtype:
@@ -182,10 +189,20 @@ def _batch(config: EngineConfig, platform: Platform) -> tuple[int, int]:
     return num_seqs, num_tokens or max(platform.default_batched_tokens, num_seqs)
 
 
-def _gpu_workspace(spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int) -> int:
-    from kvik.runtime.gpu import workspace_bytes  # imports triton
+def _activation_bytes(
+    config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, kernels: str, sizes: tuple[int, int, int, int]
+) -> int:
+    """What a step takes beside weights and KV cache, at most; sizes: (sequences, tokens, context, block size)."""
+    num_seqs, num_tokens, max_model_len, _ = sizes
+    needed = activation_bytes(spec, dtype, num_tokens, num_seqs)
+    if kernels == "triton":
+        from kvik.runtime.gpu import partial_bytes, workspace_bytes  # imports triton
 
-    return workspace_bytes(spec, num_seqs, num_tokens, max_model_len, block_size)
+        needed += workspace_bytes(spec, *sizes, deterministic=config.deterministic)
+        needed += partial_bytes(spec, dtype, num_tokens, num_seqs) if config.deterministic else 0
+    elif config.deterministic:
+        needed += attention_parts_bytes(spec, num_tokens, max_model_len)
+    return needed
 
 
 def _wanted_context(config: EngineConfig, spec: DecoderSpec) -> int:

@@ -127,7 +127,9 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
     if resolved.kernels == "native":
         pool = NativePool(config.threads)
         weights = load(native_pack(resolved.weight_format, resolved.head_format, pool), native_pack_quantized(pool))
-        return NativeDecoder(info.spec, weights, rope, pool, settings.max_num_batched_tokens)
+        return NativeDecoder(
+            info.spec, weights, rope, pool, settings.max_num_batched_tokens, deterministic=config.deterministic
+        )
     quantised_on_load = resolved.weight_format in GROUPS and info.stored is None
     weights = load(rounded(resolved.weight_format, resolved.head_format) if quantised_on_load else keep_plain)
     if resolved.kernels == "torch":
@@ -136,6 +138,7 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
     from kvik.runtime.gpu import gpu_attention
 
     attention = gpu_attention(
-        info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device
-    )
-    return Decoder(info.spec, weights, rope, TritonOps(device), attention)
+        info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
+        deterministic=config.deterministic,
+    )  # fmt: skip
+    return Decoder(info.spec, weights, rope, TritonOps(device, deterministic=config.deterministic), attention)

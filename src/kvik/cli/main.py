@@ -1,7 +1,8 @@
 """The `kvik` command: finds the subcommand, imports it alone, and turns errors into one line and an exit code.
 
-Exit codes: 0 success, 1 an output could not be written or --fail-on-error found failures, 2 an error of Kvik's own
-tree (a wrong option, model or request), 130 interrupted, 141 the reader of the output went away.
+Exit codes: 0 success, 1 an output could not be written, --fail-on-error found failures or verify-determinism found a
+mismatch, 2 an error of Kvik's own tree (a wrong option, model or request), 130 interrupted, 141 the reader of the
+output went away.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ COMMANDS = {
     "info": "show the machine, a model, and the memory that it would take",
     "bench": "measure throughput or latency, of an engine or of a running server",
     "quantize": "write a model folder with quantised weights",
+    "verify-determinism": "compare a model's outputs under many schedules, bit for bit",
 }
 INTERRUPTED = 130
 CLOSED_PIPE = 141
@@ -66,13 +68,14 @@ def _run(args: list[str]) -> int:
     if unknown or command not in COMMANDS:
         wrong = unknown[0] if unknown else command
         raise ConfigError(f"there is no command {wrong!r}{did_you_mean(wrong, COMMANDS)}; kvik --help lists them")
-    run = importlib.import_module(f"kvik.cli.{command}").run
+    run = importlib.import_module(f"kvik.cli.{command.replace('-', '_')}").run
     code: int = run(args[len(flags) + 1 :])
     return code
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {summary}" for name, summary in COMMANDS.items()]
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}} {summary}" for name, summary in COMMANDS.items()]
     return "\n".join(
         [
             "usage: kvik COMMAND [...]",

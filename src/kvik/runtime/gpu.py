@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kvik.attention.triton import AttentionLimits, TritonAttention
+from kvik.kernels.triton.dispatch import Case, load_table
 from kvik.kernels.triton.ops import supports_pdl
 from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
 from kvik.models.decoder import Decoder
@@ -16,18 +17,19 @@ from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.kv_pool import KVPool
 from kvik.tracing import NO_TRACE, NoTrace
 
-__all__ = ["build_gpu_runner", "gpu_attention", "workspace_bytes"]
+__all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_bytes"]
 
 
 def gpu_attention(
-    spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device
-) -> TritonAttention:
+    spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device, *,
+    deterministic: bool,
+) -> TritonAttention:  # fmt: skip
     """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`."""
     limits = AttentionLimits(
         num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
         max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
     )  # fmt: skip
-    return TritonAttention(limits, device, pdl=supports_pdl(device))
+    return TritonAttention(limits, device, deterministic=deterministic, pdl=supports_pdl(device))
 
 
 def build_gpu_runner(
@@ -42,15 +44,38 @@ def build_gpu_runner(
     return GpuRunner(model, pool, table, decode, work, tracer)
 
 
-def workspace_bytes(spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int) -> int:
+def workspace_bytes(
+    spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int, *, deterministic: bool
+) -> int:
     """Bytes of the tensors that live as long as an engine, weights and KV cache excepted.
 
     They are built on torch's meta device, where tensors have sizes and no memory: there is no second formula to keep.
     """
     meta = torch.device("meta")
-    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta)
+    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta, deterministic=deterministic)
     table = DeviceTable(num_seqs, max_model_len, block_size, spec.vocab_size, meta)
     work = SamplingWorkspace(num_seqs, spec.vocab_size, meta)
     fields = [getattr(table.fields, name) for name in SamplingTable.__slots__]
     tensors = [*vars(attention).values(), *vars(table).values(), *vars(work).values(), *fields]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
+
+
+def partial_bytes(spec: DecoderSpec, dtype: torch.dtype, num_tokens: int, num_seqs: int) -> int:
+    """Bytes of the largest partial sums that a deterministic step of `num_tokens` tokens of `num_seqs` sequences has.
+
+    Its projections split K, if at all, for every number of tokens; otherwise only those of few tokens do.
+    """
+    hidden, inner, table = spec.hidden_size, spec.intermediate_size, load_table("any")
+    projections = (
+        ("norm_linear", num_tokens, spec.q_size + 2 * spec.kv_size, hidden),
+        ("linear_add", num_tokens, hidden, spec.q_size),
+        ("norm_linear_swiglu", num_tokens, inner, hidden),
+        ("linear_add", num_tokens, hidden, inner),
+        ("linear", num_seqs, spec.vocab_size, hidden),
+    )
+    largest = 0
+    for op, m, n, k in projections:
+        split_k = table.plan(Case(op, m, n, k, str(dtype).removeprefix("torch.")), deterministic=True).split_k
+        rows = 2 * n if op == "norm_linear_swiglu" else n
+        largest = max(largest, split_k * m * rows * 4 if split_k > 1 else 0)
+    return largest

@@ -24,7 +24,7 @@ from kvik.models.loader import Pack
 from kvik.models.spec import DecoderSpec
 from kvik.quantization.loading import PackQuantized, QuantizedWeight
 
-__all__ = ["NativeDecoder", "native_pack", "native_pack_quantized"]
+__all__ = ["NativeDecoder", "attention_parts_bytes", "native_pack", "native_pack_quantized"]
 
 
 def native_pack(fmt: str, head_fmt: str, pool: NativePool) -> Pack:
@@ -57,11 +57,16 @@ class _TapeAttention:
 
 
 class NativeDecoder:
-    """A decoder whose steps of up to `max_tokens` tokens run natively. `weights` were packed with `native_pack`."""
+    """A decoder whose steps of up to `max_tokens` tokens run natively. `weights` were packed with `native_pack`.
+
+    A row's result does not depend on the rows beside it. `deterministic`: nor on how its prompt was cut into steps,
+    because every token attends by the decode kernel, as a sequence of its own.
+    """
 
     def __init__(
-        self, spec: DecoderSpec, weights: DecoderWeights, rope: RopeTable, pool: NativePool, max_tokens: int
-    ) -> None:
+        self, spec: DecoderSpec, weights: DecoderWeights, rope: RopeTable, pool: NativePool, max_tokens: int,
+        *, deterministic: bool = False,
+    ) -> None:  # fmt: skip
         head = weights.lm_head
         assert isinstance(head, PackedLinear)
         if spec.tie_word_embeddings:
@@ -72,6 +77,7 @@ class NativeDecoder:
         self._rope = rope
         self._pool = pool
         self._max_tokens = max_tokens
+        self._deterministic = deterministic
         self._tape: Tape | None = None
         self._kv: Sequence[KVLayer] = ()
         self._scores = torch.empty((0, spec.vocab_size))
@@ -80,6 +86,8 @@ class NativeDecoder:
         """As `Decoder.forward`: hidden states [num_rows, hidden_size] fp32 of the tokens at `batch.logit_indices`."""
         if self._tape is None or self._kv is not kv:
             self._tape, self._kv = self._record(kv), kv
+        if self._deterministic:
+            batch = _single_queries(batch)
         num_rows = len(batch.logit_indices)
         hidden = torch.empty((max(num_rows, 1), self.spec.hidden_size))
         cos, sin = self._rope.cos_sin(batch.positions, batch.rope_lens)
@@ -112,6 +120,30 @@ class NativeDecoder:
         Decoder(self.spec, self._weights, self._rope, ops, _TapeAttention(ops)).forward(_one_token(), kv)
         tape.seal()
         return tape
+
+
+def attention_parts_bytes(spec: DecoderSpec, num_tokens: int, max_model_len: int) -> int:
+    """Bytes of the partial results of a step in which `num_tokens` queries are decoded, at most.
+
+    The decode kernel cuts a context into chunks as `Pool::plan_attention` does: of 256 tokens, of four times that past
+    16384, and merges several.
+    """
+    short, long = -(-min(max_model_len, 16384) // 256), -(-max_model_len // 1024)
+    parts = max(short, long)
+    return num_tokens * parts * spec.num_heads * (spec.head_dim + 2) * 4 if parts > 1 else 0
+
+
+def _single_queries(batch: ForwardBatch) -> ForwardBatch:
+    """The batch with every token as a sequence of its own, whose context ends with the token."""
+    seq_lens = (batch.positions + 1).int()
+    return replace(
+        batch,
+        query_starts=torch.arange(len(seq_lens) + 1, dtype=torch.int32),
+        seq_lens=seq_lens,
+        block_tables=batch.block_tables.repeat_interleave(batch.query_starts.diff(), dim=0),
+        query_starts_host=tuple(range(len(seq_lens) + 1)),
+        seq_lens_host=tuple(seq_lens.tolist()),
+    )
 
 
 def _one_token() -> ForwardBatch:

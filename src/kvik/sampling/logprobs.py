@@ -1,12 +1,14 @@
 """Log-probabilities of tokens under the raw logits: of drawn tokens and of prompt tokens.
 
 Every value is computed from its own row in an order that the number of rows cannot change. (`torch.logsumexp` sums
-differently for one row and for many on a CPU; `log_softmax` over the last dimension does not.)
+differently for one row and for many on a CPU; `log_softmax` over the last dimension does not. On a GPU its order
+follows the row's address modulo 16 bytes, so that rows are padded to the same one.)
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kvik.outputs import TokenLogprobs
@@ -15,6 +17,7 @@ from kvik.sampling.filters import top_k_bound
 __all__ = ["prompt_logprobs", "top_ids"]
 
 ROWS_AT_ONCE = 16  # bounds the float32 copies to 2 * 16 * vocab values
+_ALIGNED = 4  # float32 values in 16 bytes
 
 
 def top_ids(values: Tensor, k: int) -> Tensor:
@@ -36,7 +39,9 @@ def prompt_logprobs(logits: Tensor, next_ids: Tensor, k: int) -> list[TokenLogpr
 
 
 def _block_logprobs(logits: Tensor, token_ids: Tensor, k: int) -> list[TokenLogprobs]:
-    logprobs = logits.log_softmax(-1)  # [rows, vocab]
+    missing = -logits.shape[1] % _ALIGNED
+    aligned = F.pad(logits, (0, missing), value=float("-inf")) if missing else logits
+    logprobs = aligned.log_softmax(-1)  # [rows, vocab + missing]
     column = token_ids.unsqueeze(-1)  # [rows, 1]
     chosen = logprobs.gather(1, column).squeeze(-1).tolist()
     ranks = ((logits > logits.gather(1, column)).sum(-1) + 1).tolist()
