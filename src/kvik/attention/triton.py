@@ -19,7 +19,7 @@ from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
-from kvik.kernels.triton.attention_tile import FEW_SEQS, AttentionTiles, attention_tiles
+from kvik.kernels.triton.attention_tile import TIERS, AttentionTiles, attention_tiles
 
 __all__ = ["AttentionLimits", "TritonAttention"]
 
@@ -40,8 +40,8 @@ class AttentionLimits:
 class TritonAttention:
     """`AttentionBackend` in Triton. Allocates its workspace once; a call allocates its result only.
 
-    A sequence's kernel, its chunks and their order depend on its own lengths, and on whether the step has few sequences
-    (`FEW_SEQS`). A query's result also depends on how its prompt was cut into steps, since that decides between the
+    A sequence's kernel, its chunks and their order depend on its own lengths, and on how few sequences the step has
+    (`TIERS`). A query's result also depends on how its prompt was cut into steps, since that decides between the
     kernels. With `deterministic` neither matters: it is the same in every step, bit for bit.
     """
 
@@ -55,18 +55,15 @@ class TritonAttention:
         pdl: bool = False,
     ) -> None:
         self._limits, self._pdl = limits, pdl
-        few, many = (
-            tiles or attention_tiles(limits.head_dim, num_seqs, deterministic=deterministic)
-            for num_seqs in (FEW_SEQS, FEW_SEQS + 1)
-        )
-        self._few, self._many, self._tiles = few, many, many
+        self._fixed = tiles or (attention_tiles(limits.head_dim, deterministic=True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
+        tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
         self._capacity = max(
             limits.max_context_tokens // tiles.chunk + num_seqs * (1 + tiles.short_len // tiles.short_chunk)
-            for tiles, num_seqs in ((few, min(FEW_SEQS, limits.max_num_seqs)), (many, limits.max_num_seqs))
+            for tiles, num_seqs in tiers
         )
-        rows = min(tile_queries(self._group, tiles) for tiles in (few, many))
-        most_tiles = limits.max_num_tokens // rows + limits.max_num_seqs
+        fewest = min(tile_queries(self._group, tiles) for tiles, _ in tiers)
+        most_tiles = limits.max_num_tokens // fewest + limits.max_num_seqs
         rows = self._group * limits.max_queries
         parts = (self._capacity, limits.num_kv_heads, rows)
         self._parts = torch.empty((*parts, limits.head_dim), dtype=torch.float32, device=device)
@@ -75,8 +72,12 @@ class TritonAttention:
         self._decode_items = torch.empty((self._capacity, 2), dtype=torch.int32, device=device)
         self._prefill_items = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, dtype=torch.int32, device=device)
+        self._tiles = self._tiles_of(limits.max_num_seqs)  # of the step that was prepared last
         self._prepared: ForwardBatch | None = None
         self._decodes = self._prefills = False  # whether that batch has work for the kernel
+
+    def _tiles_of(self, num_seqs: int) -> AttentionTiles:
+        return self._fixed or attention_tiles(self._limits.head_dim, num_seqs)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.
@@ -92,7 +93,7 @@ class TritonAttention:
             raise CapacityError(
                 f"attention was set up for (sequences, tokens, context tokens) of {given} and got a step of {asked}"
             )
-        self._tiles = self._few if batch.num_seqs <= FEW_SEQS else self._many
+        self._tiles = self._tiles_of(batch.num_seqs)
         plan_attention(
             batch.query_starts, batch.seq_lens, self._decode_items, self._prefill_items, self._counts,
             max_seqs=limits.max_num_seqs, max_queries=limits.max_queries, tiles=self._tiles,

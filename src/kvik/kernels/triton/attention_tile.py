@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import triton
 import triton.language as tl
 
-__all__ = ["FEW_SEQS", "AttentionTiles", "attend", "attention_tiles", "merge"]
+__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "merge"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +49,14 @@ def attention_tiles(head_dim: int, num_seqs: int = 256, *, deterministic: bool =
         return _EXACT_LARGE if head_dim > 128 else _EXACT
     if head_dim > 128:
         return _LARGE
-    return _FEW if num_seqs <= FEW_SEQS else _MANY
+    return next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
 
-
-FEW_SEQS = 16
-"""Up to this many sequences of a step, their contexts are cut more finely."""
 
 _MANY = AttentionTiles()
-_FEW = AttentionTiles(short_len=2048)
+_FEW = ((4, AttentionTiles(short_len=1024, short_chunk=64)), (16, AttentionTiles(short_len=2048, short_chunk=128)))
+TIERS = tuple(most for most, _ in _FEW)
+"""Up to each of these numbers of sequences, a step has tiles of its own."""
+
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
 # The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
 _EXACT = AttentionTiles(decode_rows=64, decode_warps=8, prefill_warps=8, merge_chunks=True)
