@@ -89,7 +89,7 @@ class LLMEngine:
 
     def submit(self, request: Request, prompt: Prompt, *, stream: bool = True) -> None:
         """Queue a request that `make_request` made of `prompt`. Raises RequestError for one that could never run."""
-        self.engine.add(request)
+        self.engine.add(request if stream else dataclasses.replace(request, stream=False))
         text = prompt.text if isinstance(prompt, ChatPrompt) else prompt
         self._processor.add(request, text if isinstance(text, str) else None, stream=stream)
 

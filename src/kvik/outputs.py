@@ -53,7 +53,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestMetrics:
-    """Timings in seconds: waiting in the queue, to the first token, per later token, and from arrival to the end."""
+    """Timings in seconds: waiting in the queue, to the first token, per later token, and from arrival to the end.
+
+    An output before the last one has what was known with the first token.
+    """
 
     queue_time: float | None = None
     time_to_first_token: float | None = None

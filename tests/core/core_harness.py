@@ -42,6 +42,7 @@ class Interrupted(Exception):
 
 @dataclass
 class _Table:
+    num_tokens: int
     blocks: list[int] = field(default_factory=list)
 
 
@@ -89,11 +90,15 @@ class GuardedExecutor(MockExecutor):
         for init in plan.joined:
             old = self._tables.get(init.row)
             assert all(table is not old for table, _ in in_flight), f"row {init.row} is reused while a step uses it"
-            self._tables[init.row] = _Table()
+            self._tables[init.row] = _Table(len(init.token_ids))
+        for row, block_ids in plan.new_blocks:
+            assert block_ids and row in {*plan.decodes, *(chunk.row for chunk in plan.chunks)}
+            self._tables[row].blocks.extend(block_ids)
         writes = []
-        for chunk in plan.chunks:
+        decodes = [Chunk(row, self._tables[row].num_tokens - 1, 1, sample=True) for row in plan.decodes]
+        for chunk in (*decodes, *plan.chunks):
             table = self._tables[chunk.row]
-            table.blocks.extend(chunk.new_block_ids)
+            table.num_tokens += chunk.sample
             for other, written in in_flight:
                 assert other is table or not written & set(table.blocks), "a block is used that a step in flight writes"
             writes.append((table, self._written(table, chunk)))
@@ -109,7 +114,10 @@ class GuardedExecutor(MockExecutor):
 
 
 class ScriptedExecutor(GuardedExecutor):
-    """A mock whose row results are passed through `edit(plan, chunk, result)`: errors, log-probabilities."""
+    """A mock whose row results are passed through `edit(plan, chunk, result)`: errors, log-probabilities.
+
+    A decode counts as a chunk of one token.
+    """
 
     def __init__(
         self, block_size: int, edit: Callable[[StepPlan, Chunk, RowResult], RowResult], **options: int
@@ -118,9 +126,11 @@ class ScriptedExecutor(GuardedExecutor):
         self._edit = edit
 
     def _run(self, plan: StepPlan) -> StepResult:
-        result = super()._run(plan)
-        rows = (self._edit(plan, chunk, row) for chunk, row in zip(plan.chunks, result.rows, strict=True))
-        return StepResult(plan.step_id, tuple(rows))
+        self._plan = plan
+        return super()._run(plan)
+
+    def _run_chunk(self, chunk: Chunk) -> RowResult:
+        return self._edit(self._plan, chunk, super()._run_chunk(chunk))
 
 
 def make_config(**changes: object) -> SchedulerConfig:
@@ -145,6 +155,7 @@ def make_request(
     cache_salt: str = "",
     arrival_time: float = 0.0,
     eos: tuple[int, ...] = (),
+    stream: bool = True,
     **params: object,
 ) -> Request:
     return Request(
@@ -156,6 +167,7 @@ def make_request(
         priority=priority,
         cache_salt=cache_salt,
         arrival_time=arrival_time,
+        stream=stream,
     )
 
 
@@ -315,6 +327,8 @@ class World:
             track = self.tracks[output.request_id, output.index]
             assert track.terminal is None, "an output after the terminal one"
             assert output.new_token_ids or output.finish_reason is not None, "an output without news"
+            ends = output.finish_reason is not None
+            assert ends or track.request.stream or track.request.params.stop, "an output that nobody waits for"
             track.tokens.extend(output.new_token_ids)
             if output.finish_reason is not None:
                 track.terminal = output
@@ -327,7 +341,8 @@ class World:
         self.seen["cached tokens"] += output.num_cached_tokens
         self.seen["preemptions"] += output.metrics.num_preemptions
         assert output.num_cached_tokens < len(track.request.prompt_token_ids)
-        if output.new_token_ids or track.ended is None:
+        quiet = not (track.request.stream or track.request.params.stop)
+        if track.ended is None or (output.new_token_ids and not quiet) or len(got) == len(want):
             assert (got, output.finish_reason) == (want, reason), "tokens differ from the oracle's"
             assert output.stop_token_id == (want[-1] if reason is FinishReason.STOP else None)
         else:
@@ -383,6 +398,8 @@ def random_request(rng: random.Random, request_id: str, config: SchedulerConfig,
         stop_token_ids=(1,) if rng.random() < 0.2 else (),
         min_tokens=0 if max_tokens is None else rng.choice((0, 0, rng.randint(0, max_tokens))),
         prompt_logprobs=1 if rng.random() < 0.1 else None,
+        stream=rng.random() < 0.7,
+        stop=["x"] if rng.random() < 0.1 else [],
     )
 
 

@@ -231,8 +231,9 @@ def test_decodes_come_first_in_a_plan_and_prompts_share_what_is_left_in_line() -
     sizes = []
     for _ in range(5):
         world.step()
-        sizes.append([chunk.num_tokens for chunk in world.executor.plans[-1].chunks])
-    assert sizes == [[1, 9], [1, 9], [1, 2, 6], [1, 1, 1], [1, 1, 1]]
+        plan = world.executor.plans[-1]
+        sizes.append((len(plan.decodes), [chunk.num_tokens for chunk in plan.chunks]))
+    assert sizes == [(1, [9]), (1, [9]), (1, [2, 6]), (3, []), (3, [])]
     world.run()
 
 
@@ -240,5 +241,5 @@ def test_a_prompt_gets_all_its_blocks_when_it_starts() -> None:
     world = World(make_config(max_num_batched_tokens=4))
     world.add(make_request("a", range(18), 2))
     world.run()
-    granted = [len(chunk.new_block_ids) for plan in world.executor.plans for chunk in plan.chunks]
-    assert granted[0] == 5 and not any(granted[1:])
+    granted = [[len(block_ids) for _, block_ids in plan.new_blocks] for plan in world.executor.plans]
+    assert granted[0] == [5] and not any(granted[1:])

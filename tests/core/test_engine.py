@@ -114,7 +114,7 @@ def test_engine_stats_add_up_to_the_tokens_of_all_plans() -> None:
         world.add(make_request(f"r{i}", [i] * (5 + i), 6))
     world.run()
     stats, plans = world.engine.stats, world.executor.plans
-    decodes = sum(chunk.is_decode for plan in plans for chunk in plan.chunks)
+    decodes = sum(plan.num_decodes for plan in plans)
     assert stats.num_steps == len(plans)
     assert stats.num_decode_tokens == decodes
     assert stats.num_prefill_tokens + stats.num_decode_tokens == sum(plan.num_tokens for plan in plans)

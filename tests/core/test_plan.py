@@ -37,9 +37,9 @@ def test_every_plan_is_json_and_says_all_that_the_plan_says() -> None:
     for plan in _plans():
         data = json.loads(as_json(plan))
         assert data["step_id"] == plan.step_id
-        assert [Chunk(**{**chunk, "new_block_ids": tuple(chunk["new_block_ids"])}) for chunk in data["chunks"]] == list(
-            plan.chunks
-        )
+        assert tuple(Chunk(**chunk) for chunk in data["chunks"]) == plan.chunks
+        assert tuple(data["decodes"]) == plan.decodes
+        assert tuple((row, tuple(block_ids)) for row, block_ids in data["new_blocks"]) == plan.new_blocks
         for saved, init in zip(data["joined"], plan.joined, strict=True):
             assert tuple(saved["token_ids"]) == init.token_ids
             assert saved["params"]["logit_bias"] == [[3, 1.5]]
@@ -47,10 +47,31 @@ def test_every_plan_is_json_and_says_all_that_the_plan_says() -> None:
 
 def test_every_result_is_json() -> None:
     logprobs = (TokenLogprobs(3, -0.5, 1, ((3, -0.5), (4, -1.5))),)
-    result = StepResult(7, (RowResult(0, (3,), logprobs, logprobs), RowResult(1, error="no")))
-    rows = json.loads(as_json(result))["rows"]
-    assert rows[0]["logprobs"] == [[3, -0.5, 1, [[3, -0.5], [4, -1.5]]]]
-    assert rows[1]["error"] == "no"
+    result = StepResult(7, (RowResult(0, (3,), logprobs, logprobs),), (5, -1), (RowResult(1, error="no"),))
+    data = json.loads(as_json(result))
+    assert data["rows"][0]["logprobs"] == [[3, -0.5, 1, [[3, -0.5], [4, -1.5]]]]
+    assert data["decoded"] == [5, -1]
+    assert data["extras"][0]["error"] == "no"
+
+
+def test_a_result_is_made_of_one_for_each_row_and_names_the_decodes_that_gave_more_than_a_token() -> None:
+    plan = StepPlan(3, (), (), (4, 0, 2), (Chunk(1, 0, 5, sample=True), Chunk(3, 0, 2, sample=False)))
+    more = RowResult(0, (8,), (TokenLogprobs(8, -0.5, 1),))
+    failed = RowResult(2, error="no")
+    chunks = (RowResult(1, (9,)), RowResult(3))
+    result = StepResult.of(plan, [RowResult(4, (7,)), more, failed, *chunks])
+    assert result == StepResult(3, chunks, (7, -1, -1), (more, failed))
+
+
+def test_plans_share_their_decodes_for_as_long_as_these_stay_the_same() -> None:
+    world = World(make_config(run_ahead=1, max_model_len=64), lag=True)
+    for i in range(3):
+        world.add(make_request(f"r{i}", range(5), 9 if i else 30))
+    world.run()
+    plans = world.executor.plans
+    assert [len(plan.decodes) for plan in plans] == [0, *[3] * 8, *[1] * 21]
+    assert len({id(plan.decodes) for plan in plans[1:]}) == 2
+    assert sum(len(plan.new_blocks) for plan in plans) < len(plans)
 
 
 def test_equal_histories_give_equal_plans() -> None:
@@ -95,6 +116,6 @@ def test_a_chunk_is_a_decode_only_if_it_computes_one_token_and_samples() -> None
 
 def test_a_row_joins_once_per_start_and_is_in_a_step_at_most_once() -> None:
     for plan in _plans():
-        rows = [chunk.row for chunk in plan.chunks]
+        rows = [*plan.decodes, *(chunk.row for chunk in plan.chunks)]
         joined = [init.row for init in plan.joined]
         assert len(set(rows)) == len(rows) and set(joined) <= set(rows) and len(set(joined)) == len(joined)

@@ -39,7 +39,7 @@ def _first_block(executor: GuardedExecutor, row_seed: int) -> tuple[int, ...]:
     for plan in executor.plans:
         for init in plan.joined:
             if init.seed == row_seed:
-                return next(chunk.new_block_ids for chunk in plan.chunks if chunk.row == init.row)
+                return dict(plan.new_blocks)[init.row]
     raise AssertionError("never joined")
 
 

@@ -138,6 +138,49 @@ def _is_state(item: object) -> bool:
     return isinstance(item, (list, dict, tuple, set)) or type(item).__module__.startswith(("kvik.", "collections"))
 
 
+# Requests that do not stream
+
+
+@pytest.mark.parametrize("run_ahead", [0, 1, 2])
+@pytest.mark.parametrize("preempt_after", [None, 1, 2, 5])
+def test_a_request_that_does_not_stream_gives_everything_with_its_end(
+    run_ahead: int, preempt_after: int | None
+) -> None:
+    def logprobs(plan: StepPlan, chunk: Chunk, row: RowResult) -> RowResult:
+        mine = tuple(TokenLogprobs(t, -0.5, 1) for t in row.token_ids)
+        prompt = tuple(TokenLogprobs(p + 1, -1.0, 1) for p in range(chunk.start, min(chunk.end, len(PROMPT) - 1)))
+        return RowResult(row.row, row.token_ids, mine, prompt if chunk.prompt_logprobs else ())
+
+    world = World(make_config(run_ahead=run_ahead), executor=ScriptedExecutor(4, logprobs, lag=True))
+    world.add(make_request("a", PROMPT, 8, stream=False, logprobs=0, prompt_logprobs=0))
+    outputs = []
+    for step in range(20):
+        if step == preempt_after:
+            world.preempt(world.scheduler.running[0])
+        outputs += world.step()
+    (output,) = outputs
+    assert output.new_token_ids == tuple(_tokens(8)) == tuple(entry.token_id for entry in output.logprobs)
+    assert [entry.token_id for entry in output.prompt_logprobs] == list(range(1, len(PROMPT)))
+    assert output.metrics is not None and output.metrics.time_to_first_token is not None
+
+
+def test_a_request_that_does_not_stream_and_is_ended_gives_what_it_had() -> None:
+    world = World(make_config(run_ahead=1), lag=True)
+    world.add(make_request("a", PROMPT, 20, stream=False))
+    for _ in range(3):
+        assert world.step() == []
+    world.finish("a", FinishReason.ABORT)
+    (output,) = world.step()
+    assert (output.finish_reason, output.new_token_ids) == (FinishReason.ABORT, tuple(_tokens(3)))
+    assert output.stop_token_id is None
+
+
+def test_tokens_in_which_a_stop_string_is_looked_for_come_as_they_are_sampled() -> None:
+    world = World(make_config())
+    world.add(make_request("a", PROMPT, 4, stream=False, stop=["x"]))
+    assert [len(world.step()) for _ in range(4)] == [1, 1, 1, 1]
+
+
 # Log-probabilities of the prompt
 
 

@@ -30,7 +30,8 @@ def _stopping_after(count: int, max_tokens: int = 20) -> Request:
 
 
 def _num_sampled(world: World) -> int:
-    return sum(chunk.sample for plan in world.executor.plans for chunk in plan.chunks)
+    plans = world.executor.plans
+    return sum(len(plan.decodes) + sum(chunk.sample for chunk in plan.chunks) for plan in plans)
 
 
 @pytest.mark.parametrize("run_ahead", [0, 1, 2, 3])

@@ -96,6 +96,18 @@ def tokens(found: dict[tuple[str, int], list[SequenceOutput]]) -> dict[tuple[str
     return {key: [token for output in outputs for token in output.new_token_ids] for key, outputs in found.items()}
 
 
+def test_a_step_in_which_nothing_is_sampled(device: torch.device) -> None:
+    config, found = settings(max_num_batched_tokens=7), []
+    for runner in (gpu_runner(device, config), cpu_runner(config)):
+        engine = Engine(Scheduler(config), UniprocExecutor(runner))
+        params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+        engine.add(Request(request_id="a", prompt_token_ids=tuple(range(5, 25)), params=params, seed=1, stream=False))
+        steps = [engine.step() for _ in range(5)]
+        assert [len(outputs) for outputs in steps] == [0, 0, 0, 0, 1]
+        found.append(steps[-1][0].new_token_ids)
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize(
     "changes", [{}, {"run_ahead": 1}, {"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6, "run_ahead": 1}]
 )

@@ -46,6 +46,17 @@ def test_stream_is_decode_for_any_ids(case: tuple[str, list[int]], skip: bool) -
         assert text == tokenizer.backend.decode(ids, skip_special_tokens=skip)
 
 
+@settings(max_examples=250, deadline=None)
+@given(ids_of_style, st.booleans(), st.integers(0, 30))
+def test_several_tokens_at_once_give_what_they_give_one_by_one(
+    case: tuple[str, list[int]], skip: bool, cut: int
+) -> None:
+    name, ids = case
+    detokenizer = TOKENIZERS[name].vocabulary.detokenizer(skip)
+    text = detokenizer.extend(ids[:cut]) + detokenizer.extend(ids[cut:]) + detokenizer.finish()
+    assert text == "".join(stream(TOKENIZERS[name], ids, skip))
+
+
 @settings(max_examples=100, deadline=None)
 @given(st.sampled_from(["byte_level", "byte_fallback", "byte_level_in_sequence"]), st.text(max_size=40))
 def test_valid_text_comes_back_and_no_piece_has_a_replacement_character(name: str, text: str) -> None:

@@ -13,7 +13,7 @@ from tokenizer_builders import CHATML, TEXTS, byte_fallback, byte_level
 
 from kvik.core.request import Request
 from kvik.errors import RequestError
-from kvik.outputs import FinishReason, RequestMetrics, RequestOutput, SequenceOutput, TokenLogprobs
+from kvik.outputs import FinishReason, RequestMetrics, RequestOutput, SequenceOutput, TokenLogprobs, Usage
 from kvik.sampling_params import SamplingParams
 from kvik.text.output_processor import OutputProcessor
 from kvik.text.tokenizer import Tokenizer
@@ -256,6 +256,36 @@ def test_logprobs_usage_metrics_and_errors() -> None:
     assert (plain[-1].logprobs, plain[-1].prompt_logprobs) == (None, None)
 
 
+def test_an_output_of_a_stream_stays_as_it_was_when_more_comes() -> None:
+    request = request_for(n=2, logprobs=0, prompt_logprobs=0)
+    prompt = tuple(TokenLogprobs(token_id, -1.0, 2) for token_id in request.prompt_token_ids[1:])
+    ids, metrics = ids_of("hello there"), RequestMetrics(time_to_first_token=0.5)
+    processor = OutputProcessor(TOKENIZER)
+    processor.add(request, "the prompt")
+    lines = [[TokenLogprobs(i, -0.5, 1) for i in ids[:k]] for k in range(len(ids) + 1)]
+    (early,) = processor.process(
+        [sequence(ids[:1], logprobs=tuple(lines[1]), prompt_logprobs=prompt, num_cached_tokens=4, metrics=metrics)]
+    ).outputs
+    processor.process([sequence(ids[1:3], logprobs=tuple(lines[3][1:])), sequence(ids[:2], index=1)])
+    processor.process([sequence((), finish_reason=FinishReason.ABORT, metrics=RequestMetrics(total_time=9.0))])
+    num_prompt = len(request.prompt_token_ids)
+    assert {f.name: getattr(early, f.name) for f in dataclasses.fields(early) if f.name != "outputs"} == {
+        "request_id": "r", "prompt": "the prompt", "prompt_token_ids": request.prompt_token_ids, "index": 0,
+        "usage": Usage(prompt_tokens=num_prompt, completion_tokens=1, cached_tokens=4), "embedding": (),
+        "deltas": (TOKENIZER.decode(ids[:1]), ""), "prompt_logprobs": (None, *prompt), "metrics": metrics,
+    }  # fmt: skip
+    assert [dataclasses.asdict(output) for output in early.outputs] == [
+        {
+            "index": index, "text": text, "token_ids": token_ids, "finish_reason": None, "stop_reason": None,
+            "logprobs": logprobs, "error": None,
+        }
+        for index, text, token_ids, logprobs in ((0, early.delta, ids[:1], tuple(lines[1])), (1, "", (), ()))
+    ]  # fmt: skip
+    assert (early.finished, dataclasses.replace(early, index=3).usage) == (False, early.usage)
+    with pytest.raises(AttributeError, match="no attribute 'colour'"):
+        _ = early.colour  # type: ignore[attr-defined]
+
+
 def test_own_metrics_where_a_stop_string_ends_it() -> None:
     times = iter([11.0, 14.0])
     processor = OutputProcessor(TOKENIZER, clock=lambda: next(times))
@@ -263,6 +293,16 @@ def test_own_metrics_where_a_stop_string_ends_it() -> None:
     processor.process([sequence(ids_of("a"))])
     (output,) = processor.process([sequence(ids_of("bc!"))]).outputs
     assert output.metrics == RequestMetrics(time_to_first_token=1.0, time_per_output_token=1.0, total_time=4.0)
+
+
+def test_a_stop_string_completes_what_the_engine_told_with_the_first_token() -> None:
+    times = iter([11.5, 14.5])
+    told = RequestMetrics(queue_time=0.5, time_to_first_token=1.0, total_time=1.0, num_preemptions=1)
+    processor = OutputProcessor(TOKENIZER, clock=lambda: next(times))
+    processor.add(dataclasses.replace(request_for(stop="!"), arrival_time=10.0))
+    processor.process([sequence(ids_of("a"), metrics=told)])
+    (output,) = processor.process([sequence(ids_of("bc!"))]).outputs
+    assert output.metrics == dataclasses.replace(told, time_per_output_token=1.0, total_time=4.5)
 
 
 def test_end_all() -> None:

@@ -82,13 +82,13 @@ class Engine:
         self._record(plan, schedule_time, execute_time, time.perf_counter() - collected)
 
     def _record(self, plan: StepPlan, schedule_time: float, execute_time: float, update_time: float) -> None:
-        num_decode = sum(1 for chunk in plan.chunks if chunk.is_decode)
+        num_decode = plan.num_decodes
         kv = self.scheduler.kv
         step = StepStats(
             step_id=plan.step_id,
             num_prefill_tokens=plan.num_tokens - num_decode,
             num_decode_tokens=num_decode,
-            num_sequences=len(plan.chunks),
+            num_sequences=len(plan.decodes) + len(plan.chunks),
             num_running=self.scheduler.num_running,
             num_waiting=self.scheduler.num_waiting,
             num_blocks_used=kv.num_used,

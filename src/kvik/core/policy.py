@@ -41,12 +41,20 @@ class SequenceQueue:
     def __init__(self, policy: str) -> None:
         self._key = POLICIES[policy]
         self._items: list[tuple[int, int, Sequence]] = []
+        self._sequences: tuple[Sequence, ...] | None = ()
 
     def __len__(self) -> int:
         return len(self._items)
 
     def __iter__(self) -> Iterator[Sequence]:
-        return (item[2] for item in self._items)
+        return iter(self.sequences)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All of them: the same object for as long as nothing is added or removed."""
+        if self._sequences is None:
+            self._sequences = tuple([item[2] for item in self._items])
+        return self._sequences
 
     @property
     def first(self) -> Sequence:
@@ -58,8 +66,17 @@ class SequenceQueue:
 
     def add(self, seq: Sequence) -> None:
         bisect.insort(self._items, (self._key(seq), seq.order, seq))
+        self._sequences = None
 
     def remove(self, seq: Sequence) -> None:
+        found = self.discard(seq)
+        assert found, "the sequence is not in this queue"
+
+    def discard(self, seq: Sequence) -> bool:
+        """Remove a sequence if it is there; whether it was."""
         index = bisect.bisect_left(self._items, (self._key(seq), seq.order))
-        assert self._items[index][2] is seq, "the sequence is not in this queue"
-        del self._items[index]
+        found = index < len(self._items) and self._items[index][2] is seq
+        if found:
+            del self._items[index]
+            self._sequences = None
+        return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from kvik.outputs import TokenLogprobs
+from kvik.outputs import FinishReason, TokenLogprobs
 from kvik.sampling_params import SamplingParams
 
 __all__ = ["Request", "Sequence", "SequenceStatus"]
@@ -20,7 +20,9 @@ class Request:
 
     `eos_token_ids` is the union of the model's end-of-sequence ids; `bad_words_ids` are the token sequences of
     `params.bad_words`; `seed` is the seed of completion 0 (completion i uses seed + i); times are `time.monotonic()`.
-    `pooling` ("mean" or "last") asks for an embedding of the prompt as well, which comes with the first token.
+    `pooling` ("mean" or "last") asks for an embedding of the prompt as well, which comes with the first token. Where
+    the tokens are not wanted as they come (`stream` off), and no stop string has to be looked for in them, each
+    completion gives a single output, at its end.
     """
 
     request_id: str
@@ -33,6 +35,7 @@ class Request:
     cache_salt: str = ""
     arrival_time: float = 0.0
     pooling: str | None = None
+    stream: bool = True
 
     @property
     def stop_token_ids(self) -> frozenset[int]:
@@ -54,9 +57,10 @@ class Sequence:
     """One completion of a request, owned by the scheduler.
 
     token_ids       prompt + confirmed output
+    num_tokens      their number once everything in flight has come back
     num_computed    tokens whose KV has been planned (steps in flight included)
-    num_in_flight   sampled tokens that were planned but whose values have not come back
-    epoch           raised by preemption: results of an older epoch are dropped
+    num_delivered   tokens of the prompt and of outputs that were delivered
+    next_check      num_tokens with which it cannot just decode on: its blocks are full, or it has reached its limit
     last_step_id    last step that touches the row or blocks; they are freed once it has completed
     prefix_ids      for each full block that is committed, the cache's id of the prefix that ends with it
     num_cached      prompt tokens whose KV came from the prefix cache when the sequence first ran
@@ -73,16 +77,23 @@ class Sequence:
     row: int = -1
     block_ids: list[int] = field(default_factory=list)
     prefix_ids: list[int] = field(default_factory=list)
+    num_tokens: int = field(init=False)
     num_computed: int = 0
-    num_in_flight: int = 0
+    num_delivered: int = field(init=False)
+    next_check: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
-    epoch: int = 0
     last_step_id: int = -1
     scheduled_time: float | None = None
     first_token_time: float | None = None
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
     embedding: tuple[float, ...] = ()
+    streams: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.num_tokens = self.num_delivered = len(self.token_ids)
+        self.streams = self.request.stream or bool(self.request.params.stop)
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -93,9 +104,9 @@ class Sequence:
         return len(self.token_ids) - self.num_prompt_tokens
 
     @property
-    def num_tokens(self) -> int:
-        """Length once everything in flight has come back."""
-        return len(self.token_ids) + self.num_in_flight
+    def num_in_flight(self) -> int:
+        """Sampled tokens that were planned but whose values have not come back."""
+        return self.num_tokens - len(self.token_ids)
 
     @property
     def num_remaining(self) -> int:
@@ -103,13 +114,15 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
-    def can_advance(self) -> bool:
-        """Whether a next step has something to compute: not when the tokens in flight reach the length limit."""
-        return self.num_remaining > 0 and self.num_tokens < self.max_total_tokens
-
-    @property
     def finished(self) -> bool:
         return self.status is SequenceStatus.FINISHED
+
+    @property
+    def stop_reason(self) -> FinishReason | None:
+        """Whether the last token ends the sequence."""
+        if self.token_ids[-1] in self.stop_token_ids and self.num_output_tokens > self.request.params.min_tokens:
+            return FinishReason.STOP
+        return FinishReason.LENGTH if len(self.token_ids) >= self.max_total_tokens else None
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -132,13 +145,16 @@ class Sequence:
     def preempt(self) -> None:
         """Wait again; what was computed or is in flight is forgotten, what was confirmed is kept."""
         self.status = SequenceStatus.WAITING
-        self.epoch += 1
         self.num_preemptions += 1
-        self.num_computed = self.num_in_flight = 0
+        self.num_computed = 0
+        self.num_tokens = len(self.token_ids)
         self.prefix_ids = []
-        self.prompt_logprobs = []
+        if not self.num_output_tokens:
+            self.prompt_logprobs = []  # the prompt will be computed again in full for them
 
-    def take_prompt_logprobs(self) -> tuple[TokenLogprobs, ...]:
-        """Log-probabilities of the prompt that have not been delivered yet."""
-        taken, self.prompt_logprobs = tuple(self.prompt_logprobs), []
+    def take_new(self) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...], tuple[TokenLogprobs, ...]]:
+        """Token ids, their log-probabilities, and those of the prompt, that have not been delivered yet."""
+        taken = tuple(self.token_ids[self.num_delivered :]), tuple(self.logprobs), tuple(self.prompt_logprobs)
+        self.num_delivered = len(self.token_ids)
+        self.logprobs, self.prompt_logprobs = [], []
         return taken

@@ -11,7 +11,10 @@ A sequence's tokens, and how far each count reaches (b: confirmed, s: sampled in
 
 Because lengths advance without knowing tokens, step n+1 can be planned before the result of step n is known. A stop
 token is then found one step late: the surplus token is dropped, and row and blocks are freed once the last step that
-uses them has completed.
+uses them has completed. Until then nobody gets the row, so it tells whether a result still concerns its sequence.
+
+A running sequence is in `_prefilling` until it is sampled, then in `_decoding`, and in neither once the tokens in
+flight reach its limit.
 """
 
 from __future__ import annotations
@@ -24,23 +27,25 @@ from dataclasses import dataclass
 
 from kvik.config import SchedulerConfig
 from kvik.core.admission import check_request
-from kvik.core.emit import sequence_output
+from kvik.core.decode_batch import DecodeBatch
+from kvik.core.emit import row_init, sequence_output, token_output
 from kvik.core.kv_manager import KVManager
 from kvik.core.plan import Chunk, RowInit, RowResult, StepPlan, StepResult
 from kvik.core.policy import SequenceQueue
 from kvik.core.request import Request, Sequence, SequenceStatus
 from kvik.errors import RequestError
-from kvik.outputs import FinishReason, SequenceOutput, TokenLogprobs
+from kvik.outputs import FinishReason, SequenceOutput
 
 __all__ = ["Scheduler"]
 
 
 @dataclass(frozen=True, slots=True)
 class _InFlight:
-    """A submitted plan and, for each of its chunks, the sequence as it was then."""
+    """A submitted plan and the sequences of its rows."""
 
     plan: StepPlan
-    sequences: tuple[tuple[Sequence, int], ...]  # (sequence, its epoch)
+    decoding: tuple[Sequence, ...]
+    prefilling: tuple[Sequence, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +74,8 @@ class Scheduler:
         self.kv = KVManager(config.num_blocks, config.block_size, config.enable_prefix_caching)
         self._live: dict[str, dict[int, Sequence]] = {}
         self._running = SequenceQueue(config.policy)
+        self._prefilling = SequenceQueue(config.policy)
+        self._decoding = DecodeBatch(config.policy, config.block_size)
         self._resuming = SequenceQueue(config.policy)  # preempted: before everything that waits
         self._waiting = SequenceQueue(config.policy)
         self._followers: dict[str, list[Sequence]] = {}  # completions that will share the KV of the first one's prompt
@@ -129,7 +136,7 @@ class Scheduler:
 
     @property
     def running(self) -> tuple[Sequence, ...]:
-        return tuple(self._running)
+        return self._running.sequences
 
     @property
     def num_running(self) -> int:
@@ -156,35 +163,45 @@ class Scheduler:
         waiting = [*self._waiting, *self._resuming, *(seq for rest in self._followers.values() for seq in rest)]
         queued = [id(seq) for seq in [*self._running, *waiting]]
         assert len(queued) == len(live) and set(queued) == live, "a sequence is lost or queued twice"
+        decoding, prefilling = set(self._decoding), set(self._prefilling)
+        assert decoding | prefilling <= set(self._running) and not decoding & prefilling
         for seq in self._running:
             assert seq.status is SequenceStatus.RUNNING
-            assert seq.num_computed <= seq.num_tokens <= seq.max_total_tokens
+            assert len(seq.token_ids) <= seq.num_tokens <= seq.max_total_tokens
             assert seq.num_computed <= len(seq.block_ids) * self.kv.block_size
+            assert seq.num_remaining == 1 if seq not in prefilling else seq.num_remaining >= 1
+            assert seq in decoding or seq in prefilling or seq.num_tokens == seq.max_total_tokens
         assert all(seq.status is SequenceStatus.WAITING and seq.row == -1 and not seq.block_ids for seq in waiting)
 
     # One step
 
     def schedule(self) -> StepPlan | None:
         """Plan a step, or None when nothing can be computed before a step in flight has completed."""
-        scheduled: list[tuple[Sequence, Chunk]] = []
-        joined: list[RowInit] = []
-        budget = self.config.max_num_batched_tokens
         num_resuming = len(self._resuming)
-        decodes = [seq for seq in self._running if seq.num_remaining == 1]
-        prefills = [seq for seq in self._running if seq.num_remaining > 1]
-        for seq in decodes + prefills:
-            if budget and seq.can_advance and (new_block_ids := self._grow(seq)) is not None:
-                scheduled.append((seq, self._advance(seq, budget, new_block_ids)))
-                budget -= scheduled[-1][1].num_tokens
+        new_blocks: list[tuple[int, tuple[int, ...]]] = []
+        waiting = self._check_decodes(new_blocks)
+        decoding, decodes = self._decoding.advance(self._next_step_id, waiting)
+        budget = self.config.max_num_batched_tokens - len(decodes)
+        chunks: list[Chunk] = []
+        joined: list[RowInit] = []
+        prefilling: list[Sequence] = []
+        for seq in self._prefilling.sequences:
+            if not budget:
+                break
+            prefilling.append(seq)
+            chunks.append(self._advance(seq, budget))
+            budget -= chunks[-1].num_tokens
         while budget and len(self._resuming) <= num_resuming and (admitted := self._admit()) is not None:
             num_resuming = len(self._resuming)
-            joined.append(self._row_init(admitted))
-            scheduled.append((admitted, self._advance(admitted, budget, tuple(admitted.block_ids))))
-            budget -= scheduled[-1][1].num_tokens
-        if not scheduled:
+            joined.append(row_init(admitted))
+            new_blocks.append((admitted.row, tuple(admitted.block_ids)))
+            prefilling.append(admitted)
+            chunks.append(self._advance(admitted, budget))
+            budget -= chunks[-1].num_tokens
+        if not decodes and not chunks:
             return None
-        plan = StepPlan(self._next_step_id, tuple(joined), tuple(chunk for _, chunk in scheduled))
-        self._in_flight.append(_InFlight(plan, tuple((seq, seq.epoch) for seq, _ in scheduled)))
+        plan = StepPlan(self._next_step_id, tuple(joined), tuple(new_blocks), decodes, tuple(chunks))
+        self._in_flight.append(_InFlight(plan, decoding, tuple(prefilling)))
         self._next_step_id += 1
         return plan
 
@@ -193,9 +210,10 @@ class Scheduler:
         step = self._in_flight.popleft()
         assert step.plan.step_id == result.step_id, "results come in the order of their plans"
         self._completed_step_id = result.step_id
-        for (seq, epoch), chunk, row in zip(step.sequences, step.plan.chunks, result.rows, strict=True):
-            if not seq.finished and seq.epoch == epoch:
-                self._confirm(seq, chunk, row)
+        self._confirm_decodes(step, result)
+        for seq, chunk, row in zip(step.prefilling, step.plan.chunks, result.rows, strict=True):
+            if seq.row == chunk.row:
+                self._confirm(seq, row, chunk.end, chunk.sample)
         self._return_held()
 
     def abandon(self) -> None:
@@ -212,14 +230,27 @@ class Scheduler:
 
     # Planning
 
+    def _check_decodes(self, new_blocks: list[tuple[int, tuple[int, ...]]]) -> list[Sequence]:
+        """Give blocks to those that need one for their next token, noted in `new_blocks`; returns who must wait."""
+        waiting: list[Sequence] = []
+        for seq in self._decoding.due():
+            if seq.status is not SequenceStatus.RUNNING:
+                continue  # preempted for an earlier one
+            if seq.num_tokens == seq.max_total_tokens:
+                self._decoding.remove(seq)
+            elif (block_ids := self._grow(seq)) is not None:
+                new_blocks.append((seq.row, block_ids))
+                self._decoding.set_check(seq)
+            elif seq.status is SequenceStatus.RUNNING:
+                waiting.append(seq)
+        return waiting
+
     def _grow(self, seq: Sequence) -> tuple[int, ...] | None:
         """Blocks for the sequence's tokens, preempting the last in line if need be; None if it must wait or had to go.
 
         Decodes are visited in queue order and prompts got all their blocks on admission, so the last in line is never
         one that this step already computes.
         """
-        if seq.status is not SequenceStatus.RUNNING:
-            return None
         while (new_block_ids := self.kv.grow(seq, seq.num_tokens)) is None:
             if self._held:
                 return None
@@ -241,81 +272,81 @@ class Scheduler:
         queue.remove(seq)
         seq.start(row=self._free_rows.pop(), num_cached=len(cached) * self.kv.block_size, now=self._clock())
         self._running.add(seq)
+        self._prefilling.add(seq)
         return seq
 
-    def _advance(self, seq: Sequence, budget: int, new_block_ids: tuple[int, ...]) -> Chunk:
-        """Account for computing as many of the sequence's remaining tokens as the budget allows."""
+    def _advance(self, seq: Sequence, budget: int) -> Chunk:
+        """Account for computing as many of a prompt's remaining tokens as the budget allows."""
         num_tokens = min(seq.num_remaining, budget)
         chunk = Chunk(
             row=seq.row,
             start=seq.num_computed,
             num_tokens=num_tokens,
             sample=num_tokens == seq.num_remaining,
-            new_block_ids=new_block_ids,
             prompt_logprobs=seq.wants_prompt_logprobs and seq.num_computed < seq.num_prompt_tokens - 1,
         )
         seq.num_computed = chunk.end
-        seq.num_in_flight += chunk.sample
         seq.last_step_id = self._next_step_id
+        if chunk.sample:
+            seq.num_tokens += 1
+            self._prefilling.remove(seq)
+            self._decoding.add(seq)
         return chunk
-
-    def _row_init(self, seq: Sequence) -> RowInit:
-        return RowInit(
-            row=seq.row,
-            token_ids=tuple(seq.token_ids),
-            num_prompt_tokens=seq.num_prompt_tokens,
-            params=seq.request.params,
-            seed=seq.seed,
-            stop_token_ids=tuple(sorted(seq.stop_token_ids)),
-            bad_words_ids=seq.request.bad_words_ids,
-            pooling=seq.request.pooling,
-        )
 
     # Results
 
-    def _confirm(self, seq: Sequence, chunk: Chunk, row: RowResult) -> None:
-        """Apply one chunk's result to its sequence."""
+    def _confirm_decodes(self, step: _InFlight, result: StepResult) -> None:
+        """Append the tokens of a step's decodes. This runs once per token: what it does for all has to be little."""
+        block_size, outputs = self.kv.block_size, self._outputs
+        extras = {row.row: row for row in result.extras}
+        for seq, row, token_id in zip(step.decoding, step.plan.decodes, result.decoded, strict=True):
+            if seq.row != row:
+                continue
+            token_ids = seq.token_ids
+            if token_id < 0:
+                self._confirm(seq, extras[row], len(token_ids), sampled=True)
+                continue
+            if not len(token_ids) % block_size:
+                self.kv.commit(seq, len(token_ids))
+            token_ids.append(token_id)
+            if token_id in seq.stop_token_ids or len(token_ids) == seq.max_total_tokens:
+                self._deliver(seq)
+            elif seq.streams:
+                outputs.append(token_output(seq, token_id))
+
+    def _confirm(self, seq: Sequence, row: RowResult, num_computed: int, sampled: bool) -> None:
+        """Apply the result of a row whose first `num_computed` tokens are computed by now."""
         if row.error is not None:
             self._finish(seq, FinishReason.ERROR, error=row.error)
             return
-        assert bool(row.token_ids) == chunk.sample, "a chunk gives a token if and only if it samples"
-        self.kv.commit(seq, chunk.end)
-        if chunk.end >= seq.num_prompt_tokens:
+        assert bool(row.token_ids) == sampled, "a row gives a token if and only if it samples"
+        self.kv.commit(seq, num_computed)
+        if num_computed >= seq.num_prompt_tokens:
             self._release_followers(seq.request.request_id)
-        seq.num_in_flight -= chunk.sample
-        if chunk.prompt_logprobs:
-            seq.prompt_logprobs.extend(row.prompt_logprobs)
-        if not row.token_ids:
+        seq.prompt_logprobs.extend(row.prompt_logprobs)
+        if not sampled:
             return
         seq.embedding = row.embedding or seq.embedding
-        reason: FinishReason | None = None
-        num_new = 0
-        for token_id in row.token_ids:
-            seq.token_ids.append(token_id)
-            num_new += 1
-            if (reason := self._stop_reason(seq)) is not None:
-                break
         if seq.first_token_time is None:
             seq.first_token_time = self._clock()
-        new, logprobs = row.token_ids[:num_new], row.logprobs[:num_new]
-        if reason is None:
-            self._outputs.append(sequence_output(seq, self._clock(), new, logprobs))
-        else:
-            self._finish(seq, reason, new, logprobs)
+        num_before = len(seq.token_ids)
+        for token_id in row.token_ids:
+            seq.token_ids.append(token_id)
+            if seq.stop_reason is not None:
+                break
+        seq.logprobs.extend(row.logprobs[: len(seq.token_ids) - num_before])
+        self._deliver(seq)
 
-    def _stop_reason(self, seq: Sequence) -> FinishReason | None:
-        """Whether the last token ends the sequence."""
-        if seq.token_ids[-1] in seq.stop_token_ids and seq.num_output_tokens > seq.request.params.min_tokens:
-            return FinishReason.STOP
-        return FinishReason.LENGTH if len(seq.token_ids) >= seq.max_total_tokens else None
+    def _deliver(self, seq: Sequence) -> None:
+        """Hand out what a sequence has gained, and end it where its last token does."""
+        reason = seq.stop_reason
+        if reason is not None:
+            self._finish(seq, reason, stop_token_id=seq.token_ids[-1] if reason is FinishReason.STOP else None)
+        elif seq.streams:
+            self._outputs.append(sequence_output(seq, self._clock()))
 
     def _finish(
-        self,
-        seq: Sequence,
-        reason: FinishReason,
-        new: tuple[int, ...] = (),
-        logprobs: tuple[TokenLogprobs, ...] = (),
-        error: str | None = None,
+        self, seq: Sequence, reason: FinishReason, stop_token_id: int | None = None, error: str | None = None
     ) -> None:
         """The one way in which a sequence ends: frees its row and blocks and delivers a terminal output."""
         request_id = seq.request.request_id
@@ -330,16 +361,19 @@ class Scheduler:
             del self._live[request_id]
         if seq.index == 0:
             self._release_followers(request_id)
-        self._outputs.append(sequence_output(seq, self._clock(), new, logprobs, reason, error))
+        self._outputs.append(sequence_output(seq, self._clock(), reason, stop_token_id, error))
 
     # Rows, blocks and queues
 
     def _release(self, seq: Sequence) -> None:
         """Take a running sequence's row and blocks; they are reusable once no step in flight can write them."""
         self._running.remove(seq)
+        if not self._decoding.discard(seq):
+            self._prefilling.discard(seq)
         self._held.append(_Held(seq.last_step_id, seq.row, tuple(seq.block_ids)))
         seq.row, seq.block_ids = -1, []
-        self._return_held()
+        if seq.last_step_id <= self._completed_step_id:
+            self._return_held()
 
     def _return_held(self) -> None:
         """Free the rows and blocks whose last step has completed."""

@@ -56,12 +56,15 @@ class MockExecutor:
     def _run(self, plan: StepPlan) -> StepResult:
         for init in plan.joined:
             self._rows[init.row] = _Row(init, list(init.token_ids))
-        assert len({chunk.row for chunk in plan.chunks}) == len(plan.chunks), "a row is in a step once"
-        return StepResult(plan.step_id, tuple(self._run_chunk(chunk) for chunk in plan.chunks))
+        for index, block_ids in plan.new_blocks:
+            self._rows[index].block_ids.extend(block_ids)
+        decodes = [Chunk(row, len(self._rows[row].token_ids) - 1, 1, sample=True) for row in plan.decodes]
+        chunks = [*decodes, *plan.chunks]
+        assert len({chunk.row for chunk in chunks}) == len(chunks), "a row is in a step once"
+        return StepResult.of(plan, [self._run_chunk(chunk) for chunk in chunks])
 
     def _run_chunk(self, chunk: Chunk) -> RowResult:
         row = self._rows[chunk.row]
-        row.block_ids.extend(chunk.new_block_ids)
         assert len(row.block_ids) * self._block_size >= chunk.end, "blocks for every position"
         assert chunk.sample == (chunk.end == len(row.token_ids)), "sampling happens at the end of the known tokens"
         for position in range(chunk.start, chunk.end):

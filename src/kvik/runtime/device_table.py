@@ -1,7 +1,8 @@
 """The request table on a GPU: rows join and grow by small uploads; kernels append to them without the host.
 
-It holds what `RequestTable` holds, and what the sampling kernels read of each row. The host remembers only what decides
-which kernels a step needs.
+It holds what `RequestTable` holds, and what the sampling kernels read of each row. The host remembers how long the rows
+are and what decides which kernels a step needs. All that join in a step take a few copies together, however many they
+are.
 """
 
 from __future__ import annotations
@@ -13,18 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvik.core.plan import Chunk, RowInit, StepPlan
+from kvik.core.plan import RowInit, StepPlan
 from kvik.kernels.triton.sampling_table import LISTS, MASK, PENALTIES, SamplingTable
 from kvik.kernels.triton.state import DecodeInputs, decode_inputs
 from kvik.sampling.row import RowSampling
 
-__all__ = ["DeviceTable", "upload"]
+__all__ = ["DeviceTable", "upload", "upload_parts"]
 
 NO_SLOT = -1
 """Where a padding row writes its key and value: nowhere."""
 
-_INTS = ("num_tokens", "num_prompt", "seed", "top_k", "edits", "min_tokens")
-_FLOATS = ("temperature", "top_p", "log_min_p", "repetition", "presence", "frequency")
+_INTS = ("seed", "num_tokens", "num_prompt", "top_k", "edits", "min_tokens")
+_FLOATS = ("top_p", "temperature", "log_min_p", "repetition", "presence", "frequency")
 
 
 def upload(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
@@ -35,6 +36,12 @@ def upload(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
     host = torch.from_numpy(array)
     return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+
+
+def upload_parts(parts: Sequence[np.ndarray | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:
+    """int64 copies on `device` of one-dimensional integers, in one transfer."""
+    packed = upload(np.concatenate([np.asarray(part, dtype=np.int64) for part in parts]), device)
+    return packed.split_with_sizes([len(part) for part in parts])
 
 
 class DeviceTable:
@@ -48,7 +55,8 @@ class DeviceTable:
         self.block_table = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=device)
         self.device = device
         self._block_size = block_size
-        self.num_prompt = [0] * max_num_seqs
+        self.num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
+        self.num_tokens = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_blocks = [0] * max_num_seqs
         self._sampling: list[RowSampling | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
@@ -57,7 +65,8 @@ class DeviceTable:
         """Take in the rows and blocks that a plan adds."""
         if plan.joined:
             self._join(plan.joined)
-        self._add_blocks(plan.chunks)
+        if plan.new_blocks:
+            self._add_blocks(plan.new_blocks)
 
     def sampling(self, row: int) -> RowSampling:
         """What a row's request asks of the sampler."""
@@ -90,58 +99,83 @@ class DeviceTable:
         )  # fmt: skip
 
     def _join(self, inits: Sequence[RowInit]) -> None:
-        for init in inits:
-            row, state = init.row, RowSampling.from_init(init, self._vocab_size)
-            self._sampling[row], self.num_prompt[row], self._num_blocks[row] = state, init.num_prompt_tokens, 0
-            ids = upload(np.array(init.token_ids, dtype=np.int32), self.device)
-            self.fields.token_ids[row, : len(ids)] = ids
-            if not self.on_host(row):
-                self._fill_lists(row, state)
-        states = [self.sampling(init.row) for init in inits]
-        rows = upload([init.row for init in inits], self.device)
-        ints = upload(np.array([_ints(*pair) for pair in zip(inits, states, strict=True)], dtype=np.int64), self.device)
-        floats = upload(np.array([_floats(state) for state in states], dtype=np.float64), self.device)
-        for names, values in ((_INTS, ints), (_FLOATS, floats)):
-            for name, column in zip(names, values.unbind(1), strict=True):
-                field: Tensor = getattr(self.fields, name)
-                field[rows] = column.to(field.dtype)
+        states = [RowSampling.from_init(init, self._vocab_size) for init in inits]
+        for init, state in zip(inits, states, strict=True):
+            self._sampling[init.row], self._num_blocks[init.row] = state, 0
+            self.num_prompt[init.row], self.num_tokens[init.row] = init.num_prompt_tokens, len(init.token_ids)
+        width = self.fields.token_ids.shape[1]
+        ints = np.array([_ints(*pair) for pair in zip(inits, states, strict=True)], dtype=np.int64)
+        floats = np.array([_floats(state) for state in states], dtype=np.float64)
+        places = [np.arange(len(init.token_ids)) + init.row * width for init in inits]
+        ids = [np.array(init.token_ids) for init in inits]
+        parts = [np.array([init.row for init in inits]), ints.ravel("F"), floats.ravel("F").view(np.int64)]
+        rows, ints_, floats_, place, id_ = upload_parts(
+            [*parts, np.concatenate(places), np.concatenate(ids)], self.device
+        )
+        self.fields.token_ids.view(-1).index_copy_(0, place, id_.int())
+        self._set(rows, _INTS, ints_.view(len(_INTS), -1), torch.int32)
+        self._set(rows, _FLOATS, floats_.view(torch.float64).view(len(_FLOATS), -1), torch.float32)
+        self._fill_lists([pair for pair in zip(inits, states, strict=True) if not self.on_host(pair[0].row)])
 
-    def _fill_lists(self, row: int, state: RowSampling) -> None:
-        """The optional lists of a row; kernels read them only where `edits` says so."""
+    def _set(self, rows: Tensor, names: Sequence[str], values: Tensor, narrow: torch.dtype) -> None:
+        """Write values [len(names), len(rows)] to the fields of these names, the first of which is wide."""
+        narrowed = values.to(narrow)
+        for i, name in enumerate(names):
+            field: Tensor = getattr(self.fields, name)
+            field.index_copy_(0, rows, narrowed[i] if i else values[i])
+
+    def _fill_lists(self, joined: Sequence[tuple[RowInit, RowSampling]]) -> None:
+        """The optional lists of rows; kernels read them only where `edits` says so."""
         fields = self.fields
-        if _edits(state) & LISTS:
-            words = _words(state)
-            padded = np.full(fields.bad_words.shape[1:], -1, dtype=np.int32)
-            for i, word in enumerate(words):
-                padded[i, -len(word) :] = word
-            fields.bad_words[row] = upload(padded, self.device)
-            for field, ids in ((fields.bias_ids, state.bias_ids), (fields.stop_ids, state.stop_ids)):
-                values = np.full(field.shape[1], -1, dtype=np.int32)
-                if ids is not None:
-                    values[: len(ids)] = ids.numpy()
-                field[row] = upload(values, self.device)
-            if state.bias is not None:
-                fields.bias[row, : len(state.bias)] = upload(state.bias.numpy(), self.device)
-        if state.allowed_ids is not None:
-            bits = np.zeros(fields.allowed.shape[1] * 32, dtype=np.uint8)
-            bits[state.allowed_ids.numpy()] = 1
-            words32 = np.packbits(bits, bitorder="little").view(np.int32)
-            fields.allowed[row] = upload(words32, self.device)
+        listed = [(init.row, state) for init, state in joined if _edits(state) & LISTS]
+        if listed:
+            rows = upload([row for row, _ in listed], self.device)
+            for field, values in (
+                (fields.bad_words, [_padded_words(state, fields.bad_words.shape[1:]) for _, state in listed]),
+                (fields.bias_ids, [_padded(state.bias_ids, fields.bias_ids) for _, state in listed]),
+                (fields.stop_ids, [_padded(state.stop_ids, fields.stop_ids) for _, state in listed]),
+                (fields.bias, [_padded(state.bias, fields.bias) for _, state in listed]),
+            ):
+                field.index_copy_(0, rows, upload(np.stack(values), self.device))
+        masked = [(init.row, state.allowed_ids) for init, state in joined if state.allowed_ids is not None]
+        if masked:
+            rows = upload([row for row, _ in masked], self.device)
+            words = np.stack([_bits(ids, fields.allowed.shape[1]) for _, ids in masked])
+            fields.allowed.index_copy_(0, rows, upload(words, self.device))
 
-    def _add_blocks(self, chunks: Sequence[Chunk]) -> None:
-        rows: list[int] = []
+    def _add_blocks(self, new_blocks: Sequence[tuple[int, tuple[int, ...]]]) -> None:
+        width = self.block_table.shape[1]
         places: list[int] = []
         blocks: list[int] = []
-        for chunk in chunks:
-            if chunk.new_block_ids:
-                count, start = len(chunk.new_block_ids), self._num_blocks[chunk.row]
-                self._num_blocks[chunk.row] = start + count
-                rows += [chunk.row] * count
-                places += range(start, start + count)
-                blocks += chunk.new_block_ids
-        if rows:
-            row, place, block = upload(np.array((rows, places, blocks), dtype=np.int64), self.device).unbind(0)
-            self.block_table[row, place] = block.int()
+        for row, block_ids in new_blocks:
+            start = self._num_blocks[row]
+            self._num_blocks[row] = end = start + len(block_ids)
+            places += range(row * width + start, row * width + end)
+            blocks += block_ids
+        place, block = upload_parts([places, blocks], self.device)
+        self.block_table.view(-1).index_copy_(0, place, block.int())
+
+
+def _padded(values: Tensor | None, field: Tensor) -> np.ndarray:
+    """A row of `field` that begins with `values`; -1 follows."""
+    padded = torch.full(field.shape[1:], -1, dtype=field.dtype)
+    if values is not None:
+        padded[: len(values)] = values
+    return padded.numpy()
+
+
+def _padded_words(state: RowSampling, shape: Sequence[int]) -> np.ndarray:
+    padded = np.full(shape, -1, dtype=np.int32)
+    for i, word in enumerate(_words(state)):
+        padded[i, -len(word) :] = word
+    return padded
+
+
+def _bits(ids: Tensor, num_words: int) -> np.ndarray:
+    """A mask of int32 words with the bits of `ids` set."""
+    bits = np.zeros(num_words * 32, dtype=np.uint8)
+    bits[ids.numpy()] = 1
+    return np.packbits(bits, bitorder="little").view(np.int32)
 
 
 def _words(state: RowSampling) -> list[tuple[int, ...]]:
@@ -161,11 +195,11 @@ def _ints(init: RowInit, state: RowSampling) -> tuple[int, ...]:
     seed = state.seed & (1 << 64) - 1
     signed = seed - (1 << 64) if seed >> 63 else seed
     params = state.params
-    return len(init.token_ids), init.num_prompt_tokens, signed, params.top_k, _edits(state), params.min_tokens
+    return signed, len(init.token_ids), init.num_prompt_tokens, params.top_k, _edits(state), params.min_tokens
 
 
 def _floats(state: RowSampling) -> tuple[float, ...]:
     params = state.params
     log_min_p = math.log(params.min_p) if params.min_p else -math.inf
     penalties = params.repetition_penalty, params.presence_penalty, params.frequency_penalty
-    return params.temperature, params.top_p, log_min_p, *penalties
+    return params.top_p, params.temperature, log_min_p, *penalties

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,15 +75,18 @@ def build_batch(chunks: tuple[Chunk, ...], table: RequestTable, block_size: int,
 
 
 def logit_rows(
-    chunks: Sequence[Chunk], starts: Sequence[int], num_prompt: Sequence[int]
+    chunks: Sequence[Chunk], starts: Sequence[int], num_prompt: Sequence[int] | np.ndarray, num_decodes: int = 0
 ) -> tuple[list[int], tuple[PromptRows, ...]]:
-    """Token indices that need logits, and which of them are prompt positions; `num_prompt` is by table row."""
-    indices = [starts[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sample]
+    """Token indices that need logits, and which of them are prompt positions.
+
+    The first `num_decodes` tokens are decodes, `starts` [len(chunks) + 1] those of the chunks' tokens; `num_prompt` is
+    by table row.
+    """
+    indices = [*range(num_decodes), *(starts[i + 1] - 1 for i, chunk in enumerate(chunks) if chunk.sample)]
     prompt_rows = []
     for i, chunk in enumerate(chunks):
-        stop = min(chunk.end, num_prompt[chunk.row] - 1)
-        if chunk.prompt_logprobs and stop > chunk.start:
-            count = stop - chunk.start
+        count = min(chunk.end, int(num_prompt[chunk.row]) - 1) - chunk.start if chunk.prompt_logprobs else 0
+        if count > 0:
             prompt_rows.append(PromptRows(chunk.row, len(indices), len(indices) + count, chunk.start))
             indices.extend(range(starts[i], starts[i] + count))
     return indices, tuple(prompt_rows)

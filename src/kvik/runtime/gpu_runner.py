@@ -11,7 +11,7 @@ ahead. What a row is given depends on the row alone; which of the paths its batc
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from kvik.kernels.triton.state import DecodeInputs
 from kvik.models.decoder import Decoder
 from kvik.outputs import TokenLogprobs
 from kvik.runtime.decode_step import DecodeStep, SamplerPath
-from kvik.runtime.device_table import DeviceTable, upload
+from kvik.runtime.device_table import DeviceTable, upload, upload_parts
 from kvik.runtime.forward_batch import PromptRows, StepBatch, logit_rows
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.prompt_outputs import PromptOutputs
@@ -36,17 +36,38 @@ from kvik.tracing import NO_TRACE, NoTrace
 __all__ = ["GpuRunner"]
 
 
+EDITS, TOP_K, TOP_P, MIN_P, HOST, LOGPROBS, MIXED = (1 << bit for bit in range(7))
+"""What a row needs, as bits: the sampler's passes; the host for its token; more than a token; a mixed step."""
+
+
+@dataclass(slots=True)
+class _Staging:
+    """Where the tokens of a step come to on the host."""
+
+    tokens: Tensor  # [max_num_seqs] int32, pinned
+    ready: torch.cuda.Event
+
+
 @dataclass(slots=True)
 class _Step:
-    """What a launched step will give."""
+    """What a launched step will give: tokens of its decodes, then of the chunks that sample."""
 
-    tokens: Tensor  # [num_rows] int32 on the host, valid once `ready` has happened
-    ready: torch.cuda.Event | None
-    rows: list[int]
-    errors: dict[int, str]
-    logprobs: dict[int, TokenLogprobs]
-    prompts: dict[int, tuple[TokenLogprobs, ...]]
-    embeddings: dict[int, tuple[float, ...]]
+    rows: Sequence[int]
+    tokens: Tensor  # [len(rows)] int32 on the host, valid once its staging is ready
+    staging: _Staging | None = None
+    errors: dict[int, str] = field(default_factory=dict)
+    logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
+    prompts: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    embeddings: dict[int, tuple[float, ...]] = field(default_factory=dict)
+
+
+class _DecodeRows:
+    """The rows that decode, in the forms that a step wants. Made anew when the plan's tuple is another."""
+
+    def __init__(self, rows: tuple[int, ...]) -> None:
+        self.key = rows
+        self.rows = list(rows)
+        self.index = np.array(rows, dtype=np.int64)
 
 
 class GpuRunner:
@@ -67,6 +88,9 @@ class GpuRunner:
         self._tracer = tracer
         num_rows, max_blocks = table.block_table.shape
         self._appended = DecodeInputs.empty(num_rows, max_blocks, self._device)
+        self._needs = np.zeros(num_rows, dtype=np.uint8)  # bits, by table row
+        self._decode_rows = _DecodeRows(())
+        self._staging: list[_Staging] = []  # those that no step uses
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -75,11 +99,18 @@ class GpuRunner:
             self._table.apply(plan)
             for init in plan.joined:
                 self._prompts.join(init)
-        rows = [chunk.row for chunk in plan.chunks if chunk.sample]
-        path = SamplerPath.of([self._table.sampling(row) for row in rows])
-        plain = all(chunk.is_decode for chunk in plan.chunks) and not any(map(self._needs_mixed, rows))
-        with self._tracer.span("launch", tokens=plan.num_tokens, sequences=len(plan.chunks)):
-            step = self._finish(self._decode.run(rows, path), rows) if plain else self._mixed(plan.chunks, rows, path)
+                self._needs[init.row] = self._row_needs(init.row)
+            if plan.decodes is not self._decode_rows.key:
+                self._decode_rows = _DecodeRows(plan.decodes)
+            decodes = self._decode_rows
+            needs = int(np.bitwise_or.reduce(self._needs[decodes.index]))
+        num_rows = len(plan.decodes) + len(plan.chunks)
+        with self._tracer.span("launch", tokens=plan.num_tokens, sequences=num_rows):
+            if plan.chunks or needs & MIXED:
+                step = self._mixed(plan.chunks, decodes)
+            else:
+                step = self._finish(self._decode.run(decodes.rows, _path(needs)), decodes.rows)
+                self._table.num_tokens[decodes.index] += 1
         return lambda: self._collect(plan, step)
 
     def reset(self) -> None:
@@ -87,81 +118,82 @@ class GpuRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
 
-    def _needs_mixed(self, row: int) -> bool:
-        """Whether a row asks for more than its token, or for a token that the kernels cannot draw."""
-        asks_more = self._prompts.is_pooled(row) or self._table.sampling(row).params.logprobs is not None
-        return asks_more or self._table.on_host(row) or self._model.spec.rope.depends_on_length
+    def _row_needs(self, row: int) -> int:
+        """The bits of a row that joins."""
+        state = self._table.sampling(row)
+        path, on_host, logprobs = SamplerPath.of([state]), self._table.on_host(row), state.params.logprobs is not None
+        mixed = on_host or logprobs or self._model.spec.rope.depends_on_length
+        passes = EDITS * path.edits | TOP_K * path.top_k | TOP_P * path.top_p | MIN_P * path.min_p
+        return passes | HOST * on_host | LOGPROBS * logprobs | MIXED * mixed
 
-    def _mixed(self, chunks: Sequence[Chunk], rows: list[int], path: SamplerPath) -> _Step:
-        batch = self._batch(chunks, rows)
+    def _mixed(self, chunks: Sequence[Chunk], decodes: _DecodeRows) -> _Step:
+        rows = [*decodes.rows, *(chunk.row for chunk in chunks if chunk.sample)]
+        batch = self._batch(chunks, decodes, rows)
         hidden = self._model.forward(batch.forward, self._kv_pool.layers)
         prompts = {part.row: self._prompt_logprobs(part, hidden) for part in batch.prompt_rows}
-        embeddings = {row: self._prompts.embedding(row, hidden[i]) for i, row in enumerate(rows)}
+        pooled = [i for i, row in enumerate(rows) if self._prompts.is_pooled(row)]
+        embeddings = {rows[i]: self._prompts.embedding(rows[i], hidden[i]) for i in pooled}
         if not rows:
-            return _Step(torch.empty(0, dtype=torch.int32), None, rows, {}, {}, prompts, embeddings)
+            return _Step(rows, torch.empty(0, dtype=torch.int32), prompts=prompts)
+        index = np.array(rows, dtype=np.int64)
+        needs = self._needs[index]
         logits = self._model.ops.linear(hidden[: len(rows)], self._model.weights.lm_head)  # [rows, vocab_size]
-        on_device = upload(np.array(rows, dtype=np.int32), self._device)
-        tokens = path.sample(logits, on_device, self._table.fields, self._work)
-        errors = self._sample_on_host(chunks, rows, logits, tokens)
+        on_device = upload(index.astype(np.int32), self._device)
+        tokens = _path(int(np.bitwise_or.reduce(needs))).sample(logits, on_device, self._table.fields, self._work)
+        errors = self._sample_on_host(rows, np.flatnonzero(needs & HOST).tolist(), logits, tokens)
         self._table.advance(on_device, tokens, self._appended.first(len(rows)))
-        logprobs = self._logprobs(rows, logits, tokens)
+        self._table.num_tokens[index] += 1
         step = self._finish(tokens, rows)
-        step.errors, step.logprobs, step.prompts, step.embeddings = errors, logprobs, prompts, embeddings
+        step.logprobs = self._logprobs(rows, np.flatnonzero(needs & LOGPROBS).tolist(), logits, tokens)
+        step.errors, step.prompts, step.embeddings = errors, prompts, embeddings
         return step
 
-    def _batch(self, chunks: Sequence[Chunk], rows: list[int]) -> StepBatch:
+    def _batch(self, chunks: Sequence[Chunk], decodes: _DecodeRows, rows: Sequence[int]) -> StepBatch:
         """The tensors of a step, of one upload."""
-        counts = np.array([chunk.num_tokens for chunk in chunks])
-        begins = np.array([chunk.start for chunk in chunks])
-        starts = np.concatenate(([0], counts.cumsum()))
-        table_rows = np.array([chunk.row for chunk in chunks])
+        table, size, num_decodes = self._table, self._kv_pool.block_size, len(decodes.rows)
+        spans = np.array([(c.row, c.start, c.num_tokens) for c in chunks], dtype=np.int64).reshape(-1, 3)
+        table_rows = np.concatenate((decodes.index, spans[:, 0]))
+        begins = np.concatenate((table.num_tokens[decodes.index] - 1, spans[:, 1]))
+        counts = np.concatenate((np.ones(num_decodes, dtype=np.int64), spans[:, 2]))
+        starts, ends = np.concatenate(([0], counts.cumsum())), begins + counts
         positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
-        indices, prompt_rows = logit_rows(tuple(chunks), starts.tolist(), self._table.num_prompt)
+        indices, prompt_rows = logit_rows(chunks, starts[num_decodes:].tolist(), table.num_prompt, num_decodes)
         row_of = np.repeat(table_rows, counts)
-        rope_lens = np.maximum(np.array(self._table.num_prompt)[row_of], positions + 1)
-        parts = (row_of, positions, rope_lens, table_rows, starts, begins + counts, np.array(indices, dtype=np.int64))
-        packed = upload(np.concatenate(parts).astype(np.int64), self._device)
-        row_ids, position_ids, lens, seq_rows, query_starts, seq_lens, logit_indices = torch.split_with_sizes(
-            packed, [*map(len, parts)]
+        rope_lens = np.maximum(table.num_prompt[row_of], positions + 1)
+        row_ids, position_ids, lens, seq_rows, query_starts, seq_lens, logit_indices = upload_parts(
+            [row_of, positions, rope_lens, table_rows, starts, ends, indices], self._device
         )
-        size, fields = self._kv_pool.block_size, self._table.fields
-        num_blocks = -(-int((begins + counts).max()) // size)
-        blocks = self._table.block_table[row_ids, position_ids // size].long()
+        blocks = table.block_table[row_ids, position_ids // size].long()
         forward = ForwardBatch(
-            input_ids=fields.token_ids[row_ids, position_ids].long(),
+            input_ids=table.fields.token_ids[row_ids, position_ids].long(),
             positions=position_ids,
             slots=blocks * size + position_ids % size,
             query_starts=query_starts.int(),
             seq_lens=seq_lens.int(),
-            block_tables=self._table.block_table[seq_rows, :num_blocks],
+            block_tables=table.block_table[seq_rows, : -(-int(ends.max()) // size)],
             logit_indices=logit_indices,
             query_starts_host=tuple(starts.tolist()),
-            seq_lens_host=tuple((begins + counts).tolist()),
+            seq_lens_host=tuple(ends.tolist()),
             rope_lens=lens if self._model.spec.rope.depends_on_length else None,
         )
         return StepBatch(forward, tuple(rows), prompt_rows)
 
-    def _sample_on_host(
-        self, chunks: Sequence[Chunk], rows: list[int], logits: Tensor, tokens: Tensor
-    ) -> dict[int, str]:
+    def _sample_on_host(self, rows: list[int], wanted: list[int], logits: Tensor, tokens: Tensor) -> dict[int, str]:
         """Replace the tokens of the rows that only the host can sample; the errors of those that failed."""
-        ends = {chunk.row: chunk.end for chunk in chunks}
-        wanted = [i for i, row in enumerate(rows) if self._table.on_host(row)]
         if not wanted:
             return {}
         states = [self._table.sampling(rows[i]) for i in wanted]
-        history = [self._table.tokens(rows[i], ends[rows[i]]).cpu() for i in wanted]
+        history = [self._table.tokens(rows[i], int(self._table.num_tokens[rows[i]])).cpu() for i in wanted]
         samples = self._sampler.sample(logits[wanted].cpu(), states, history)
         tokens[wanted] = upload(np.array([sample.token_id for sample in samples], dtype=np.int32), self._device)
         return {rows[i]: sample.error for i, sample in zip(wanted, samples, strict=True) if sample.error is not None}
 
-    def _logprobs(self, rows: list[int], logits: Tensor, tokens: Tensor) -> dict[int, TokenLogprobs]:
-        counts = {i: k for i, row in enumerate(rows) if (k := self._table.sampling(row).params.logprobs) is not None}
-        if not counts:
+    def _logprobs(self, rows: list[int], wanted: list[int], logits: Tensor, tokens: Tensor) -> dict[int, TokenLogprobs]:
+        if not wanted:
             return {}
-        chosen = tokens[list(counts)].long().clamp(min=0)
-        found = prompt_logprobs(logits[list(counts)], chosen, max(counts.values()))
-        return {rows[i]: one._replace(top=one.top[:k]) for (i, k), one in zip(counts.items(), found, strict=True)}
+        counts = [self._table.sampling(rows[i]).params.logprobs or 0 for i in wanted]
+        found = prompt_logprobs(logits[wanted], tokens[wanted].long().clamp(min=0), max(counts))
+        return {rows[i]: one._replace(top=one.top[:k]) for i, k, one in zip(wanted, counts, found, strict=True)}
 
     def _prompt_logprobs(self, part: PromptRows, hidden: Tensor) -> tuple[TokenLogprobs, ...]:
         last = part.first_position + part.stop - part.start
@@ -169,28 +201,50 @@ class GpuRunner:
         num_top = self._table.sampling(part.row).params.prompt_logprobs or 0
         return self._prompts.take(part, hidden, next_ids, num_top, self._model.logits)
 
-    def _finish(self, tokens: Tensor, rows: list[int]) -> _Step:
+    def _finish(self, tokens: Tensor, rows: Sequence[int]) -> _Step:
         """Have the tokens copied to the host."""
         if self._device.type == "cpu":
-            return _Step(tokens.clone(), None, rows, {}, {}, {}, {})
-        host = torch.empty(len(tokens), dtype=torch.int32, pin_memory=True)
+            return _Step(rows, tokens.clone())
+        staging = self._staging.pop() if self._staging else self._new_staging()
+        host = staging.tokens[: len(rows)]
         host.copy_(tokens, non_blocking=True)
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        event.record()
-        return _Step(host, event, rows, {}, {}, {}, {})
+        staging.ready.record()
+        return _Step(rows, host, staging)
+
+    def _new_staging(self) -> _Staging:
+        tokens = torch.empty(len(self._needs), dtype=torch.int32, pin_memory=True)
+        return _Staging(tokens, torch.cuda.Event())  # type: ignore[no-untyped-call]
 
     def _collect(self, plan: StepPlan, step: _Step) -> StepResult:
-        if step.ready is not None:
-            step.ready.synchronize()
-        tokens = dict(zip(step.rows, step.tokens.tolist(), strict=False))
-        return StepResult(plan.step_id, tuple(self._row_result(chunk, step, tokens) for chunk in plan.chunks))
+        """Wait for a step's tokens, and put what there is beside them."""
+        if step.staging is not None:
+            step.staging.ready.synchronize()
+        tokens: list[int] = step.tokens.tolist()
+        if step.staging is not None:
+            self._staging.append(step.staging)
+        sampled = dict(zip(step.rows, tokens, strict=True)) if plan.chunks else {}
+        rows = [_row_result(chunk.row, step, sampled.get(chunk.row)) for chunk in plan.chunks]
+        decoded = tokens[: len(plan.decodes)]
+        extras = []
+        if decoded and (step.logprobs or min(decoded) < 0):
+            for i, row in enumerate(plan.decodes):
+                if decoded[i] < 0 or row in step.logprobs:
+                    extras.append(_row_result(row, step, decoded[i]))
+                    decoded[i] = -1
+        return StepResult(plan.step_id, tuple(rows), tuple(decoded), tuple(extras))
 
-    def _row_result(self, chunk: Chunk, step: _Step, tokens: dict[int, int]) -> RowResult:
-        row, prompts = chunk.row, step.prompts.get(chunk.row, ())
-        if row not in tokens:
-            return RowResult(row, prompt_logprobs=prompts)
-        if (token := tokens[row]) < 0:
-            error = step.errors.get(row) or {MASKED: ALL_MASKED, BROKEN: NOT_FINITE}[token]
-            return RowResult(row, prompt_logprobs=prompts, error=error)
-        logprobs = (step.logprobs[row],) if row in step.logprobs else ()
-        return RowResult(row, (token,), logprobs, prompts, embedding=step.embeddings.get(row, ()))
+
+def _path(needs: int) -> SamplerPath:
+    """The passes that rows with these bits need together."""
+    return SamplerPath(bool(needs & EDITS), bool(needs & TOP_K), bool(needs & TOP_P), bool(needs & MIN_P))
+
+
+def _row_result(row: int, step: _Step, token_id: int | None) -> RowResult:
+    prompts = step.prompts.get(row, ())
+    if token_id is None:
+        return RowResult(row, prompt_logprobs=prompts)
+    if token_id < 0:
+        error = step.errors.get(row) or {MASKED: ALL_MASKED, BROKEN: NOT_FINITE}[token_id]
+        return RowResult(row, prompt_logprobs=prompts, error=error)
+    logprobs = (step.logprobs[row],) if row in step.logprobs else ()
+    return RowResult(row, (token_id,), logprobs, prompts, embedding=step.embeddings.get(row, ()))

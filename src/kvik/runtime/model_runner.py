@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from kvik.core.plan import RowResult, StepPlan, StepResult
+from kvik.core.plan import Chunk, RowResult, StepPlan, StepResult
 from kvik.models.decoder import Decoder
 from kvik.outputs import TokenLogprobs
 from kvik.runtime.forward_batch import PromptRows, StepBatch, build_batch
@@ -50,21 +50,23 @@ class ModelRunner:
             for init in plan.joined:
                 self._table.join(init, RowSampling.from_init(init, self._model.spec.vocab_size))
                 self._prompts.join(init)
-            for chunk in plan.chunks:
-                self._table.add_blocks(chunk)
+            for row, block_ids in plan.new_blocks:
+                self._table.add_blocks(row, block_ids)
+            decodes = [Chunk(row, self._table.num_tokens[row] - 1, 1, sample=True) for row in plan.decodes]
+            chunks = (*decodes, *plan.chunks)
             rope_lens = self._model.spec.rope.depends_on_length
-            batch = build_batch(plan.chunks, self._table, self._kv_pool.block_size, rope_lens)
-        with self._tracer.span("forward", tokens=plan.num_tokens, sequences=len(plan.chunks)):
+            batch = build_batch(chunks, self._table, self._kv_pool.block_size, rope_lens)
+        with self._tracer.span("forward", tokens=plan.num_tokens, sequences=len(chunks)):
             hidden = self._model.forward(batch.forward, self._kv_pool.layers)
         with self._tracer.span("sample"):
             samples = self._sample(batch, hidden)
             prompts = {rows.row: self._prompt_logprobs(rows, hidden) for rows in batch.prompt_rows}
             embeddings = {row: self._prompts.embedding(row, hidden[i]) for i, row in enumerate(batch.sampling_rows)}
-        rows = tuple(
+        rows = [
             _row_result(chunk.row, samples.get(chunk.row), prompts.get(chunk.row, ()), embeddings.get(chunk.row, ()))
-            for chunk in plan.chunks
-        )
-        return StepResult(plan.step_id, rows)
+            for chunk in chunks
+        ]
+        return StepResult.of(plan, rows)
 
     def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[int, RowSample]:
         """Sample the rows whose sequences end in this step, and append the tokens to the table."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvik.core.plan import Chunk, RowInit
+from kvik.core.plan import RowInit
 from kvik.sampling.row import RowSampling
 
 __all__ = ["RequestTable"]
@@ -38,12 +38,11 @@ class RequestTable:
         self.sampling[init.row] = sampling
         self.token_ids[init.row, : len(init.token_ids)] = torch.tensor(init.token_ids, dtype=torch.int32)
 
-    def add_blocks(self, chunk: Chunk) -> None:
-        """Append the chunk's new blocks to its row's block table."""
-        if chunk.new_block_ids:
-            start = self.num_blocks[chunk.row]
-            self.num_blocks[chunk.row] = end = start + len(chunk.new_block_ids)
-            self.block_table[chunk.row, start:end] = torch.tensor(chunk.new_block_ids, dtype=torch.int32)
+    def add_blocks(self, row: int, block_ids: tuple[int, ...]) -> None:
+        """Append blocks to a row's block table."""
+        start = self.num_blocks[row]
+        self.num_blocks[row] = end = start + len(block_ids)
+        self.block_table[row, start:end] = torch.tensor(block_ids, dtype=torch.int32)
 
     def append(self, row: int, token_id: int) -> None:
         """Append a sampled token. The last one of a sequence that reached its limit has no place, and needs none."""

@@ -132,13 +132,9 @@ class EventFeed:
             "step": plan.step_id,
             "left": left,
             "joined": [[*_introduce(self._rows[row]), self._rows[row].num_cached] for row in joined],
-            "blocks": [[chunk.row, chunk.new_block_ids] for chunk in plan.chunks if chunk.new_block_ids],
-            "decode": [chunk.row for chunk in plan.chunks if chunk.num_tokens == 1 and chunk.sample],
-            "prefill": [
-                [chunk.row, chunk.start, chunk.num_tokens]
-                for chunk in plan.chunks
-                if chunk.num_tokens != 1 or not chunk.sample
-            ],
+            "blocks": plan.new_blocks,
+            "decode": [*plan.decodes, *(chunk.row for chunk in plan.chunks if chunk.is_decode)],
+            "prefill": [[chunk.row, chunk.start, chunk.num_tokens] for chunk in plan.chunks if not chunk.is_decode],
             "used": self._engine.scheduler.kv.num_used,
             "num_waiting": self._engine.scheduler.num_waiting,
             "waiting": self._waiting() if self._engine.scheduler.num_waiting else [],

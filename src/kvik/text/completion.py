@@ -43,24 +43,26 @@ class Completion:
     def take(self, output: SequenceOutput) -> None:
         """Add the tokens of one engine output, up to a stop string if one appears."""
         assert self.finish_reason is None
-        last = len(output.new_token_ids) - 1
-        for i, token_id in enumerate(output.new_token_ids):
-            self._token_ids.append(token_id)
-            self._logprobs.extend(output.logprobs[i : i + 1])
-            silent = output.stop_token_id is not None and i == last and not self._params.include_stop_str_in_output
-            if not silent:
-                self._write(self._detokenizer.add(token_id))
-            if self.finish_reason is not None:
-                return
+        new = output.new_token_ids
+        silent = output.stop_token_id is not None and not self._params.include_stop_str_in_output
+        if self._matcher is None:
+            self._token_ids += new
+            self._logprobs += output.logprobs
+            self._emit(self._detokenizer.extend(new[:-1] if silent else new))
+        else:
+            for i, token_id in enumerate(new):
+                self._token_ids.append(token_id)
+                self._logprobs += output.logprobs[i : i + 1]
+                if not silent or i < len(new) - 1:
+                    self._write(self._detokenizer.extend((token_id,)), self._matcher)
+                if self.finish_reason is not None:
+                    return
         if output.finish_reason is not None:
             self._finish(output)
 
-    def _write(self, text: str) -> None:
+    def _write(self, text: str, matcher: StopMatcher) -> None:
         """Pass text through the stop matcher, from the first token on that may stop the sequence."""
-        matcher = self._matcher
-        if not text:
-            return
-        if matcher is not None and len(self._token_ids) > self._params.min_tokens:
+        if text and len(self._token_ids) > self._params.min_tokens:
             text = matcher.feed(text)
             if matcher.matched is not None:
                 self.finish_reason, self._stop_reason = FinishReason.STOP, matcher.matched
@@ -73,10 +75,13 @@ class Completion:
 
     def _finish(self, output: SequenceOutput) -> None:
         """End as the engine says, unless the rest of the text turns out to end in a stop string."""
-        self._write(self._detokenizer.finish())
-        if self.finish_reason is not None:
-            return
-        if self._matcher is not None:
+        rest = self._detokenizer.finish()
+        if self._matcher is None:
+            self._emit(rest)
+        else:
+            self._write(rest, self._matcher)
+            if self.finish_reason is not None:
+                return
             self._emit(self._matcher.flush())
         self.finish_reason, self.error = output.finish_reason, output.error
         if output.stop_token_id in self._params.stop_token_ids:
@@ -118,9 +123,10 @@ class Completion:
 
 
 class _LiveOutput(CompletionOutput):
-    """A `CompletionOutput` of an unfinished completion whose long fields are made when they are first read.
+    """A `CompletionOutput` of an unfinished completion whose fields are made when they are first read.
 
-    Their slots stay empty until then; Python calls `__getattr__` for an empty slot only.
+    Their slots stay empty until then; Python calls `__getattr__` for an empty slot only. There is one of these for
+    every token of a stream, so what is filled at once is filled through the slots' own setters.
     """
 
     __slots__ = ("_completion", "_num_pieces", "_num_tokens")
@@ -132,14 +138,10 @@ class _LiveOutput(CompletionOutput):
     @classmethod
     def of(cls, completion: Completion, num_pieces: int, num_tokens: int) -> _LiveOutput:
         self = cls.__new__(cls)
-        put = object.__setattr__
-        put(self, "_completion", completion)
-        put(self, "_num_pieces", num_pieces)
-        put(self, "_num_tokens", num_tokens)
-        put(self, "index", completion.index)
-        put(self, "finish_reason", None)
-        put(self, "stop_reason", None)
-        put(self, "error", None)
+        _put_completion(self, completion)
+        _put_num_pieces(self, num_pieces)
+        _put_num_tokens(self, num_tokens)
+        _put_finish_reason(self, None)
         return self
 
     def __getattr__(self, name: str) -> Any:
@@ -150,7 +152,17 @@ class _LiveOutput(CompletionOutput):
             value = self._completion.token_ids(self._num_tokens)
         elif name == "logprobs":
             value = self._completion.logprobs(self._num_tokens)
+        elif name == "index":
+            value = self._completion.index
+        elif name in ("stop_reason", "error"):
+            value = None
         else:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         object.__setattr__(self, name, value)
         return value
+
+
+_put_completion = _LiveOutput.__dict__["_completion"].__set__
+_put_num_pieces = _LiveOutput.__dict__["_num_pieces"].__set__
+_put_num_tokens = _LiveOutput.__dict__["_num_tokens"].__set__
+_put_finish_reason = CompletionOutput.__dict__["finish_reason"].__set__

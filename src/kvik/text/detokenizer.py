@@ -25,8 +25,14 @@ _MAX_PENDING_TOKENS = 8
 class Detokenizer(Protocol):
     """Text state of one sequence."""
 
+    __slots__ = ()
+
     def add(self, token_id: int) -> str:
         """The text that is certain once `token_id` has come; '' while a character is incomplete."""
+
+    def extend(self, token_ids: Sequence[int]) -> str:
+        """The same for several tokens."""
+        return "".join(map(self.add, token_ids))
 
     def finish(self) -> str:
         """What is left: U+FFFD for bytes that never became a character."""
@@ -74,6 +80,7 @@ class Vocabulary:
         )
         self._byte_of_char = _byte_of_char()
         self._pieces: dict[int, str | bytes] = {}
+        self.bytes_of = _BytesOf(self)
 
     def detokenizer(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokeniser. After a `context` (a prompt) the text goes on instead of starting."""
@@ -130,6 +137,17 @@ class Vocabulary:
         return self.join([token_id, token_id])[len(self.join([token_id])) :]
 
 
+class _BytesOf(dict[int, bytes]):
+    """`Vocabulary.token_bytes` of the tokens that were asked for, as a dictionary: a whole text in one join."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        self._vocabulary = vocabulary
+
+    def __missing__(self, token_id: int) -> bytes:
+        data = self[token_id] = self._vocabulary.token_bytes(token_id)
+        return data
+
+
 def _text_if_complete(data: bytes) -> str | bytes:
     try:
         return data.decode("utf-8")
@@ -147,7 +165,7 @@ def _fallback_byte(token: str) -> bytes | None:
         return None
 
 
-class _ByteDetokenizer:
+class _ByteDetokenizer(Detokenizer):
     """Byte-level BPE: the text is the UTF-8 of all bytes, each invalid stretch replaced by one U+FFFD."""
 
     __slots__ = ("_pending", "_skipped", "_vocabulary")
@@ -170,12 +188,21 @@ class _ByteDetokenizer:
         self._pending = data[used:]
         return text
 
+    def extend(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) == 1:
+            return self.add(token_ids[0])
+        bytes_of, skipped = self._vocabulary.bytes_of, self._skipped
+        data = self._pending + b"".join([bytes_of[token_id] for token_id in token_ids if token_id not in skipped])
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._pending = data[used:]
+        return text
+
     def finish(self) -> str:
         data, self._pending = self._pending, b""
         return data.decode("utf-8", "replace")
 
 
-class _PieceDetokenizer:
+class _PieceDetokenizer(Detokenizer):
     """Sentencepiece and WordPiece: each token has its text, only the first of a text differs (no leading space).
 
     A run of byte-fallback tokens spells characters. Once it is invalid, each of its bytes that spelled nothing yet,
@@ -229,7 +256,7 @@ class _PieceDetokenizer:
         return text
 
 
-class _WindowDetokenizer:
+class _WindowDetokenizer(Detokenizer):
     """Any other decoder: what the library makes of the last token and the new ones, less that of the last token."""
 
     __slots__ = ("_anchor", "_pending", "_skipped", "_vocabulary")

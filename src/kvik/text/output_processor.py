@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from kvik.core.request import Request
 from kvik.errors import RequestError
@@ -115,11 +115,11 @@ class OpenRequest:
         self.finished = False
         self._num_left = params.n
         self._clock = clock
-        self._prompt_text = prompt_text
+        self.prompt = prompt_text
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
         self._metrics: RequestMetrics | None = None
-        self._embedding: tuple[float, ...] = ()
+        self.embedding: tuple[float, ...] = ()
         self._first_token_time: float | None = None
         echo = ""
         if params.echo:
@@ -133,12 +133,22 @@ class OpenRequest:
         ]
 
     @property
+    def num_tokens(self) -> int:
+        """Generated tokens, over all completions."""
+        return sum([completion.num_tokens for completion in self.completions])
+
+    @property
     def usage(self) -> Usage:
-        return Usage(
-            prompt_tokens=len(self.request.prompt_token_ids),
-            completion_tokens=sum([completion.num_tokens for completion in self.completions]),
-            cached_tokens=self._num_cached_tokens,
-        )
+        return self.usage_of(self.num_tokens)
+
+    def usage_of(self, num_tokens: int) -> Usage:
+        """The usage when there were `num_tokens` generated tokens."""
+        num_prompt = len(self.request.prompt_token_ids)
+        return Usage(prompt_tokens=num_prompt, completion_tokens=num_tokens, cached_tokens=self._num_cached_tokens)
+
+    @property
+    def prompt_token_ids(self) -> tuple[int, ...]:
+        return self.request.prompt_token_ids
 
     @property
     def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
@@ -161,7 +171,7 @@ class OpenRequest:
         if output.index == 0:
             self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
             self._prompt_logprobs.extend(output.prompt_logprobs)
-            self._embedding = output.embedding or self._embedding
+            self.embedding = output.embedding or self.embedding
         if output.new_token_ids and self._first_token_time is None:
             self._first_token_time = self._clock()
         self._metrics = output.metrics or self._metrics
@@ -171,35 +181,84 @@ class OpenRequest:
         self._num_left -= 1
         self.finished = not self._num_left
         stopped_here = output.finish_reason is None
-        if stopped_here and self._metrics is not None:
-            self._metrics = replace(self._metrics, total_time=self._clock() - self.request.arrival_time)
-        if self._metrics is None and self.finished:
+        if stopped_here or (self.finished and self._metrics is None):
             self._metrics = self._own_metrics()
         return stopped_here
 
     def output(self) -> RequestOutput:
         """The request as it is now; its deltas start over."""
-        request = self.request
+        if not self.finished:
+            return _LiveRequestOutput.of(self)
         return RequestOutput(
-            request_id=request.request_id,
-            prompt=self._prompt_text,
-            prompt_token_ids=request.prompt_token_ids,
+            request_id=self.request.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
             deltas=tuple([completion.take_delta() for completion in self.completions]),
             outputs=tuple([completion.snapshot() for completion in self.completions]),
             usage=self.usage,
             prompt_logprobs=self.prompt_logprobs,
-            embedding=self._embedding,
+            embedding=self.embedding,
             metrics=self.metrics,
         )
 
     def _own_metrics(self) -> RequestMetrics:
-        """Timings as seen here, for a request that a stop string ended: the engine's come with a terminal output."""
+        """What the engine told with the first token, if it did, and the times of an end that it does not know of."""
         now, arrival, first = self._clock(), self.request.arrival_time, self._first_token_time
+        known = replace(self.metrics, total_time=now - arrival)
         if first is None:
-            return RequestMetrics(total_time=now - arrival)
-        per_completion = self.usage.completion_tokens / len(self.completions)
-        return RequestMetrics(
-            time_to_first_token=first - arrival,
+            return known
+        per_completion = self.num_tokens / len(self.completions)
+        return replace(
+            known,
+            time_to_first_token=first - arrival if known.time_to_first_token is None else known.time_to_first_token,
             time_per_output_token=(now - first) / (per_completion - 1) if per_completion > 1 else None,
-            total_time=now - arrival,
         )
+
+
+class _LiveRequestOutput(RequestOutput):
+    """A `RequestOutput` of an unfinished request, of which most is made when it is first read.
+
+    There is one for every token of a stream; how it works is said where `kvik.text.completion` does the same.
+    """
+
+    __slots__ = ("_num_tokens", "_state")
+
+    _num_tokens: int
+    _state: OpenRequest
+
+    @classmethod
+    def of(cls, state: OpenRequest) -> _LiveRequestOutput:
+        self, completions = cls.__new__(cls), state.completions
+        _put_state(self, state)
+        _put_request_id(self, state.request.request_id)
+        _put_metrics(self, state.metrics)
+        if len(completions) == 1:  # the common case, which needs no lists
+            (only,) = completions
+            _put_num_tokens(self, only.num_tokens)
+            _put_deltas(self, (only.take_delta(),))
+            _put_outputs(self, (only.snapshot(),))
+        else:
+            _put_num_tokens(self, state.num_tokens)
+            _put_deltas(self, tuple([completion.take_delta() for completion in completions]))
+            _put_outputs(self, tuple([completion.snapshot() for completion in completions]))
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "usage":
+            value: object = self._state.usage_of(self._num_tokens)
+        elif name == "index":
+            value = 0
+        elif name in ("prompt", "prompt_token_ids", "prompt_logprobs", "embedding"):
+            value = getattr(self._state, name)
+        else:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        object.__setattr__(self, name, value)
+        return value
+
+
+_put_state = _LiveRequestOutput.__dict__["_state"].__set__
+_put_num_tokens = _LiveRequestOutput.__dict__["_num_tokens"].__set__
+_put_request_id = RequestOutput.__dict__["request_id"].__set__
+_put_deltas = RequestOutput.__dict__["deltas"].__set__
+_put_outputs = RequestOutput.__dict__["outputs"].__set__
+_put_metrics = RequestOutput.__dict__["metrics"].__set__
