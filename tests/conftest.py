@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvik import startup
 from kvik.runtime import platform
 from kvik.text import frontend
 
@@ -24,6 +25,7 @@ from kvik.text import frontend
 def _same_in_every_run() -> Iterator[None]:
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(platform, "_usable_cores", lambda: 1)
+        for module in (platform, startup):
+            patch.setattr(module, "usable_cores", lambda: 1)
         patch.setattr(frontend, "random", SimpleNamespace(Random=lambda seed: random.Random(seed or 0)))
         yield

@@ -1,7 +1,7 @@
 """Compile the Triton kernels of a model's shapes for Hopper (sm_90), without a GPU, and show what they need.
 
-The launchers run as they are, on tensors without memory; a driver that stands in for CUDA's keeps each compiled kernel
-instead of loading it. One line per kernel: registers and stack (spills) per thread, shared memory per program.
+The launchers run as they are, on tensors without memory; a driver that stands in for CUDA's hands over each compiled
+kernel instead of loading it. One line per kernel: registers and stack (spills) per thread, shared memory per program.
 
     python tools/triton_sm90.py [--model qwen3-8b] [--tokens 1 4 16 64] [--json]
 """
@@ -14,20 +14,18 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvik.kernels.api import KVLayer, LinearWeight
+from kvik.kernels.triton.compile_only import StandInDriver, compile_only
 from kvik.kernels.triton.ops import TritonOps
 
 __all__ = ["Compiled", "Sizes", "compile_model", "main"]
 
-SHARED_MEMORY = 227 * 1024  # bytes that one program may have on sm_90
 META = torch.device("meta")
 
 
@@ -68,53 +66,18 @@ class Compiled:
     early_loads: int
 
 
-class _StandInDriver:
-    """As much of a CUDA driver as Triton asks for between a launch and a loaded kernel."""
-
-    def __init__(self) -> None:
-        self.utils = self
-        self.cubins: list[bytes] = []
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": SHARED_MEMORY}
-
-    def launcher_cls(self, source: object, metadata: object) -> Callable[..., None]:
-        return lambda *args: None
-
-    def load_binary(self, name: str, cubin: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
-        self.cubins.append(cubin)
-        return 1, 1, 0, 0, 1024
-
-
-@contextmanager
-def _keep_kernels(found: list[Compiled], label: Callable[[], str]) -> Iterator[None]:
-    """Within: whatever Triton compiles is added to `found`, once."""
+def _keep_kernels(found: list[Compiled], label: Callable[[], str]) -> None:
+    """From now on whatever Triton compiles is added to `found`, once."""
     from triton import knobs
-    from triton.runtime.driver import driver
 
-    stand_in = _StandInDriver()
-    driver.set_active(stand_in)
+    binaries: list[bytes] = []
 
     def keep(module: object, function: object, name: str, group: dict[str, str], digest: str) -> None:
         files = {Path(path).suffix: Path(path) for path in group.values()}
-        found.append(_describe(label(), name, files, stand_in.cubins.pop()))
+        found.append(_describe(label(), name, files, binaries.pop()))
 
+    compile_only(StandInDriver((9, 0), on_binary=binaries.append))
     knobs.runtime.kernel_load_end_hook = keep
-    try:
-        yield
-    finally:
-        knobs.runtime.kernel_load_end_hook = None
 
 
 def _describe(label: str, name: str, files: dict[str, Path], cubin: bytes) -> Compiled:
@@ -181,10 +144,10 @@ def compile_model(sizes: Sizes, tokens: Sequence[int], *, deterministic: bool = 
     ops = TritonOps(META, deterministic=deterministic, pdl=True)
     found: list[Compiled] = []
     label = ""
-    with _keep_kernels(found, lambda: label):
-        for m in tokens:
-            for operation in _run_block(ops, sizes, m):
-                label = f"m{m} {operation}"
+    _keep_kernels(found, lambda: label)
+    for m in tokens:
+        for operation in _run_block(ops, sizes, m):
+            label = f"m{m} {operation}"
     return found
 
 

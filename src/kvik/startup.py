@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -32,9 +32,12 @@ from kvik.resolve import ResolvedConfig, resolve
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
-from kvik.runtime.platform import Platform, select_platform
+from kvik.runtime.platform import Platform, select_platform, usable_cores
 from kvik.runtime.request_table import RequestTable
 from kvik.tracing import NO_TRACE, NoTrace
+
+if TYPE_CHECKING:
+    from kvik.runtime.kernel_compiler import KernelCompiler
 
 __all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model", "load_decoder"]
 
@@ -87,12 +90,45 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
     for note in info.resolved.notes:
         logger.warning("%s", note)
     info.platform.start(config.threads)
-    with ledger.phase("weights"):
-        model = load_decoder(config, info)
-    with ledger.phase("KV cache"):
-        pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
+    with _kernel_compiler(info) as compiler:
+        with ledger.phase("weights"):
+            model = load_decoder(config, info)
+        with ledger.phase("KV cache"):
+            pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
+        if compiler is not None:
+            with ledger.phase("kernels"):
+                _load_kernels(compiler, info, model, pool)
+    with ledger.phase("tables"):
         runner = _runner(config, info, model, pool, tracer)
     return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)
+
+
+def _kernel_compiler(info: ModelInfo) -> AbstractContextManager[KernelCompiler | None]:
+    """What compiles the kernels of a GPU from now on; None where nothing is compiled at the start."""
+    if info.resolved.kernels != "triton":
+        return nullcontext()
+    from kvik.kernels.triton.compile_only import compute_capability
+    from kvik.runtime.kernel_compiler import CompileJob, KernelCompiler
+
+    settings = replace(info.resolved.scheduler, num_blocks=1)  # free memory differs, the kernels do not
+    job = CompileJob(
+        spec=info.spec, settings=settings, dtype=info.resolved.dtype, gpu=info.platform.name,
+        capability=compute_capability(info.platform.device),
+    )  # fmt: skip
+    return KernelCompiler(job, usable_cores())
+
+
+def _load_kernels(compiler: KernelCompiler, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool) -> None:
+    """Launch every kernel once, through a runner that is thrown away: no request compiles or loads any."""
+    from kvik.runtime.gpu import build_gpu_runner
+    from kvik.runtime.warm_up import warm_up
+
+    assert isinstance(model, Decoder)
+    settings = info.resolved.scheduler
+    compiler.wait()
+    runner = build_gpu_runner(model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=False)
+    warm_up(runner, settings)
+    compiler.leave_mark()
 
 
 def _runner(

@@ -110,3 +110,24 @@ def test_what_cannot_be_measured_is_refused(kvik: Kvik, model: str) -> None:
     ):
         result = kvik("bench", "throughput", model, *argv)
         assert result.code == 2 and text in result.err
+
+
+def test_startup_measures_from_the_birth_of_a_process(kvik: Kvik, model: str, tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    result = kvik("bench", "startup", model, "--runs", 2, "--max-model-len", 64, "--json", file)
+    assert result.code == 0
+    assert all(text in result.out for text in ("ready", "imports", "weights", "first token", "machine", "versions"))
+    record = json.loads(file.read_text())
+    times = record["result"]
+    assert record["mode"] == "startup" and len(record["all_ready_s"]) == 2
+    assert min(record["all_ready_s"]) == times["ready_s"] >= sum(times["phases"].values())
+    assert {"imports", "config", "weights", "KV cache"} <= times["phases"].keys()
+    assert times["first_token_s"] > 0 and record["files"]["bytes"] > 0 and record["kernels"] is None
+    assert record["options"] == {"model": "tiny", "max_model_len": 64} and str(tmp_path) not in file.read_text()
+
+
+def test_startup_hands_on_errors(kvik: Kvik, model: str) -> None:
+    refused = kvik("bench", "startup", model, "--max-model-len", 10**9)
+    assert refused.code == 2 and "max_model_len 1000000000 is more than" in refused.err
+    assert "--runs must be at least 1" in kvik("bench", "startup", model, "--runs", 0).err
+    assert "--cold empties the cache of GPU kernels" in kvik("bench", "startup", model, "--device", "cpu", "--cold").err

@@ -2,7 +2,7 @@
 
 `throughput` gives the engine all requests at once; `latency` one after the other, or from --users callers. The machine,
 the versions and the commit stand beside every result. `kvik bench serve URL` is in `bench_serve`, `kvik bench ops` in
-`bench_ops`.
+`bench_ops`, `kvik bench startup MODEL` in `bench_startup`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kvik.settings import Setting
 if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
 
-__all__ = ["append", "run"]
+__all__ = ["append", "footer", "run"]
 
 _DEFAULT_WORKLOADS = {"throughput": "ragged256", "latency": "decode_bs1"}
 _WARM_UP = BenchRequest(list(range(3, 35)), 8)
@@ -41,6 +41,10 @@ def run(argv: Sequence[str]) -> int:
         from kvik.cli import bench_ops
 
         return bench_ops.run(argv[1:])
+    if argv and argv[0] == "startup":
+        from kvik.cli import bench_startup
+
+        return bench_startup.run(argv[1:])
     args = _parser().parse(argv)
     options = read_engine_options(args)
     workload = find_workload(args.workload or _DEFAULT_WORKLOADS[args.mode], args.requests, args.scale)
@@ -60,7 +64,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _parser() -> Parser:
-    about = "Measure an engine; kvik bench serve URL measures a server that runs, kvik bench ops single operators."
+    about = (
+        "Measure an engine; kvik bench serve URL measures a server that runs, kvik bench ops single operators,\n"
+        "kvik bench startup MODEL the start of an engine. Each has a --help of its own."
+    )
     parser = Parser("kvik bench", f"{about}\nWorkloads: {', '.join(WORKLOADS)}, decode_bsN.")
     parser.add_argument("mode", choices=tuple(_DEFAULT_WORKLOADS), help="all requests at once, or one after the other")
     add_engine_flags(parser, sampling=False)
@@ -158,10 +165,8 @@ def append(path: Path, record: dict[str, Any]) -> None:
 
 
 def _render(record: dict[str, Any]) -> str:
-    result, box, about = record["result"], record["machine"], record["versions"]
+    result = record["result"]
     users = f", {record['users']} at a time" if record["users"] else ""
-    source = f"kvik {about['kvik']}" + (f" ({record['commit']})" if record["commit"] else "")
-    gpus = f"; {'; '.join(box['gpus'])}" if box["gpus"] else ""
     lines = [
         f"{record['workload']} (seed {record['seed']}) on {record['model']}, {record['parameters']:,} parameters,"
         f" {record['dtype']}; {record['mode']}{users}, best of {record['runs']}",
@@ -175,10 +180,19 @@ def _render(record: dict[str, Any]) -> str:
         f"  {'host per step':<16} {result['host_ms_per_step']:.3f} ms outside of the executor, of which scheduler"
         f" {result['scheduler_ms_per_step']:.3f} ms; {result['steps']:,} steps",
         f"  {'memory limit':<16} {_limit_text(record['limit'])}",
+    ]
+    return "\n".join([*lines, *footer(record)])
+
+
+def footer(record: dict[str, Any]) -> list[str]:
+    """The lines that say where a result was measured, and with what."""
+    box, about = record["machine"], record["versions"]
+    source = f"kvik {about['kvik']}" + (f" ({record['commit']})" if record["commit"] else "")
+    gpus = f"; {'; '.join(box['gpus'])}" if box["gpus"] else ""
+    return [
         f"  {'machine':<16} {box['cpu']}, {box['cores']} cores, {box['memory'] / 2**30:.0f} GiB{gpus}",
         f"  {'versions':<16} {source}, torch {about['torch']}, python {about['python']}",
     ]
-    return "\n".join(lines)
 
 
 def _speed(speed: float | None) -> str:

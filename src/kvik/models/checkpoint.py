@@ -65,6 +65,7 @@ class TensorInfo(NamedTuple):
     file: Path
     shape: torch.Size
     dtype: str  # as in torch: float32, bfloat16, int8
+    start: int | None  # of its bytes in the file; None for a file that only torch can read
 
 
 class Checkpoint:
@@ -81,11 +82,12 @@ class Checkpoint:
         for file in find_checkpoint(folder, load_format):
             with _readable(file):
                 infos = _open_file(file)[0]
+                starts = _starts(file) if file.suffix == ".safetensors" else {}
             for name, (shape, dtype) in infos.items():
                 if name in self.tensors:
                     both = f"{self.tensors[name].file.name} and in {file.name}"
                     raise ModelLoadError(f"{name} is in the checkpoint twice: in {both}")
-                self.tensors[name] = TensorInfo(file, shape, dtype)
+                self.tensors[name] = TensorInfo(file, shape, dtype, starts.get(name))
             self._unread[file] = len(infos)
 
     def skip(self, name: str) -> None:
@@ -103,6 +105,21 @@ class Checkpoint:
         if self._mapped[file] > _MAPPED_BYTES:
             self._close(file)
         self._done(file)
+
+    def read_part(self, name: str, start: int, into: Tensor) -> None:
+        """Copy the bytes of a tensor from its byte `start` on to `into`, contiguous uint8 [num_bytes] on the CPU.
+
+        For tensors with a `TensorInfo.start`. Holds nothing open, and may be called by several threads at once.
+        """
+        info, rest = self.tensors[name], into.numpy().data
+        assert info.start is not None
+        with _readable(info.file), info.file.open("rb", buffering=0) as file:
+            file.seek(info.start + start)
+            while rest:
+                count = file.readinto(rest)
+                if not count:
+                    raise EOFError(f"{name} is cut off")
+                rest = rest[count:]
 
     def _done(self, file: Path) -> None:
         self._unread[file] -= 1
@@ -148,6 +165,14 @@ def _open_file(file: Path) -> tuple[_Infos, Callable[[str], Tensor]]:
         if not isinstance(tensor, Tensor):
             raise ModelLoadError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor")
     return {name: (t.shape, str(t.dtype).removeprefix("torch.")) for name, t in state.items()}, state.__getitem__
+
+
+def _starts(file: Path) -> dict[str, int]:
+    """Where the bytes of each tensor of a safetensors file begin: behind a header, whose length comes first."""
+    with file.open("rb") as source:
+        size = int.from_bytes(source.read(8), "little")
+        header = json.loads(source.read(size))
+    return {name: 8 + size + entry["data_offsets"][0] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _dtype_name(name: str) -> str:

@@ -3,12 +3,13 @@
 Names and shapes are compared with the files' headers first: every parameter must be there once, every tensor used or
 known to be needless; anything else is one error that lists the names. Then each layer's tensors are copied to their
 places and handed to `pack`, which may turn projections into another form (quantised, prepacked): the plain form of no
-more than one layer exists at a time.
+more than one layer exists at a time. To a GPU they go through a `WeightStream`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from kvik.layers.rope import RopeTable
 from kvik.models.checkpoint import Checkpoint
 from kvik.models.decoder import Decoder, DecoderWeights, allocate_layer
 from kvik.models.spec import DecoderSpec
+from kvik.models.weight_stream import WeightStream
 from kvik.models.weights import (
     EMBEDDING,
     FINAL_NORM,
@@ -43,7 +45,10 @@ from kvik.quantization.loading import (
     read_values,
 )
 
-__all__ = ["Pack", "build_weights", "checkpoint_dtype", "keep_plain", "load_model", "load_weights", "open_checkpoint"]
+__all__ = [
+    "Pack", "build_weights", "checkpoint_dtype", "keep_plain", "load_model", "load_weights", "open_checkpoint",
+    "stream_weights",
+]  # fmt: skip
 
 Pack = Callable[[str, LinearWeight], LinearWeight]
 """`pack(role, weight)` for role qkv, o, gate_up, down and lm_head: the form in which the projection is kept."""
@@ -99,14 +104,17 @@ def load_weights(
     if load_format == "dummy":
         return build_weights(spec, dtype, device, random_fill(spec, seed, device), pack)
     checkpoint = open_checkpoint(path, spec, load_format, stored)
-    with tqdm(
-        total=len(checkpoint.tensors),
-        desc="Loading weights",
-        unit="tensor",
-        delay=0.5,
-        leave=False,
-        disable=None if progress else True,
-    ) as bar:
+    with ExitStack() as stack:
+        bar = stack.enter_context(
+            tqdm(
+                total=len(checkpoint.tensors),
+                desc="Loading weights",
+                unit="tensor",
+                delay=0.5,
+                leave=False,
+                disable=None if progress else True,
+            )
+        )
 
         def fill(views: Mapping[str, Tensor]) -> None:
             for name, view in views.items():
@@ -116,7 +124,31 @@ def load_weights(
         if stored is not None:
             keep = pack_quantized or dequantized(dtype, device)
             return build_quantized_weights(spec, stored, dtype, device, fill, keep)
-        return build_weights(spec, dtype, device, fill, pack)
+        if device.type == "cpu" or any(info.start is None for info in checkpoint.tensors.values()):
+            return build_weights(spec, dtype, device, fill, pack)
+        stream = stack.enter_context(WeightStream(checkpoint, device))
+        return stream_weights(spec, dtype, device, stream, pack, bar.update)
+
+
+def stream_weights(
+    spec: DecoderSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: WeightStream,
+    pack: Pack = keep_plain,
+    progress: Callable[[], object] = lambda: None,
+) -> DecoderWeights:
+    """`build_weights` from a stream. Layers are allocated while earlier ones are on their way, if `pack` allows it."""
+
+    def fill(views: Mapping[str, Tensor]) -> None:
+        for name, view in views.items():
+            stream.put(name, view)
+        if pack is not keep_plain:  # it reads what it packs
+            stream.wait(progress)
+
+    weights = build_weights(spec, dtype, device, fill, pack)
+    stream.wait(progress)
+    return weights
 
 
 def build_weights(

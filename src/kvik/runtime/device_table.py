@@ -35,7 +35,7 @@ def upload(values: np.ndarray | Sequence[int], device: torch.device) -> Tensor:
     """
     array = values if isinstance(values, np.ndarray) else np.array(values, dtype=np.int64)
     host = torch.from_numpy(array)
-    return host if device.type == "cpu" else host.pin_memory().to(device, non_blocking=True)
+    return host.to(device) if device.type in ("cpu", "meta") else host.pin_memory().to(device, non_blocking=True)
 
 
 def upload_parts(parts: Sequence[np.ndarray | Sequence[int]], device: torch.device) -> tuple[Tensor, ...]:

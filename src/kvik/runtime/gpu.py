@@ -22,14 +22,15 @@ __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_byte
 
 def gpu_attention(
     spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device, *,
-    deterministic: bool,
+    deterministic: bool, pdl: bool | None = None,
 ) -> TritonAttention:  # fmt: skip
     """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`."""
     limits = AttentionLimits(
         num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
         max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
     )  # fmt: skip
-    return TritonAttention(limits, device, deterministic=deterministic, pdl=supports_pdl(device))
+    pdl = supports_pdl(device) if pdl is None else pdl
+    return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl)
 
 
 def build_gpu_runner(

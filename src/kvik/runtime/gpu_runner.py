@@ -203,7 +203,7 @@ class GpuRunner:
 
     def _finish(self, tokens: Tensor, rows: Sequence[int]) -> _Step:
         """Have the tokens copied to the host."""
-        if self._device.type == "cpu":
+        if self._device.type != "cuda":
             return _Step(rows, tokens.clone())
         staging = self._staging.pop() if self._staging else self._new_staging()
         host = staging.tokens[: len(rows)]

@@ -16,7 +16,7 @@ import torch
 
 from kvik.errors import ConfigError
 
-__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "select_platform"]
+__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "select_platform", "usable_cores"]
 
 _OLDEST_GPU = (8, 0)
 """The compute capability from which on GPUs compute in bfloat16, as all kernels do."""
@@ -82,7 +82,7 @@ class CpuPlatform:
         return torch.bfloat16 if checkpoint is torch.float16 else checkpoint
 
     def start(self, threads: int | None) -> None:
-        torch.set_num_threads(threads or min(self.num_cores, _usable_cores()))
+        torch.set_num_threads(threads or min(self.num_cores, usable_cores()))
         _return_large_blocks()
 
 
@@ -160,7 +160,7 @@ def _return_large_blocks() -> None:
         ctypes.CDLL(None).mallopt(m_mmap_threshold, 4 << 20)
 
 
-def _usable_cores() -> int:
+def usable_cores() -> int:
     """Cores that this process may run on, which is fewer in a container or under taskset."""
     process = psutil.Process()
     return len(process.cpu_affinity()) if hasattr(process, "cpu_affinity") else psutil.cpu_count() or 1

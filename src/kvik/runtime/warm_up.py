@@ -1,0 +1,58 @@
+"""Step plans that launch every kernel an engine on a GPU will need, so that no request waits for one to be compiled.
+
+They are run twice: on torch's meta device, where a launch only compiles (`kvik.runtime.kernel_compiler`), and on the
+GPU itself before the engine is ready, which loads what was compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kvik.config import SchedulerConfig
+from kvik.core.plan import Chunk, RowInit, StepPlan
+from kvik.kernels.triton.dispatch import BUCKETS
+from kvik.runtime.decode_step import buckets
+from kvik.runtime.gpu_runner import GpuRunner
+from kvik.sampling_params import SamplingParams
+
+__all__ = ["warm_up", "warm_up_plans"]
+
+_PLAIN = SamplingParams(temperature=1.0)
+_EVERYTHING = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, presence_penalty=1.0)
+
+
+def warm_up(runner: GpuRunner, settings: SchedulerConfig) -> None:
+    """Run all plans. What they leave in the runner's table and in the KV cache means nothing."""
+    for plan in warm_up_plans(settings):
+        runner.start(plan)
+    runner.reset()
+
+
+def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
+    """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens.
+
+    All rows use KV block 0 alone, over and over.
+    """
+    num_seqs, size = settings.max_num_seqs, settings.block_size
+    rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))
+    sizes = sorted(buckets(num_seqs), reverse=True)
+    yield StepPlan(0, rows, tuple(_chunk(row, 1, (0,)) for row in range(num_seqs)))
+    for count in sizes[1:]:
+        yield StepPlan(0, (), tuple(_chunk(row, 1) for row in range(count)))
+    yield StepPlan(0, (_row(0, 1, _EVERYTHING),), (_chunk(0, 1, (0,)),))
+    budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
+    for num_tokens in (*(count for count in BUCKETS if 1 < count < budget), budget):
+        full, rest = divmod(num_tokens, settings.max_model_len)
+        lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
+        rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
+        yield StepPlan(
+            0, rows, tuple(_chunk(row, length, (0,) * -(-length // size)) for row, length in enumerate(lengths))
+        )
+
+
+def _row(row: int, num_tokens: int, params: SamplingParams) -> RowInit:
+    return RowInit(row, (0,) * num_tokens, num_tokens, params, seed=0, stop_token_ids=(), bad_words_ids=())
+
+
+def _chunk(row: int, num_tokens: int, blocks: tuple[int, ...] = ()) -> Chunk:
+    return Chunk(row, 0, num_tokens, sample=True, new_block_ids=blocks)
