@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvik.attention.registry import select_backend
-from kvik.config import EngineConfig
+from kvik.config import EngineConfig, SchedulerConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import Runner, UniprocExecutor
@@ -90,20 +90,22 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
     for note in info.resolved.notes:
         logger.warning("%s", note)
     info.platform.start(config.threads)
-    with _kernel_compiler(info) as compiler:
+    with _kernel_compiler(config, info) as compiler:
         with ledger.phase("weights"):
             model = load_decoder(config, info)
         with ledger.phase("KV cache"):
             pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
+            runner = _runner(config, info, model, pool, tracer)
         if compiler is not None:
             with ledger.phase("kernels"):
-                _load_kernels(compiler, info, model, pool)
-    with ledger.phase("tables"):
-        runner = _runner(config, info, model, pool, tracer)
+                compiler.wait()
+            with ledger.phase("graphs"):
+                _warm_up(runner, settings)
+                compiler.leave_mark()
     return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)
 
 
-def _kernel_compiler(info: ModelInfo) -> AbstractContextManager[KernelCompiler | None]:
+def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextManager[KernelCompiler | None]:
     """What compiles the kernels of a GPU from now on; None where nothing is compiled at the start."""
     if info.resolved.kernels != "triton":
         return nullcontext()
@@ -113,22 +115,18 @@ def _kernel_compiler(info: ModelInfo) -> AbstractContextManager[KernelCompiler |
     settings = replace(info.resolved.scheduler, num_blocks=1)  # free memory differs, the kernels do not
     job = CompileJob(
         spec=info.spec, settings=settings, dtype=info.resolved.dtype, gpu=info.platform.name,
-        capability=compute_capability(info.platform.device),
+        capability=compute_capability(info.platform.device), deterministic=config.deterministic,
     )  # fmt: skip
     return KernelCompiler(job, usable_cores())
 
 
-def _load_kernels(compiler: KernelCompiler, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool) -> None:
-    """Launch every kernel once, through a runner that is thrown away: no request compiles or loads any."""
-    from kvik.runtime.gpu import build_gpu_runner
+def _warm_up(runner: Runner, settings: SchedulerConfig) -> None:
+    """Launch every kernel and capture every graph once: no request waits for any."""
+    from kvik.runtime.gpu_runner import GpuRunner
     from kvik.runtime.warm_up import warm_up
 
-    assert isinstance(model, Decoder)
-    settings = info.resolved.scheduler
-    compiler.wait()
-    runner = build_gpu_runner(model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=False)
+    assert isinstance(runner, GpuRunner)
     warm_up(runner, settings)
-    compiler.leave_mark()
 
 
 def _runner(

@@ -137,14 +137,12 @@ def state() -> None:
     from kvik.kernels.triton import block_copy
     from kvik.kernels.triton import state as kernels
 
-    ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "stop_ids", "seq_lens", "out", "pairs"]
+    ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "seq_lens", "out_tables", "pairs"]
     longs = ["input_ids", "positions", "slots", "addresses"]
     scalars = dict.fromkeys(["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words"], "i32")
-    types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars, "stopped": "*i1"}
-    sizes = {"BLOCK_SIZE": 64, "NUM_STOPS": 32, "BLOCK": kernels.BLOCK}
-    compile_kernel("advance", kernels._advance, types, {"APPEND": True, **sizes}, num_warps=4)
-    compile_kernel("inputs", kernels._advance, types, {"APPEND": False, **sizes}, num_warps=4)
-    compile_kernel("copy tables", kernels._copy_tables, types, {"BLOCK": kernels.BLOCK}, num_warps=1)
+    types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars}
+    compile_kernel("inputs", kernels._inputs, types, {"BLOCK_SIZE": 64, "BLOCK": kernels.BLOCK}, num_warps=1)
+    compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK}, num_warps=4)
     compile_kernel("copy blocks", block_copy._copy, types, {"BLOCK": block_copy.WORDS}, num_warps=4)
 
 

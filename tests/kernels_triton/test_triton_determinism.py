@@ -100,7 +100,7 @@ def test_attention_is_that_of_chunking_is_invisible() -> None:
     spec, _ = model(torch.device("cpu"), torch.float32, qk_norm=True, bias=False)
     for deterministic in (False, True):
         attention = gpu_attention(spec, 4, 64, LENGTH, torch.device("meta"), deterministic=deterministic)
-        assert attention._tiles == attention_tiles(spec.head_dim, deterministic=deterministic)
+        assert attention._tiles == attention_tiles(spec.head_dim, 4, deterministic=deterministic)
 
 
 def test_memory_of_a_deterministic_engine_is_planned() -> None:

@@ -12,7 +12,6 @@ pytest.importorskip("triton", reason="triton is not installed")
 from test_triton_decoder import TABLE, model
 
 from kvik.attention.reference import ReferenceAttention
-from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.config import SchedulerConfig
 from kvik.core.engine import Engine
 from kvik.core.request import Request
@@ -20,13 +19,10 @@ from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import Runner, UniprocExecutor
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.ops import TritonOps
-from kvik.kernels.triton.sampling_table import SamplingWorkspace
 from kvik.layers.rope import RopeTable
 from kvik.models.decoder import Decoder
 from kvik.outputs import SequenceOutput
-from kvik.runtime.decode_step import DecodeStep
-from kvik.runtime.device_table import DeviceTable
-from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.gpu import build_gpu_runner, gpu_attention
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.request_table import RequestTable
@@ -47,19 +43,14 @@ ASKED: list[dict[str, Any]] = [
 
 def gpu_runner(device: torch.device, settings: SchedulerConfig) -> Runner:
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
-    limits = AttentionLimits(
-        num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=ROWS,
-        max_num_tokens=settings.max_num_batched_tokens, max_context_tokens=ROWS * LENGTH,
-    )  # fmt: skip
-    attention = TritonAttention(limits, device)
+    attention = gpu_attention(
+        spec, ROWS, settings.max_num_batched_tokens, LENGTH, device, deterministic=False, pdl=False
+    )
     decoder = Decoder(
         spec, weights, RopeTable(spec.rope, LENGTH, device), TritonOps(device, table=TABLE), attention
     )  # fmt: skip
     pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
-    table = DeviceTable(ROWS, LENGTH, BLOCK, spec.vocab_size, device)
-    work = SamplingWorkspace(ROWS, spec.vocab_size, device)
-    decode = DecodeStep(decoder, attention, pool, table, work, use_graphs=device.type == "cuda")
-    return GpuRunner(decoder, pool, table, decode, work)
+    return build_gpu_runner(decoder, pool, ROWS, LENGTH, use_graphs=device.type == "cuda")
 
 
 def cpu_runner(settings: SchedulerConfig) -> Runner:

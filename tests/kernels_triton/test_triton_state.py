@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("triton")
 
 from kvik.kernels.triton.block_copy import BlockCopier
-from kvik.kernels.triton.state import DecodeInputs, decode_inputs
+from kvik.kernels.triton.state import DecodeInputs, append_tokens, decode_inputs
 
 BLOCK_SIZE, DUMMY = 16, 5
 
@@ -24,25 +24,24 @@ class Table:
 
         self.state = {"token_ids": ints(6, 40), "block_table": ints(6, 3)}
         self.state["num_tokens"] = torch.tensor([1, 15, 16, 17, 39, 40], dtype=torch.int32, device=device)
-        self.state["stop_ids"] = torch.tensor([[7, 9], [-1, -1]] * 3, dtype=torch.int32, device=device)
+        self.device = device
 
-    def step(self, rows: list[int], tokens: list[int] | None, num_blocks: int = 3) -> DecodeInputs:
-        device = self.state["token_ids"].device
+    def inputs(self, rows: list[int], num_blocks: int = 3) -> DecodeInputs:
         n = len(rows)
-        long = [torch.full((n,), -7, device=device) for _ in range(3)]
-        out = DecodeInputs(
-            *long, long[0].int(), torch.full((n, num_blocks), -7, dtype=torch.int32, device=device), long[0].bool()
-        )
-        on_device = [torch.tensor(v, dtype=torch.int32, device=device) for v in (rows, tokens or [])]
-        decode_inputs(
-            on_device[0], None if tokens is None else on_device[1], out, block_size=BLOCK_SIZE, dummy_slot=DUMMY,
-            **self.state,
-        )  # fmt: skip
+        long = [torch.full((n,), -7, device=self.device) for _ in range(3)]
+        tables = torch.full((n, num_blocks), -7, dtype=torch.int32, device=self.device)
+        out = DecodeInputs(*long, long[0].int(), tables)
+        on_device = torch.tensor(rows, dtype=torch.int32, device=self.device)
+        decode_inputs(on_device, out, block_size=BLOCK_SIZE, dummy_slot=DUMMY, **self.state)
         return out
+
+    def append(self, rows: list[int], tokens: list[int]) -> None:
+        on_device = (torch.tensor(v, dtype=torch.int32, device=self.device) for v in (rows, tokens))
+        append_tokens(*on_device, token_ids=self.state["token_ids"], num_tokens=self.state["num_tokens"])
 
 
 def check(table: Table, out: DecodeInputs, rows: list[int]) -> None:
-    """Inputs follow from the state after the step, for rows that have a place."""
+    """Inputs follow from the state, for rows that have a place."""
     state = {name: tensor.cpu() for name, tensor in table.state.items()}
     for i, row in enumerate(rows):
         position = int(state["num_tokens"][row]) - 1
@@ -53,57 +52,46 @@ def check(table: Table, out: DecodeInputs, rows: list[int]) -> None:
         assert out.block_tables[i].tolist() == state["block_table"][row, : out.block_tables.shape[1]].tolist()
 
 
-def test_appending_advances_every_row(device: torch.device) -> None:
+def test_what_is_appended_is_the_next_input(device: torch.device) -> None:
     table, rows = Table(device), [3, 0, 2, 1]
     before = table.state["token_ids"].clone()
     for tokens in ([7, 8, 9, 7], [1, 2, 3, 4]):
-        out = table.step(rows, tokens)
+        table.append(rows, tokens)
+        out = table.inputs(rows)
         check(table, out, rows)
         assert out.input_ids.tolist() == tokens
-        assert out.stopped.tolist() == [t in (7, 9) and row % 2 == 0 for row, t in zip(rows, tokens, strict=True)]
     assert table.state["num_tokens"].tolist() == [3, 17, 18, 19, 39, 40]
     changed = (table.state["token_ids"] != before).nonzero().tolist()
     assert changed == [[0, 1], [0, 2], [1, 15], [1, 16], [2, 16], [2, 17], [3, 17], [3, 18]]
 
 
-def test_the_inputs_of_a_new_batch(device: torch.device) -> None:
+def test_inputs_change_nothing(device: torch.device) -> None:
     table = Table(device)
     before = table.state["num_tokens"].clone()
-    check(table, table.step([5, 1, 4], None), [5, 1, 4])
-    check(table, table.step([0, 1], None, num_blocks=1), [0, 1])
+    check(table, table.inputs([5, 1, 4]), [5, 1, 4])
+    check(table, table.inputs([0, 1], num_blocks=1), [0, 1])
     assert torch.equal(table.state["num_tokens"], before)
 
 
-@pytest.mark.parametrize("tokens", [None, [3, -1, 4, 6]])
-def test_padding_failed_rows_and_full_rows(tokens: list[int] | None, device: torch.device) -> None:
+def test_padding_failed_rows_and_full_rows(device: torch.device) -> None:
     table = Table(device)
     before = table.state["token_ids"].clone()
-    out = table.step([-1, -1, 4, 5], tokens)
-    assert out.slots[:2].tolist() == [DUMMY, DUMMY]
-    assert out.seq_lens[:2].tolist() == [0, 0]
+    table.append([-1, 0, 4, 5], [3, -2, 4, 6])
+    assert table.state["num_tokens"].tolist() == [1, 15, 16, 17, 40, 41]  # row 4 takes its last place, 5 has none left
+    assert table.state["token_ids"][4, 39] == 4
+    assert torch.equal(table.state["token_ids"][5], before[5])
+    out = table.inputs([-1, -1, 4, 5])
+    assert out.slots[[0, 1, 3]].tolist() == [DUMMY] * 3
+    assert out.seq_lens.tolist() == [0, 0, 40, 0]
     assert out.block_tables[:2].tolist() == [[0, 0, 0]] * 2
-    assert not out.stopped[:2].any() or tokens is None
-    if tokens is None:
-        check(table, table.step([4, 5], None), [4, 5])
-    else:  # row 4 takes its last place, row 5 has none left: it is counted, and computes nothing
-        assert table.state["num_tokens"].tolist() == [1, 15, 16, 17, 40, 41]
-        assert table.state["token_ids"][4, 39] == 4
-        assert torch.equal(table.state["token_ids"][5], before[5])
-        assert (out.slots[3], out.seq_lens[3]) == (DUMMY, 0)
-
-
-def test_a_row_without_a_token_stays_where_it_is(device: torch.device) -> None:
-    table = Table(device)
-    out = table.step([0, 1], [-2, 5])
-    assert table.state["num_tokens"].tolist()[:2] == [1, 16]
-    assert (out.slots[0], out.seq_lens[0], out.stopped[0]) == (DUMMY, 0, False)
+    check(table, table.inputs([4]), [4])
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
 def test_batches_around_a_program(rows: int, device: torch.device) -> None:
     table = Table(device)
-    out = table.step([-1] * (rows - 1) + [2], [0] * (rows - 1) + [4])
-    assert out.seq_lens.tolist() == [0] * (rows - 1) + [17]
+    table.append([-1] * (rows - 1) + [2], [0] * (rows - 1) + [4])
+    assert table.inputs([-1] * (rows - 1) + [2]).seq_lens.tolist() == [0] * (rows - 1) + [17]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -54,7 +54,7 @@ class TritonAttention:
         tiles: AttentionTiles | None = None,
         pdl: bool = False,
     ) -> None:
-        self._limits, self._pdl = limits, pdl
+        self.limits, self._pdl = limits, pdl
         self._fixed = tiles or (attention_tiles(limits.head_dim, deterministic=True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
@@ -77,7 +77,7 @@ class TritonAttention:
         self._decodes = self._prefills = False  # whether that batch has work for the kernel
 
     def _tiles_of(self, num_seqs: int) -> AttentionTiles:
-        return self._fixed or attention_tiles(self._limits.head_dim, num_seqs)
+        return self._fixed or attention_tiles(self.limits.head_dim, num_seqs)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.
@@ -86,7 +86,7 @@ class TritonAttention:
         A replay runs the kernels that the captured batch needed: one with both kinds of sequences serves every mix.
         Raises CapacityError for a step beyond the limits.
         """
-        limits = self._limits
+        limits = self.limits
         asked = (batch.num_seqs, batch.query_starts_host[-1], sum(batch.seq_lens_host))
         given = (limits.max_num_seqs, limits.max_num_tokens, limits.max_context_tokens)
         if any(map(int.__gt__, asked, given)):
@@ -114,7 +114,7 @@ class TritonAttention:
                 q, kv.k, kv.v, out, parts=self._parts, stats=self._stats, arrivals=self._arrivals,
                 items=self._decode_items, counts=self._counts, query_starts=batch.query_starts,
                 seq_lens=batch.seq_lens, block_tables=batch.block_tables, scale=scale, window=window,
-                max_queries=self._limits.max_queries, tiles=self._tiles, pdl=self._pdl,
+                max_queries=self.limits.max_queries, tiles=self._tiles, pdl=self._pdl,
             )  # fmt: skip
         if self._prefills:
             prefill_attention(

@@ -1,7 +1,7 @@
 """A decode step from the request table back to the request table: one CUDA graph per number of rows and sampler path.
 
     rows ──► ids, positions, slots, lengths ──► layers ──► logits ──► tokens ──► appended to the rows
-    static      `advance`                        model      sample     `advance`
+    static   `decode_inputs`                     model      sample    `append`
 
 While the batch stays the same, a step is one graph launch and copies nothing to the device.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
 from kvik.kernels.triton.state import DecodeInputs
 from kvik.models.decoder import Decoder
 from kvik.runtime.device_table import DeviceTable, upload
+from kvik.runtime.graphs import Graph, GraphPool
 from kvik.runtime.kv_pool import KVPool
 from kvik.sampling.row import RowSampling
 
@@ -88,22 +88,18 @@ class _Bucket:
 
 
 class DecodeStep:
-    """Runs decode steps of up to `max_rows` rows; with `use_graphs` each kind of step is captured when it first comes.
-
-    A captured step uses the memory of its own pool, shared by all graphs: one runs at a time.
-    """
+    """Runs decode steps of the rows of `table`. With a `pool`, a kind of step becomes a graph when it first comes."""
 
     def __init__(
         self, model: Decoder, attention: TritonAttention, kv_pool: KVPool, table: DeviceTable, work: SamplingWorkspace,
-        *, use_graphs: bool,
+        pool: GraphPool | None,
     ) -> None:  # fmt: skip
         self._model, self._attention, self._kv_pool = model, attention, kv_pool
-        self._table, self._work, self._use_graphs = table, work, use_graphs
+        self._table, self._work, self._pool = table, work, pool
         max_rows, self._max_blocks = table.block_table.shape
         self._sizes = buckets(max_rows)
         self._buckets: dict[int, _Bucket] = {}
-        self._graphs: dict[tuple[int, SamplerPath], torch.cuda.CUDAGraph] = {}
-        self._pool: Any = None
+        self._graphs: dict[tuple[int, SamplerPath], Graph] = {}
 
     def run(self, rows: list[int], path: SamplerPath) -> Tensor:
         """Decode one token of each table row: int32 [len(rows)], valid until the next step."""
@@ -112,29 +108,21 @@ class DecodeStep:
         if bucket is None:
             bucket = self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
         bucket.fill(rows)
-        if not self._use_graphs:
+        if self._pool is None:
             return self._compute(bucket, path)[: len(rows)]
         graph = self._graphs.get((size, path))
         if graph is None:
             tokens = self._compute(bucket, path)[: len(rows)].clone()  # also compiles what the capture will launch
-            self._graphs[size, path] = self._capture(bucket, path)
+            self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
             return tokens
         graph.replay()
         return self._work.tokens[: len(rows)]
 
     def _compute(self, bucket: _Bucket, path: SamplerPath) -> Tensor:
-        self._table.advance(bucket.rows, None, bucket.inputs)
+        self._table.decode_inputs(bucket.rows, bucket.inputs)
         self._attention.prepare(bucket.batch)
         hidden = self._model.forward(bucket.batch, self._kv_pool.layers)
         logits = self._model.ops.linear(hidden, self._model.weights.lm_head)  # [num_rows, vocab_size]
         tokens = path.sample(logits, bucket.rows, self._table.fields, self._work)
-        self._table.advance(bucket.rows, tokens, bucket.inputs)
+        self._table.append(bucket.rows, tokens)
         return tokens
-
-    def _capture(self, bucket: _Bucket, path: SamplerPath) -> torch.cuda.CUDAGraph:
-        """Record a step. Capturing launches nothing, so no row advances."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            self._compute(bucket, path)
-        self._pool = self._pool or graph.pool()
-        return graph

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from kvik.core.plan import RowInit, StepPlan
 from kvik.kernels.triton.sampling_table import LISTS, MASK, PENALTIES, SamplingTable
-from kvik.kernels.triton.state import DecodeInputs, decode_inputs
+from kvik.kernels.triton.state import DecodeInputs, append_tokens, decode_inputs
 from kvik.sampling.row import RowSampling
 
-__all__ = ["DeviceTable", "upload", "upload_parts"]
+__all__ = ["NO_SLOT", "DeviceTable", "upload", "upload_parts"]
 
 NO_SLOT = -1
 """Where a padding row writes its key and value: nowhere."""
@@ -90,13 +90,16 @@ class DeviceTable:
         )
         return bool(state.params.logits_processors) or any(asked > given for asked, given in lists)
 
-    def advance(self, rows: Tensor, tokens: Tensor | None, out: DecodeInputs) -> None:
-        """Fill `out` with the decode step that follows; with `tokens`, what was sampled, append them first."""
-        fields = self.fields
+    def decode_inputs(self, rows: Tensor, out: DecodeInputs) -> None:
+        """Fill `out` with the decode step of `rows` [num_rows] int32, -1 for padding."""
         decode_inputs(
-            rows, tokens, out, token_ids=fields.token_ids, num_tokens=fields.num_tokens, block_table=self.block_table,
-            stop_ids=fields.stop_ids, block_size=self._block_size, dummy_slot=NO_SLOT,
+            rows, out, token_ids=self.fields.token_ids, num_tokens=self.fields.num_tokens,
+            block_table=self.block_table, block_size=self._block_size, dummy_slot=NO_SLOT,
         )  # fmt: skip
+
+    def append(self, rows: Tensor, tokens: Tensor) -> None:
+        """Append what was sampled to `rows` [num_rows] int32, -1 for padding."""
+        append_tokens(rows, tokens, token_ids=self.fields.token_ids, num_tokens=self.fields.num_tokens)
 
     def _join(self, inits: Sequence[RowInit]) -> None:
         states = [RowSampling.from_init(init, self._vocab_size) for init in inits]

@@ -14,7 +14,9 @@ from kvik.models.spec import DecoderSpec
 from kvik.runtime.decode_step import DecodeStep
 from kvik.runtime.device_table import DeviceTable
 from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.graphs import GraphPool
 from kvik.runtime.kv_pool import KVPool
+from kvik.runtime.mixed_step import MixedStep
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_bytes"]
@@ -41,8 +43,10 @@ def build_gpu_runner(
     table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device)
     work = SamplingWorkspace(num_seqs, vocab_size, device)
     assert isinstance(model.attention, TritonAttention)
-    decode = DecodeStep(model, model.attention, pool, table, work, use_graphs=use_graphs)
-    return GpuRunner(model, pool, table, decode, work, tracer)
+    graphs = GraphPool() if use_graphs else None
+    decode = DecodeStep(model, model.attention, pool, table, work, graphs)
+    mixed = MixedStep(model, model.attention, pool, table, graphs)
+    return GpuRunner(model, table, decode, mixed, work, tracer)
 
 
 def workspace_bytes(

@@ -17,17 +17,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvik.attention.base import ForwardBatch
 from kvik.core.plan import Chunk, RowResult, StepPlan, StepResult
 from kvik.kernels.triton.sampler import BROKEN, MASKED
 from kvik.kernels.triton.sampling_table import SamplingWorkspace
-from kvik.kernels.triton.state import DecodeInputs
 from kvik.models.decoder import Decoder
 from kvik.outputs import TokenLogprobs
 from kvik.runtime.decode_step import DecodeStep, SamplerPath
-from kvik.runtime.device_table import DeviceTable, upload, upload_parts
-from kvik.runtime.forward_batch import PromptRows, StepBatch, logit_rows
-from kvik.runtime.kv_pool import KVPool
+from kvik.runtime.device_table import DeviceTable, upload
+from kvik.runtime.forward_batch import PromptRows, logit_rows
+from kvik.runtime.mixed_step import MixedParts, MixedStep
 from kvik.runtime.prompt_outputs import PromptOutputs
 from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.sampler import ALL_MASKED, NOT_FINITE, Sampler
@@ -78,17 +76,15 @@ class GpuRunner:
     """
 
     def __init__(
-        self, model: Decoder, kv_pool: KVPool, table: DeviceTable, decode: DecodeStep, work: SamplingWorkspace,
+        self, model: Decoder, table: DeviceTable, decode: DecodeStep, mixed: MixedStep, work: SamplingWorkspace,
         tracer: NoTrace = NO_TRACE,
     ) -> None:  # fmt: skip
-        self._model, self._kv_pool, self._table, self._decode, self._work = model, kv_pool, table, decode, work
+        self._model, self._table, self._decode, self._mixed_step, self._work = model, table, decode, mixed, work
         self._device = table.device
         self._sampler = Sampler(model.spec.vocab_size)
         self._prompts = PromptOutputs()
         self._tracer = tracer
-        num_rows, max_blocks = table.block_table.shape
-        self._appended = DecodeInputs.empty(num_rows, max_blocks, self._device)
-        self._needs = np.zeros(num_rows, dtype=np.uint8)  # bits, by table row
+        self._needs = np.zeros(len(table.num_tokens), dtype=np.uint8)  # bits, by table row
         self._decode_rows = _DecodeRows(())
         self._staging: list[_Staging] = []  # those that no step uses
 
@@ -128,9 +124,9 @@ class GpuRunner:
 
     def _mixed(self, chunks: Sequence[Chunk], decodes: _DecodeRows) -> _Step:
         rows = [*decodes.rows, *(chunk.row for chunk in chunks if chunk.sample)]
-        batch = self._batch(chunks, decodes, rows)
-        hidden = self._model.forward(batch.forward, self._kv_pool.layers)
-        prompts = {part.row: self._prompt_logprobs(part, hidden) for part in batch.prompt_rows}
+        parts, prompt_rows = self._parts(chunks, decodes)
+        hidden = self._mixed_step.run(parts)
+        prompts = {part.row: self._prompt_logprobs(part, hidden) for part in prompt_rows}
         pooled = [i for i, row in enumerate(rows) if self._prompts.is_pooled(row)]
         embeddings = {rows[i]: self._prompts.embedding(rows[i], hidden[i]) for i in pooled}
         if not rows:
@@ -141,42 +137,35 @@ class GpuRunner:
         on_device = upload(index.astype(np.int32), self._device)
         tokens = _path(int(np.bitwise_or.reduce(needs))).sample(logits, on_device, self._table.fields, self._work)
         errors = self._sample_on_host(rows, np.flatnonzero(needs & HOST).tolist(), logits, tokens)
-        self._table.advance(on_device, tokens, self._appended.first(len(rows)))
+        self._table.append(on_device, tokens)
         self._table.num_tokens[index] += 1
         step = self._finish(tokens, rows)
         step.logprobs = self._logprobs(rows, np.flatnonzero(needs & LOGPROBS).tolist(), logits, tokens)
         step.errors, step.prompts, step.embeddings = errors, prompts, embeddings
         return step
 
-    def _batch(self, chunks: Sequence[Chunk], decodes: _DecodeRows, rows: Sequence[int]) -> StepBatch:
-        """The tensors of a step, of one upload."""
-        table, size, num_decodes = self._table, self._kv_pool.block_size, len(decodes.rows)
+    def _parts(self, chunks: Sequence[Chunk], decodes: _DecodeRows) -> tuple[MixedParts, tuple[PromptRows, ...]]:
+        """A step in rows and positions, the decodes first; and which of its logit rows are positions of prompts."""
+        table, num_decodes = self._table, len(decodes.rows)
         spans = np.array([(c.row, c.start, c.num_tokens) for c in chunks], dtype=np.int64).reshape(-1, 3)
-        table_rows = np.concatenate((decodes.index, spans[:, 0]))
+        seq_rows = np.concatenate((decodes.index, spans[:, 0]))
         begins = np.concatenate((table.num_tokens[decodes.index] - 1, spans[:, 1]))
         counts = np.concatenate((np.ones(num_decodes, dtype=np.int64), spans[:, 2]))
-        starts, ends = np.concatenate(([0], counts.cumsum())), begins + counts
+        starts = np.concatenate(([0], counts.cumsum()))
         positions = np.arange(starts[-1]) + np.repeat(begins - starts[:-1], counts)
         indices, prompt_rows = logit_rows(chunks, starts[num_decodes:].tolist(), table.num_prompt, num_decodes)
-        row_of = np.repeat(table_rows, counts)
-        rope_lens = np.maximum(table.num_prompt[row_of], positions + 1)
-        row_ids, position_ids, lens, seq_rows, query_starts, seq_lens, logit_indices = upload_parts(
-            [row_of, positions, rope_lens, table_rows, starts, ends, indices], self._device
+        rows = np.repeat(seq_rows, counts)
+        lens = np.maximum(table.num_prompt[rows], positions + 1) if self._model.spec.rope.depends_on_length else None
+        parts = MixedParts(
+            rows=rows,
+            positions=positions,
+            seq_rows=seq_rows,
+            starts=starts,
+            ends=begins + counts,
+            logit_indices=np.array(indices, dtype=np.int64),
+            rope_lens=lens,
         )
-        blocks = table.block_table[row_ids, position_ids // size].long()
-        forward = ForwardBatch(
-            input_ids=table.fields.token_ids[row_ids, position_ids].long(),
-            positions=position_ids,
-            slots=blocks * size + position_ids % size,
-            query_starts=query_starts.int(),
-            seq_lens=seq_lens.int(),
-            block_tables=table.block_table[seq_rows, : -(-int(ends.max()) // size)],
-            logit_indices=logit_indices,
-            query_starts_host=tuple(starts.tolist()),
-            seq_lens_host=tuple(ends.tolist()),
-            rope_lens=lens if self._model.spec.rope.depends_on_length else None,
-        )
-        return StepBatch(forward, tuple(rows), prompt_rows)
+        return parts, prompt_rows
 
     def _sample_on_host(self, rows: list[int], wanted: list[int], logits: Tensor, tokens: Tensor) -> dict[int, str]:
         """Replace the tokens of the rows that only the host can sample; the errors of those that failed."""

@@ -61,6 +61,7 @@ class CompileJob:
     dtype: torch.dtype
     gpu: str  # its name, by which `load_table` knows it
     capability: tuple[int, int]
+    deterministic: bool
 
     def to_json(self) -> str:
         """Every field, in plain values."""
@@ -77,6 +78,7 @@ class CompileJob:
         return cls(
             spec=DecoderSpec(**spec), settings=SchedulerConfig(**fields["settings"]),
             dtype=getattr(torch, fields["dtype"]), gpu=fields["gpu"], capability=tuple(fields["capability"]),
+            deterministic=fields["deterministic"],
         )  # fmt: skip
 
     @property
@@ -97,8 +99,10 @@ class CompileJob:
         pdl = self.capability >= _HOPPER
         num_seqs, max_len = settings.max_num_seqs, settings.max_model_len
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)
-        ops = TritonOps(meta, table=load_table(self.gpu), pdl=pdl)
-        attention = gpu_attention(spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, pdl=pdl)
+        ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, pdl=pdl)
+        attention = gpu_attention(
+            spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, deterministic=self.deterministic, pdl=pdl
+        )
         decoder = Decoder(spec, weights, RopeTable(spec.rope, max_len, meta), ops, attention)
         pool = KVPool(spec, settings.num_blocks, settings.block_size, self.dtype, meta)
         return build_gpu_runner(decoder, pool, num_seqs, max_len, use_graphs=False)

@@ -36,23 +36,19 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     num_seqs, size = settings.max_num_seqs, settings.block_size
     rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))
     sizes = sorted(buckets(num_seqs), reverse=True)
-    yield StepPlan(0, rows, tuple(_chunk(row, 1, (0,)) for row in range(num_seqs)))
+    yield StepPlan(0, rows, tuple((row, (0,)) for row in range(num_seqs)), tuple(range(num_seqs)), ())
     for count in sizes[1:]:
-        yield StepPlan(0, (), tuple(_chunk(row, 1) for row in range(count)))
-    yield StepPlan(0, (_row(0, 1, _EVERYTHING),), (_chunk(0, 1, (0,)),))
+        yield StepPlan(0, (), (), tuple(range(count)), ())
+    yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
     for num_tokens in (*(count for count in BUCKETS if 1 < count < budget), budget):
         full, rest = divmod(num_tokens, settings.max_model_len)
         lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
-        yield StepPlan(
-            0, rows, tuple(_chunk(row, length, (0,) * -(-length // size)) for row, length in enumerate(lengths))
-        )
+        blocks = tuple((row, (0,) * -(-length // size)) for row, length in enumerate(lengths))
+        chunks = tuple(Chunk(row, 0, length, sample=True) for row, length in enumerate(lengths))
+        yield StepPlan(0, rows, blocks, (), chunks)
 
 
 def _row(row: int, num_tokens: int, params: SamplingParams) -> RowInit:
     return RowInit(row, (0,) * num_tokens, num_tokens, params, seed=0, stop_token_ids=(), bad_words_ids=())
-
-
-def _chunk(row: int, num_tokens: int, blocks: tuple[int, ...] = ()) -> Chunk:
-    return Chunk(row, 0, num_tokens, sample=True, new_block_ids=blocks)

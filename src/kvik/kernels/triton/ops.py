@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny
-from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, RowPlan, Table, load_table
+from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, Plan, RowPlan, Table, load_table
 
 __all__ = ["TritonOps", "supports_pdl"]
 
@@ -42,6 +42,9 @@ class TritonOps:
         self._table = table or load_table(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self._deterministic = deterministic
         self._pdl = supports_pdl(device) if pdl is None else pdl
+        # What the table said, because asking it takes longer than some kernels run.
+        self._plans: dict[tuple[str, int, int, int, torch.dtype], Plan] = {}
+        self._row_plans: dict[tuple[str, int, int, torch.dtype], RowPlan] = {}
         self._arrivals = torch.zeros(_COUNTERS, dtype=torch.int32, device=device)
 
     def embedding(self, input_ids: Tensor, weight: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -115,8 +118,20 @@ class TritonOps:
         return out
 
     def _row_plan(self, op: str, x: Tensor, size: int) -> RowPlan:
-        num_tokens = _ROWS_WHEN_DETERMINISTIC if self._deterministic else len(x)
-        return self._table.row_plan(Case(op, num_tokens, size, size, str(x.dtype).removeprefix("torch.")))
+        key = op, _ROWS_WHEN_DETERMINISTIC if self._deterministic else len(x), size, x.dtype
+        plan = self._row_plans.get(key)
+        if plan is None:
+            case = Case(op, key[1], size, size, str(x.dtype).removeprefix("torch."))
+            plan = self._row_plans[key] = self._table.row_plan(case)
+        return plan
+
+    def _plan(self, op: str, m: int, n: int, k: int, dtype: torch.dtype) -> Plan:
+        key = op, m, n, k, dtype
+        plan = self._plans.get(key)
+        if plan is None:
+            case = Case(op, m, n, k, str(dtype).removeprefix("torch."))
+            plan = self._plans[key] = self._table.plan(case, deterministic=self._deterministic)
+        return plan
 
     def _project(
         self, op: str, x: Tensor, w: LinearWeight, norm: Norm | None = None, residual: Tensor | None = None
@@ -126,8 +141,7 @@ class TritonOps:
         n = w.weight.shape[0] // (2 if swiglu else 1)
         if m == 0:
             return x.new_empty((m, n))
-        case = Case(op, m, n, k, str(x.dtype).removeprefix("torch."))
-        plan = self._table.plan(case, deterministic=self._deterministic)
+        plan = self._plan(op, m, n, k, x.dtype)
         if norm is not None and plan.path != "gemv":
             x = self.rms_norm(x, norm.weight, norm.eps)
         if plan.path == "blas":

@@ -1,0 +1,155 @@
+"""The forward pass of a step that has prompts in it: eager when it is large, else one CUDA graph per number of tokens.
+
+    packed  | row of each token | position | row of each sequence | starts | ends | tokens that give hidden states |
+
+All that a step needs comes to the device in one copy. For a graph each part is padded to the largest that it can be:
+tokens of row -1 write no key and belong to no sequence, sequences without tokens are skipped.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kvik.attention.base import ForwardBatch
+from kvik.attention.triton import TritonAttention
+from kvik.models.decoder import Decoder
+from kvik.runtime.device_table import NO_SLOT, DeviceTable, upload, upload_parts
+from kvik.runtime.graphs import Graph, GraphPool
+from kvik.runtime.kv_pool import KVPool
+
+__all__ = ["GRAPH_TOKENS", "MixedParts", "MixedStep"]
+
+GRAPH_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
+"""Numbers of tokens that graphs are captured for; launching a larger step takes less time than computing it."""
+
+Ints: TypeAlias = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class MixedParts:
+    """A step in table rows and positions, on the host."""
+
+    rows: Ints  # [num_tokens]
+    positions: Ints  # [num_tokens]
+    seq_rows: Ints  # [num_seqs]
+    starts: Ints  # [num_seqs + 1], the first token of each sequence
+    ends: Ints  # [num_seqs], context length including the tokens of this step
+    logit_indices: Ints  # tokens whose hidden state is wanted
+    rope_lens: Ints | None = None  # [num_tokens], see `ForwardBatch`
+
+
+@dataclass(frozen=True, slots=True)
+class _Captured:
+    """A graph, what it reads, and what it leaves."""
+
+    graph: Graph
+    packed: Tensor
+    hidden: Tensor  # [max_num_seqs, hidden_size]
+
+
+class MixedStep:
+    """Computes mixed steps of the rows of `table`, through graphs if there is a pool for them."""
+
+    def __init__(
+        self, model: Decoder, attention: TritonAttention, kv_pool: KVPool, table: DeviceTable, pool: GraphPool | None
+    ) -> None:
+        self._model, self._attention, self._kv_pool, self._table = model, attention, kv_pool, table
+        self._pool = pool
+        self._sizes = tuple(size for size in GRAPH_TOKENS if size <= attention.limits.max_num_tokens)
+        self._max_seqs = len(table.num_tokens)
+        self._captured: dict[int, _Captured] = {}
+
+    def run(self, parts: MixedParts) -> Tensor:
+        """Hidden states after the final norm of the tokens at `logit_indices`: [num_rows, hidden_size].
+
+        Valid until the next step.
+        """
+        num_rows = len(parts.logit_indices)
+        size = next((size for size in self._sizes if size >= len(parts.rows)), None)
+        if self._pool is None or size is None or parts.rope_lens is not None or num_rows > self._max_seqs:
+            return self._eager(parts)
+        packed = upload(_padded(parts, size, self._max_seqs), self._table.device)
+        captured = self._captured.get(size)
+        if captured is None:
+            hidden = self._compute(packed, size).clone()  # also compiles what the capture will launch
+            self._captured[size] = self._capture(self._pool, packed, size)
+            return hidden[:num_rows]
+        captured.packed.copy_(packed)
+        captured.graph.replay()
+        return captured.hidden[:num_rows]
+
+    def _capture(self, pool: GraphPool, packed: Tensor, size: int) -> _Captured:
+        left: list[Tensor] = []
+        graph = pool.capture(lambda: left.append(self._compute(packed, size)))
+        return _Captured(graph, packed, left[0])
+
+    def _eager(self, parts: MixedParts) -> Tensor:
+        table = self._table
+        uploaded = [parts.rows, parts.positions, parts.seq_rows, parts.starts, parts.ends, parts.logit_indices]
+        if parts.rope_lens is not None:
+            uploaded.append(parts.rope_lens)
+        rows, positions, seq_rows, starts, ends, indices, *lens = upload_parts(uploaded, table.device)
+        batch = ForwardBatch(
+            input_ids=table.fields.token_ids[rows, positions].long(),
+            positions=positions,
+            slots=self._slots(rows, positions),
+            query_starts=starts.int(),
+            seq_lens=ends.int(),
+            block_tables=table.block_table[seq_rows, : -(-int(parts.ends.max()) // self._kv_pool.block_size)],
+            logit_indices=indices,
+            query_starts_host=tuple(parts.starts.tolist()),
+            seq_lens_host=tuple(parts.ends.tolist()),
+            rope_lens=lens[0] if lens else None,
+        )
+        return self._model.forward(batch, self._kv_pool.layers)
+
+    def _compute(self, packed: Tensor, size: int) -> Tensor:
+        """A padded step; a graph of it serves every step that fits."""
+        table, seqs = self._table, self._max_seqs
+        rows, positions, seq_rows, starts, ends, indices = packed.split_with_sizes(
+            [size, size, seqs, seqs + 1, seqs, seqs]
+        )
+        held = rows.clamp(min=0)
+        batch = ForwardBatch(
+            input_ids=table.fields.token_ids[held, positions].long(),
+            positions=positions,
+            slots=torch.where(rows >= 0, self._slots(held, positions), NO_SLOT),
+            query_starts=starts.int(),
+            seq_lens=ends.int(),
+            block_tables=table.block_table[seq_rows],
+            logit_indices=indices,
+            # For the host, a sequence that decodes and one that does not, so that both kernels are launched.
+            query_starts_host=(0, 1, *(size,) * (seqs - 1)) if seqs > 1 else (0, size),
+            seq_lens_host=(1,) * seqs,
+        )
+        self._attention.prepare(batch)
+        return self._model.forward(batch, self._kv_pool.layers)
+
+    def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
+        size = self._kv_pool.block_size
+        return self._table.block_table[rows, positions // size].long() * size + positions % size
+
+
+def _padded(parts: MixedParts, size: int, seqs: int) -> Ints:
+    """One array of a length that depends on (size, seqs) only."""
+    num_tokens = len(parts.rows)
+
+    def fill(values: Ints, length: int, value: int) -> Ints:
+        return np.pad(values, (0, length - len(values)), constant_values=value)
+
+    return np.concatenate(
+        (
+            fill(parts.rows, size, -1),
+            fill(parts.positions, size, 0),
+            fill(parts.seq_rows, seqs, 0),
+            fill(parts.starts, seqs + 1, num_tokens),
+            fill(parts.ends, seqs, 0),
+            fill(parts.logit_indices, seqs, 0),
+        )
+    )
