@@ -198,7 +198,7 @@ def _activation_bytes(
     if kernels == "triton":
         from kvik.runtime.gpu import partial_bytes, workspace_bytes  # imports triton
 
-        needed += workspace_bytes(spec, *sizes, deterministic=config.deterministic)
+        needed += workspace_bytes(spec, dtype, *sizes, deterministic=config.deterministic)
         needed += partial_bytes(spec, dtype, num_tokens, num_seqs) if config.deterministic else 0
     elif config.deterministic:
         needed += attention_parts_bytes(spec, num_tokens, max_model_len)

@@ -173,6 +173,6 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
 
     attention = gpu_attention(
         info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
-        deterministic=config.deterministic,
+        dtype=resolved.dtype, deterministic=config.deterministic,
     )  # fmt: skip
     return Decoder(info.spec, weights, rope, TritonOps(device, deterministic=config.deterministic), attention)

@@ -65,8 +65,8 @@ def attention() -> None:
         ("96 fp16", 8, 5, 96, 0, 64, 1, False), ("64 fp32", 8, 1, 64, 0, 64, 1, False),
     ]  # fmt: skip
     for name, kv_heads, group, dim, window, block, queries, exact in cases:
-        tiles = attention_tiles(dim, deterministic=exact)
         dtype = name.split()[-1] if name.split()[-1] in ("fp16", "fp32") else "bf16"
+        tiles = attention_tiles(dim, itemsize=4 if dtype == "fp32" else 2, deterministic=exact)
         types |= dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
         both = {
             "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
@@ -79,6 +79,7 @@ def attention() -> None:
         compile_kernel(f"decode {name}", _decode, types, constants, **stages)
         constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}
         stages = {"num_warps": tiles.prefill_warps, "num_stages": tiles.prefill_stages, "launch_pdl": 1}
+        stages |= {} if tiles.prefill_registers is None else {"maxnreg": tiles.prefill_registers}
         compile_kernel(f"prefill {name}", _prefill, types, constants, **stages)
     types = {**types, "decode_items": "*i32", "prefill_items": "*i32", "num_seqs": "i32"}
     constants = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import numpy as np
@@ -20,8 +21,10 @@ from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
-SMALL = AttentionTiles(block_n=16, chunk=32)  # so that short contexts have several tiles and chunks
-EXACT = AttentionTiles(block_n=16, chunk=32, decode_rows=64, merge_chunks=True)
+SMALL = AttentionTiles(
+    block_n=16, chunk=32, prefill_rows=64, prefill_warps=4
+)  # so that short contexts have several tiles and chunks
+EXACT = replace(SMALL, decode_rows=64, merge_chunks=True)
 
 Heads = tuple[int, int, int]  # query heads, key/value heads, head size
 

@@ -46,7 +46,9 @@ Found = dict[str, tuple[list[int], list[TokenLogprobs], list[TokenLogprobs]]]
 
 def run(device: torch.device, config: SchedulerConfig, *, at_once: int = 3, preempt_every: int = 0) -> Found:
     spec, weights = model(device, torch.float32, qk_norm=True, bias=True)
-    attention = gpu_attention(spec, ROWS, config.max_num_batched_tokens, LENGTH, device, deterministic=True)
+    attention = gpu_attention(
+        spec, ROWS, config.max_num_batched_tokens, LENGTH, device, dtype=torch.float32, deterministic=True
+    )
     rope = RopeTable(spec.rope, LENGTH, device)
     decoder = Decoder(spec, weights, rope, TritonOps(device, deterministic=True), attention)
     pool = KVPool(spec, config.num_blocks, BLOCK, torch.float32, device)
@@ -99,13 +101,15 @@ def test_a_schedule_leaves_no_trace(
 def test_attention_is_that_of_chunking_is_invisible() -> None:
     spec, _ = model(torch.device("cpu"), torch.float32, qk_norm=True, bias=False)
     for deterministic in (False, True):
-        attention = gpu_attention(spec, 4, 64, LENGTH, torch.device("meta"), deterministic=deterministic)
-        assert attention._tiles == attention_tiles(spec.head_dim, 4, deterministic=deterministic)
+        attention = gpu_attention(
+            spec, 4, 64, LENGTH, torch.device("meta"), dtype=torch.float32, deterministic=deterministic
+        )
+        assert attention._tiles == attention_tiles(spec.head_dim, 4, itemsize=4, deterministic=deterministic)
 
 
 def test_memory_of_a_deterministic_engine_is_planned() -> None:
     spec, _ = model(torch.device("cpu"), torch.bfloat16, qk_norm=True, bias=False)
-    assert workspace_bytes(spec, 4, 64, 64, BLOCK, deterministic=True) > 0
+    assert workspace_bytes(spec, torch.float32, 4, 64, 64, BLOCK, deterministic=True) > 0
     case = Case("linear_add", 1, spec.hidden_size, spec.intermediate_size, "bfloat16")
     plan = load_table("any").plan(case, deterministic=True)
     assert plan.split_k > 1, "what this test is about"

@@ -44,7 +44,7 @@ ASKED: list[dict[str, Any]] = [
 def gpu_runner(device: torch.device, settings: SchedulerConfig) -> Runner:
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
     attention = gpu_attention(
-        spec, ROWS, settings.max_num_batched_tokens, LENGTH, device, deterministic=False, pdl=False
+        spec, ROWS, settings.max_num_batched_tokens, LENGTH, device, dtype=torch.float32, deterministic=False
     )
     decoder = Decoder(
         spec, weights, RopeTable(spec.rope, LENGTH, device), TritonOps(device, table=TABLE), attention

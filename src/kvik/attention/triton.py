@@ -34,6 +34,7 @@ class AttentionLimits:
     max_num_seqs: int
     max_num_tokens: int  # queries of one step
     max_context_tokens: int  # sum of the context lengths of one step
+    itemsize: int = 2  # bytes of an element of a head
     max_queries: int = 1  # up to which a sequence is decoded: 1, and one more for each token that is speculated
 
 
@@ -55,7 +56,7 @@ class TritonAttention:
         pdl: bool = False,
     ) -> None:
         self.limits, self._pdl = limits, pdl
-        self._fixed = tiles or (attention_tiles(limits.head_dim, deterministic=True) if deterministic else None)
+        self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
         self._capacity = max(
@@ -77,7 +78,11 @@ class TritonAttention:
         self._decodes = self._prefills = False  # whether that batch has work for the kernel
 
     def _tiles_of(self, num_seqs: int) -> AttentionTiles:
-        return self._fixed or attention_tiles(self.limits.head_dim, num_seqs)
+        return self._fixed or self._tuned(num_seqs, False)
+
+    def _tuned(self, num_seqs: int, deterministic: bool) -> AttentionTiles:
+        itemsize = self.limits.itemsize
+        return attention_tiles(self.limits.head_dim, num_seqs, itemsize=itemsize, deterministic=deterministic)
 
     def prepare(self, batch: ForwardBatch) -> None:
         """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.

@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 def versions() -> dict[str, str | None]:
     """Versions of Kvik, Python and everything that Kvik depends on; None for an optional package that is absent."""
     found: dict[str, str | None] = {"kvik": kvik.__version__, "python": platform.python_version()}
-    for requirement in importlib.metadata.requires("kvik") or []:
+    for requirement in _requirements():
         if 'extra == "dev"' in requirement or "extra == 'dev'" in requirement:
             continue
         match = re.match(r"[\w.-]+", requirement)
@@ -83,6 +83,14 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def _requirements() -> list[str]:
+    """What Kvik needs, as it was installed; nothing where it runs from its sources."""
+    try:
+        return importlib.metadata.requires("kvik") or []
+    except importlib.metadata.PackageNotFoundError:
+        return ["torch", "triton", "numpy", "tokenizers", "safetensors"]
 
 
 def _processor() -> tuple[str, list[str]]:

@@ -38,7 +38,7 @@ class GpuOperators(TritonOps):
         heads = (q.shape[1], kv.k.shape[1], kv.k.shape[3])
         backend = batch.backends.get(heads)
         if backend is None:
-            backend = batch.backends[heads] = _attention(heads, batch.step)
+            backend = batch.backends[heads] = _attention(heads, q.dtype, batch.step)
         return backend.forward(q, kv, batch.step, scale=scale, window=window)
 
     def sample(self, logits: Tensor, params: SamplingParams, seed: int, position: int) -> Tensor:
@@ -61,13 +61,13 @@ class GpuOperators(TritonOps):
         return tokens.long().clamp(min=MASKED)
 
 
-def _attention(heads: tuple[int, int, int], step: ForwardBatch) -> TritonAttention:
+def _attention(heads: tuple[int, int, int], dtype: torch.dtype, step: ForwardBatch) -> TritonAttention:
     """Attention with a workspace for this step and nothing larger."""
-    group, most = heads[0] // heads[1], attention_tiles(heads[2]).prefill_rows
+    group, most = heads[0] // heads[1], attention_tiles(heads[2], itemsize=dtype.itemsize).prefill_rows
     if group > most:
         raise ConfigError(f"attention: {group} query heads share a key head, and the kernels have room for {most}")
     limits = AttentionLimits(
         *heads, max_num_seqs=step.num_seqs, max_num_tokens=step.query_starts_host[-1],
-        max_context_tokens=sum(step.seq_lens_host),
+        max_context_tokens=sum(step.seq_lens_host), itemsize=dtype.itemsize,
     )  # fmt: skip
     return TritonAttention(limits, step.query_starts.device)

@@ -46,7 +46,7 @@ def linear_add(x: Tensor, weight: Tensor | LinearWeight, residual: Tensor, bias:
     out_features = _features(op, weight)[0]
     check_alike(op, "residual", residual, "x", x)
     check_shape(op, "residual", residual, (*x.shape[:-1], out_features), "as the projection gives it")
-    added = residual.reshape(-1, out_features).contiguous()
+    added = residual.reshape(-1, out_features).clone(memory_format=torch.contiguous_format)  # it may be overwritten
     return _project(op, x, weight, bias, lambda ops, x, w: ops.linear_add(x, w, added))
 
 

@@ -24,12 +24,13 @@ __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_byte
 
 def gpu_attention(
     spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device, *,
-    deterministic: bool, pdl: bool | None = None,
+    dtype: torch.dtype, deterministic: bool, pdl: bool | None = None,
 ) -> TritonAttention:  # fmt: skip
     """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`."""
     limits = AttentionLimits(
         num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
         max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
+        itemsize=dtype.itemsize,
     )  # fmt: skip
     pdl = supports_pdl(device) if pdl is None else pdl
     return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl)
@@ -50,14 +51,15 @@ def build_gpu_runner(
 
 
 def workspace_bytes(
-    spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int, *, deterministic: bool
-) -> int:
+    spec: DecoderSpec, dtype: torch.dtype, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int,
+    *, deterministic: bool,
+) -> int:  # fmt: skip
     """Bytes of the tensors that live as long as an engine, weights and KV cache excepted.
 
     They are built on torch's meta device, where tensors have sizes and no memory: there is no second formula to keep.
     """
     meta = torch.device("meta")
-    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta, deterministic=deterministic)
+    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta, dtype=dtype, deterministic=deterministic)
     table = DeviceTable(num_seqs, max_model_len, block_size, spec.vocab_size, meta)
     work = SamplingWorkspace(num_seqs, spec.vocab_size, meta)
     fields = [getattr(table.fields, name) for name in SamplingTable.__slots__]

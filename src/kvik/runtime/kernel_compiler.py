@@ -101,8 +101,9 @@ class CompileJob:
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)
         ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, pdl=pdl)
         attention = gpu_attention(
-            spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, deterministic=self.deterministic, pdl=pdl
-        )
+            spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, dtype=self.dtype,
+            deterministic=self.deterministic, pdl=pdl,
+        )  # fmt: skip
         decoder = Decoder(spec, weights, RopeTable(spec.rope, max_len, meta), ops, attention)
         pool = KVPool(spec, settings.num_blocks, settings.block_size, self.dtype, meta)
         return build_gpu_runner(decoder, pool, num_seqs, max_len, use_graphs=False)

@@ -91,5 +91,6 @@ def prefill_attention(
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         CHUNK=tiles.chunk if tiles.merge_chunks else 0, BLOCK_M=tiles.prefill_rows,
         BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.block_n, PDL=pdl,
-        num_warps=tiles.prefill_warps, num_stages=tiles.prefill_stages, **({"launch_pdl": True} if pdl else {}),
+        num_warps=tiles.prefill_warps, num_stages=tiles.prefill_stages, maxnreg=tiles.prefill_registers,
+        **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -12,7 +12,7 @@ registers and one from memory, round alike. fp32 goes through the tensor cores a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -32,37 +32,46 @@ class AttentionTiles:
     decode_warps: int = 4
     decode_stages: int = 2
     decode_programs: int = 132 * 32  # at most; each takes several work items when there are more
-    prefill_rows: int = 64
-    prefill_warps: int = 4
-    prefill_stages: int = 3
+    prefill_rows: int = 128
+    prefill_warps: int = 8
+    prefill_stages: int = 2
+    prefill_registers: int | None = None  # of a thread, at most: fewer let more programs share a multiprocessor
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
 
 
-def attention_tiles(head_dim: int, num_seqs: int = 256, *, deterministic: bool = False) -> AttentionTiles:
-    """The configuration for heads of `head_dim` and a step of `num_seqs` sequences.
+def attention_tiles(
+    head_dim: int, num_seqs: int = 256, *, itemsize: int = 2, deterministic: bool = False
+) -> AttentionTiles:
+    """The configuration for heads of `head_dim` elements of `itemsize` bytes and a step of `num_seqs` sequences.
 
     `deterministic` has one for all steps, and gives a query the same bits from either kernel: both add up chunk by
     chunk, on tiles of the same number of rows, which is what decides the matrix instruction (mma or wgmma) and the
     order of a row's sum.
     """
+    width = head_dim * itemsize  # bytes
     if deterministic:
-        return _EXACT_LARGE if head_dim > 128 else _EXACT
-    if head_dim > 128:
-        return _LARGE
+        return _EXACT_HUGE if width > 512 else _EXACT_LARGE if width > 256 else _EXACT
+    if width > 256 or itemsize > 2:
+        return _HUGE if width > 512 else _LARGE
     return next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
 
 
-_MANY = AttentionTiles()
-_FEW = ((4, AttentionTiles(short_len=1024, short_chunk=64)), (16, AttentionTiles(short_len=2048, short_chunk=128)))
+_MANY = AttentionTiles(prefill_registers=128)
+_FEW = (
+    (4, replace(_MANY, short_len=1024, short_chunk=64)),
+    (16, replace(_MANY, short_len=2048, short_chunk=128)),
+)
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
-_LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
+_LARGE = AttentionTiles(decode_warps=8, prefill_rows=64)
+_HUGE = AttentionTiles(block_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
 # The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
-_EXACT = AttentionTiles(decode_rows=64, decode_warps=8, prefill_warps=8, merge_chunks=True)
-_EXACT_LARGE = AttentionTiles(
-    block_n=32, decode_rows=64, decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2, merge_chunks=True
+_EXACT = AttentionTiles(
+    decode_rows=64, decode_warps=8, decode_stages=3, prefill_rows=64, prefill_stages=3, merge_chunks=True
 )
+_EXACT_LARGE = replace(_EXACT, block_n=32, decode_stages=2, prefill_stages=2)
+_EXACT_HUGE = replace(_EXACT, block_n=16, decode_stages=1, prefill_stages=1)
 
 
 @triton.jit

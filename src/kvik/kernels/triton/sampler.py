@@ -65,12 +65,12 @@ def _draw(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tenso
                     kept = (keys <= tl.load(limits + index)) & (-gaps >= tl.load(log_min_p + row))
                     scores = tl.where(kept, noise - gaps, float("-inf"))
             scores = tl.where(x == float("-inf"), float("-inf"), scores)
-        broken = tl.max(((x != x) | (x == float("inf"))).to(tl.int32), 0)
+        scores = tl.where((x != x) | (x == float("inf")), float("inf"), scores)  # which no score reaches otherwise
         top = tl.max(scores, 0)
         winner = tl.min(tl.where(scores == top, ids, NO_ID), 0)
         place = index * slices + tl.program_id(1)
-        tl.store(best + place, tl.where(broken != 0, float("inf"), top))
-        tl.store(best_ids + place, tl.where(broken != 0, _BROKEN, winner))
+        tl.store(best + place, top)
+        tl.store(best_ids + place, tl.where(top == float("inf"), _BROKEN, winner))
 
 
 @triton.jit
