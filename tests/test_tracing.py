@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 import threading
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from kvik import SamplingParams
+from kvik.llm_engine import LLMEngine
 from kvik.tracing import NO_TRACE, NoTrace, Tracer
 
 
@@ -109,3 +113,24 @@ def test_no_trace_has_the_same_interface_and_keeps_nothing() -> None:
     assert isinstance(Tracer(), NoTrace)
     with pytest.raises(ZeroDivisionError), NO_TRACE.span("x"):
         raise ZeroDivisionError
+
+
+def test_ranges_are_shown_to_another_profiler_too() -> None:
+    shown: list[str] = []
+
+    @contextmanager
+    def mark(name: str) -> Iterator[None]:
+        shown.append(name)
+        yield
+
+    with Tracer(mark).span("outer", size=1):
+        assert shown == ["outer"]
+
+
+def test_a_step_of_an_engine_shows_its_parts(tmp_path: Path) -> None:
+    tracer = Tracer()
+    with LLMEngine("demo", device="cpu", kernels="torch", tracer=tracer) as engine:
+        engine.add_request([5, 6, 7], SamplingParams(max_tokens=2, temperature=0.0))
+        engine.run_until_complete()
+    names = {event["name"] for event in _events(tracer, tmp_path)}
+    assert names >= {"schedule", "collect", "update", "embedding", "norm_linear", "attention", "linear_add", "linear"}

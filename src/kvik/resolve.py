@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -74,7 +75,7 @@ def resolve(
         block_size=block_size,
         kv_bytes_per_token=kv_bytes_per_token,
     )
-    max_model_len = _context(config, wanted_len, memory, notes)
+    max_model_len = _context(config, wanted_len, memory, platform, notes)
     scheduler = SchedulerConfig(
         block_size=block_size,
         num_blocks=num_blocks,
@@ -234,7 +235,7 @@ def _num_blocks(config: EngineConfig, platform: Platform, fitting: int, block_by
     return min(int(fitting * platform.kv_share), useful)
 
 
-def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, notes: list[str]) -> int:
+def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, platform: Platform, notes: list[str]) -> int:
     """The longest context that the pool can hold: an automatic one is lowered with a note, an explicit one refused."""
     if memory.kv_tokens >= wanted:
         return wanted
@@ -246,6 +247,12 @@ def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, notes: list[
         fix = (
             f"max_model_len={memory.kv_tokens}" if memory.kv_tokens >= MIN_AUTO_CONTEXT else "a smaller model or dtype"
         )
+        if config.num_kvcache_blocks is None and config.kv_cache_memory is None:
+            kv_bytes = (wanted + memory.block_size) * memory.kv_bytes_per_token / platform.kv_share
+            needed = memory.weights + memory.activations + kv_bytes
+            share = math.ceil(1000 * needed / memory.total) / 1000
+            if config.gpu_memory_utilization < share <= 1 and needed <= platform.available_memory():
+                fix = f"gpu_memory_utilization={share:g}, which holds it, or {fix}"
         raise CapacityError(f"{shortfall}\nuse {fix}, or raise kv_cache_memory if memory is free")
     notes.append(f"max_model_len lowered from {wanted} to {memory.kv_tokens}: that is what the KV cache holds")
     return memory.kv_tokens

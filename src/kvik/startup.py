@@ -7,15 +7,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from kvik.attention.base import AttentionBackend
 from kvik.attention.registry import select_backend
 from kvik.config import EngineConfig, SchedulerConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import Runner, UniprocExecutor
+from kvik.kernels.api import Ops
 from kvik.kernels.cpu.native import NativePool
 from kvik.kernels.reference import ReferenceOps
 from kvik.layers.rope import RopeTable
@@ -34,7 +36,7 @@ from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
 from kvik.runtime.platform import Platform, select_platform, usable_cores
 from kvik.runtime.request_table import RequestTable
-from kvik.tracing import NO_TRACE, NoTrace
+from kvik.tracing import NO_TRACE, NoTrace, TracedCalls
 
 if TYPE_CHECKING:
     from kvik.runtime.kernel_compiler import KernelCompiler
@@ -102,7 +104,10 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
             with ledger.phase("graphs"):
                 _warm_up(runner, settings)
                 compiler.leave_mark()
-    return Engine(Scheduler(settings), UniprocExecutor(runner), tracer)
+    if tracer is not NO_TRACE and isinstance(model, Decoder):
+        model.ops = cast(Ops, TracedCalls(model.ops, tracer))
+        model.attention = cast(AttentionBackend, TracedCalls(model.attention, tracer, {"forward": "attention"}))
+    return Engine(Scheduler(settings), UniprocExecutor(runner, tracer), tracer)
 
 
 def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextManager[KernelCompiler | None]:

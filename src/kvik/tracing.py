@@ -1,6 +1,7 @@
 """Named time ranges for `--profile FILE`: a trace in the Chrome JSON format, which Perfetto (ui.perfetto.dev) opens.
 
 A `Tracer` is handed to whoever has something to time. `NO_TRACE` costs one method call per range and keeps nothing.
+Where there is an NVIDIA GPU, ranges are NVTX ranges as well, so that Nsight Systems shows them above the kernels.
 """
 
 from __future__ import annotations
@@ -9,11 +10,12 @@ import json
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
-__all__ = ["NO_TRACE", "NoTrace", "Tracer"]
+__all__ = ["NO_TRACE", "NoTrace", "TracedCalls", "Tracer"]
 
 _NOTHING: AbstractContextManager[None] = nullcontext()
 
@@ -33,9 +35,10 @@ NO_TRACE = NoTrace()
 
 
 class Tracer(NoTrace):
-    """Collects events in memory; `write` saves them."""
+    """Collects events in memory; `write` saves them. `mark` makes a context that shows a range to another profiler."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: Callable[[str], AbstractContextManager[object]] | None = None) -> None:
+        self._mark = mark or (lambda name: _NOTHING)
         self._events: list[dict[str, object]] = []
         self._start = time.perf_counter()
 
@@ -47,7 +50,8 @@ class Tracer(NoTrace):
     def _timed(self, name: str, args: dict[str, int | float | str]) -> Iterator[None]:
         begin = time.perf_counter()
         try:
-            yield
+            with self._mark(name):
+                yield
         finally:
             end = time.perf_counter()
             self._event("X", name, begin - self._start, dur=(end - begin) * 1e6, args=args)
@@ -61,3 +65,21 @@ class Tracer(NoTrace):
     def write(self, path: Path) -> None:
         """Save the trace. Raises OSError where the file cannot be written."""
         path.write_text(json.dumps({"traceEvents": self._events, "displayTimeUnit": "ms"}))
+
+
+class TracedCalls:
+    """`inner`, with every call of a method as a range of `tracer`; `names` has ranges that are not named as methods."""
+
+    def __init__(self, inner: object, tracer: NoTrace, names: Mapping[str, str] | None = None) -> None:
+        self._inner, self._tracer, self._names = inner, tracer, names or {}
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **options: Any) -> Any:
+            with self._tracer.span(self._names.get(name, name)):
+                return found(*args, **options)
+
+        return call

@@ -14,6 +14,9 @@ from typing import Any
 
 import pytest
 from cli_harness import PATIENCE, Result, start
+
+pytest.importorskip("httptools", reason="kvik bench serve needs kvik[server]")
+
 from fake_openai import Behaviour, fake_openai
 
 from kvik.cli.bench_client import Answer

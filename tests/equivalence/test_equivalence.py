@@ -5,17 +5,24 @@ Every test runs the same requests under two regimes and compares token ids (and 
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import TINY_VOCAB_SIZE, make_tiny
+from tiny_models import make_tiny
 
+from engine_runs import BASE, CPU, GPU, options_for, params, prompts, run, same
 from kvik import LLM, RequestOutput, SamplingParams
 
-BASE: dict[str, Any] = {"num_kvcache_blocks": 64, "kvcache_block_size": 16, "max_model_len": 160}
+
+@pytest.fixture(scope="module", autouse=True, params=[CPU, GPU])
+def place(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Every test of this file runs at each place, by the options that all of its engines start from."""
+    with options_for(request.param) as options, pytest.MonkeyPatch.context() as patch:
+        for name, value in options.items():
+            patch.setitem(BASE, name, value)
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -23,66 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"), arch="qwen3", num_attention_heads=8, num_key_value_heads=2)
 
 
-def prompts(count: int, seed: int = 1, longest: int = 90) -> list[list[int]]:
-    """Ragged prompts, of which many share a prefix and some are whole blocks."""
-    rng = random.Random(seed)
-    shared = [rng.randrange(3, TINY_VOCAB_SIZE) for _ in range(longest)]
-    lengths = [16, 32, 48, 15, 17, 1] + [rng.randint(1, longest) for _ in range(count)]
-    made = []
-    for length in lengths[:count]:
-        cut = rng.randint(0, length)
-        made.append(shared[:cut] + [rng.randrange(3, TINY_VOCAB_SIZE) for _ in range(length - cut)])
-    return made
-
-
-def params(count: int) -> list[SamplingParams]:
-    """One request of every kind of sampling, each with its own seed."""
-    kinds: list[dict[str, Any]] = [
-        {"temperature": 0.0, "logprobs": 3},
-        {"temperature": 1.0},
-        {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "logprobs": 1},
-        {"temperature": 1.3, "min_p": 0.05, "presence_penalty": 0.5, "frequency_penalty": 0.3},
-        {"temperature": 0.0, "repetition_penalty": 1.3, "prompt_logprobs": 2},
-        {"temperature": 0.7, "logit_bias": {5: 4.0, 9: -100.0}, "min_tokens": 8},
-        {"temperature": 0.9, "n": 2},
-    ]
-    stops = tuple(range(3, 40))
-    return [
-        SamplingParams(
-            max_tokens=10 + 7 * (i % 5), seed=100 + i, stop_token_ids=stops if i % 2 else (), **kinds[i % len(kinds)]
-        )
-        for i in range(count)
-    ]
-
-
-def run(
-    folder: Path, count: int = 14, *, before: Callable[[LLM], None] | None = None, **options: Any
-) -> list[RequestOutput]:
-    with LLM(str(folder), **{**BASE, **options}) as llm:
-        if before is not None:
-            before(llm)
-        outputs = llm.generate(prompts(count), params(count))
-        assert llm.llm_engine.engine.scheduler.kv.num_used == 0
-        return outputs
-
-
-def same(one: list[RequestOutput], other: list[RequestOutput], tolerance: float = 1e-4) -> None:
-    for a, b in zip(one, other, strict=True):
-        assert [o.token_ids for o in a.outputs] == [o.token_ids for o in b.outputs]
-        assert [o.text for o in a.outputs] == [o.text for o in b.outputs]
-        assert [o.finish_reason for o in a.outputs] == [o.finish_reason for o in b.outputs]
-        for x, y in zip(
-            [*(a.logprobs or ()), *(a.prompt_logprobs or ())],
-            [*(b.logprobs or ()), *(b.prompt_logprobs or ())],
-            strict=True,
-        ):
-            assert (x is None) == (y is None)
-            if x is not None and y is not None:
-                assert x.token_id == y.token_id and x.logprob == pytest.approx(y.logprob, abs=tolerance)
-
-
 @pytest.fixture(scope="module")
-def expected(folder: Path) -> list[RequestOutput]:
+def expected(folder: Path, place: str) -> list[RequestOutput]:
     """One request after the other, whole prompts, nothing cached: the plainest schedule there is."""
     return run(folder, max_num_seqs=1, enable_prefix_caching=False)
 
@@ -161,7 +110,9 @@ def test_block_size(folder: Path, expected: list[RequestOutput], block_size: int
     same(run(folder, kvcache_block_size=block_size, num_kvcache_blocks=32), expected)
 
 
-def test_attention_backend(folder: Path, expected: list[RequestOutput]) -> None:
+def test_attention_backend(folder: Path, expected: list[RequestOutput], place: str) -> None:
+    if place == "cuda":
+        pytest.skip("a GPU has one attention backend")
     same(run(folder, attention_backend="reference"), expected)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_equivalence import run, same
 from tiny_models import make_tiny
 
+from engine_runs import run, same
 from kvik import LLM, ConfigError, RequestOutput
 from kvik.kernels.cpu.native import available, load_library
 
@@ -69,7 +69,7 @@ def test_quantised_weights_under_every_schedule(folder: Path, quantization: str)
 _SCRIPT = """
 import sys, json
 sys.path[:0] = json.loads(sys.argv[2])
-from test_equivalence import run
+from engine_runs import run
 print(json.dumps([output.token_ids for output in run(sys.argv[1], kernels="native")]))
 """
 

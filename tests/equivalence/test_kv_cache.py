@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from test_equivalence import BASE, prompts, run, same
 from tiny_models import make_tiny
 
+from engine_runs import BASE, prompts, run, same
 from kvik import LLM, RequestOutput, SamplingParams
 from kvik.kernels.cpu.native import available
 

@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+LIMITED = 128  # registers of prefill's threads: some spill outside of the loop, and two programs fit where one did
 SPILLS = {"decode 256 exact"}  # known: head size 256 in deterministic mode
 
 
@@ -24,6 +25,8 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
     assert run.returncode == 0, run.stderr
     found = {kernel["name"]: kernel for kernel in map(json.loads, run.stdout.splitlines())}
     assert found
-    assert [name for name, kernel in found.items() if kernel["spilled"] and name not in SPILLS] == []
+    spilling = {name for name, kernel in found.items() if kernel["spilled"] and kernel["registers"] > LIMITED}
+    assert spilling <= SPILLS
+    assert all(kernel["spilled"] < 400 for name, kernel in found.items() if name not in SPILLS)
     for name in {name.split(maxsplit=1)[1] for name in found if name.endswith("exact")}:
         assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] == "wgmma"

@@ -1,11 +1,13 @@
 """The least that can run a `Decoder`: block tables, one step at a time, logits of every token.
 
-The cache starts as NaN and blocks are handed out in a shuffled order, so reading a slot that was never written shows.
+The cache starts full of huge numbers and blocks are handed out in a shuffled order, so reading a slot that was never
+written shows.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,37 +16,41 @@ from torch import Tensor
 
 from kvik.attention.base import ForwardBatch
 from kvik.attention.registry import select_backend
-from kvik.kernels.api import KVLayer
+from kvik.kernels.api import KVLayer, Ops
 from kvik.kernels.reference import ReferenceOps
 from kvik.models.decoder import Decoder
 from kvik.models.hub import load_config
 from kvik.models.loader import load_model
 from kvik.models.registry import build_spec
 
-__all__ = ["CPU", "PagedDriver", "load_decoder", "load_hf", "relative_error"]
+__all__ = ["PagedDriver", "load_decoder", "load_hf", "relative_error"]
 
-CPU = torch.device("cpu")
+HUGE = 3e4  # a number of every float type
 
 
 def load_decoder(
-    path: Path, *, dtype: torch.dtype = torch.float32, backend: str = "auto", max_len: int = 512
+    path: Path, device: str = "cpu", *, dtype: torch.dtype = torch.float32, backend: str = "auto", max_len: int = 512
 ) -> Decoder:
+    """The decoder on torch's operations on the CPU, and on Triton's on a GPU or (device="interpreter") interpreted."""
+    place, spec = torch.device("cuda" if device == "cuda" else "cpu"), build_spec(load_config(path))
+    ops: Ops = ReferenceOps()
+    if device == "cpu":
+        attention = select_backend(backend, place)
+    else:
+        from kvik.kernels.triton.ops import TritonOps
+        from kvik.runtime.gpu import gpu_attention
+
+        ops, attention = TritonOps(place), gpu_attention(spec, 8, max_len, max_len, place)
     return load_model(
-        path,
-        build_spec(load_config(path)),
-        dtype=dtype,
-        device=CPU,
-        ops=ReferenceOps(),
-        attention=select_backend(backend, CPU),
-        max_model_len=max_len,
-        progress=False,
+        path, spec, dtype=dtype, device=place, ops=ops, attention=attention, max_model_len=max_len, progress=False
     )
 
 
-def load_hf(path: Path, dtype: torch.dtype = torch.float32) -> Any:
+def load_hf(path: Path, dtype: torch.dtype = torch.float32, device: str = "cpu") -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+    model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=dtype).eval()
+    return model.to("cuda" if device == "cuda" else "cpu")
 
 
 def relative_error(got: Tensor, want: Tensor) -> float:
@@ -57,13 +63,11 @@ class PagedDriver:
 
     def __init__(self, decoder: Decoder, *, block_size: int = 16, num_blocks: int = 64) -> None:
         spec = decoder.spec
-        dtype = decoder.weights.embedding.dtype
+        embedding = decoder.weights.embedding
         shape = (num_blocks, spec.num_kv_heads, block_size, spec.head_dim)
         self.decoder, self.block_size = decoder, block_size
-        nan = float("nan")
-        self.kv = [
-            KVLayer(torch.full(shape, nan, dtype=dtype), torch.full(shape, nan, dtype=dtype)) for _ in spec.windows
-        ]
+        self.device = embedding.device
+        self.kv = [KVLayer(*(embedding.new_full(shape, HUGE) for _ in "kv")) for _ in spec.windows]
         self.free = random.Random(0).sample(range(num_blocks), num_blocks)
         self.blocks: dict[str, list[int]] = {}
         self.length: dict[str, int] = {}
@@ -106,18 +110,22 @@ class PagedDriver:
         lens = [self.length[name] for name in work]
         tables = [self.blocks[name] for name in work]
         width = max(map(len, tables))
+        rope_lens_of = self._ints(rope_lens) if self.decoder.spec.rope.depends_on_length else None
         return ForwardBatch(
-            input_ids=torch.tensor([token for tokens in work.values() for token in tokens]),
-            positions=torch.tensor(positions),
-            slots=torch.tensor(slots),
-            query_starts=torch.tensor(starts, dtype=torch.int32),
-            seq_lens=torch.tensor(lens, dtype=torch.int32),
-            block_tables=torch.tensor([table + [0] * (width - len(table)) for table in tables], dtype=torch.int32),
-            logit_indices=torch.arange(len(positions)),
+            input_ids=self._ints([token for tokens in work.values() for token in tokens]),
+            positions=self._ints(positions),
+            slots=self._ints(slots),
+            query_starts=self._ints(starts).int(),
+            seq_lens=self._ints(lens).int(),
+            block_tables=self._ints([table + [0] * (width - len(table)) for table in tables]).int(),
+            logit_indices=self._ints(range(len(positions))),
             query_starts_host=tuple(starts),
             seq_lens_host=tuple(lens),
-            rope_lens=torch.tensor(rope_lens) if self.decoder.spec.rope.depends_on_length else None,
+            rope_lens=rope_lens_of,
         )
+
+    def _ints(self, values: Sequence[Any]) -> Tensor:
+        return torch.tensor(values, dtype=torch.int64, device=self.device)
 
     def greedy(self, prompts: dict[str, list[int]], num_tokens: int) -> dict[str, list[int]]:
         """`num_tokens` greedy tokens of each prompt, prompts prefilled whole and all sequences decoded together."""

@@ -12,6 +12,8 @@ import torch
 from parity_driver import PagedDriver, load_decoder, load_hf
 from tiny_models import ARCHITECTURES, TINY_VOCAB_SIZE, make_tiny
 
+from engine_runs import CPU, GPU, options_for
+
 NUM_TOKENS = 64
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     **{arch: (arch, {}) for arch in ARCHITECTURES},
@@ -26,12 +28,10 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(params=[CPU, GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with options_for(request.param):
+        yield request.param
 
 
 def prompts() -> dict[str, list[int]]:
@@ -39,30 +39,33 @@ def prompts() -> dict[str, list[int]]:
     return {str(n): [rng.randrange(TINY_VOCAB_SIZE) for _ in range(n)] for n in (1, 23, 70)}
 
 
-def hf_greedy(path: Path, ids: list[int], dtype: torch.dtype = torch.float32) -> list[int]:
-    model = load_hf(path, dtype)  # a fresh one: dynamic RoPE leaves state behind in the model
+def hf_greedy(path: Path, ids: list[int], device: str) -> list[int]:
+    model = load_hf(path, device=device)  # a fresh one: dynamic RoPE leaves state behind in the model
     model.generation_config.eos_token_id = None
-    out = model.generate(
-        torch.tensor([ids]), attention_mask=torch.ones(1, len(ids)), do_sample=False, max_new_tokens=NUM_TOKENS
-    )
+    prompt = torch.tensor([ids], device=model.device)
+    out = model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, max_new_tokens=NUM_TOKENS)
     return list(map(int, out[0, len(ids) :]))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_same_tokens(tmp_path: Path, name: str) -> None:
+def test_the_same_tokens(tmp_path: Path, name: str, device: str) -> None:
     arch, overrides = CASES[name]
     path = make_tiny(tmp_path, arch, **overrides)
-    got = PagedDriver(load_decoder(path)).greedy(prompts(), NUM_TOKENS)
-    assert got == {seq: hf_greedy(path, ids) for seq, ids in prompts().items()}
+    got = PagedDriver(load_decoder(path, device)).greedy(prompts(), NUM_TOKENS)
+    assert got == {seq: hf_greedy(path, ids, device) for seq, ids in prompts().items()}
 
 
-@pytest.mark.parametrize("arch", ["qwen2", "qwen3"])
-def test_bfloat16_chooses_a_best_token(tmp_path: Path, arch: str) -> None:
-    path = make_tiny(tmp_path, arch, dtype=torch.bfloat16)
-    hf, driver = load_hf(path, torch.bfloat16), PagedDriver(load_decoder(path, dtype=torch.bfloat16))
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize(("dtype", "tie"), [(torch.bfloat16, 0.02), (torch.float16, 0.003)], ids=str)
+def test_narrow_types_choose_a_best_token(
+    tmp_path: Path, arch: str, dtype: torch.dtype, tie: float, device: str
+) -> None:
+    """Rounding decides between tokens that are nearly as likely: by less than `tie` times the largest logit."""
+    path = make_tiny(tmp_path, arch, dtype=dtype)
+    hf, driver = load_hf(path, dtype, device), PagedDriver(load_decoder(path, device, dtype=dtype))
     for seq, ids in prompts().items():
         output = driver.greedy({seq: ids}, NUM_TOKENS)[seq]
         with torch.inference_mode():
-            logits = hf(torch.tensor([ids + output])).logits[0, len(ids) - 1 : -1].float()
-        chosen = logits.gather(1, torch.tensor(output)[:, None])[:, 0]
-        assert (logits.max(dim=1).values - chosen).max() < 0.02 * logits.abs().max()
+            logits = hf(torch.tensor([ids + output], device=hf.device)).logits[0, len(ids) - 1 : -1].float()
+        chosen = logits.gather(1, torch.tensor(output, device=hf.device)[:, None])[:, 0]
+        assert (logits.max(dim=1).values - chosen).max() < tie * logits.abs().max()

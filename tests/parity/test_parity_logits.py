@@ -13,6 +13,8 @@ import torch
 from parity_driver import PagedDriver, load_decoder, load_hf, relative_error
 from tiny_models import TINY_VOCAB_SIZE, make_tiny
 
+from engine_runs import CPU, GPU, options_for
+
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama-old-style": ("llama", {"old_style": True, "num_hidden_layers": 3}),
@@ -73,12 +75,10 @@ CASES = {**MODELS, **ROPE_CASES}
 PROMPT_LEN = 90  # past the windows of 24 and the original contexts of 32 and 64
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+@pytest.fixture(params=[CPU, GPU])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    with options_for(request.param):
+        yield request.param
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -88,16 +88,16 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 @torch.inference_mode()
 def hf_logits(model: Any, ids: list[int]) -> torch.Tensor:
-    return model(torch.tensor([ids])).logits[0]
+    return model(torch.tensor([ids], device=model.device)).logits[0]
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_prefill_chunks_and_decode_match(tmp_path: Path, name: str) -> None:
+def test_prefill_chunks_and_decode_match(tmp_path: Path, name: str, device: str) -> None:
     arch, overrides = CASES[name]
     path = make_tiny(tmp_path, arch, **overrides)
     ids = tokens(PROMPT_LEN)
-    want = hf_logits(load_hf(path), ids)
-    decoder = load_decoder(path)
+    want = hf_logits(load_hf(path, device=device), ids)
+    decoder = load_decoder(path, device)
     assert relative_error(PagedDriver(decoder).step({"a": ids})["a"], want) < 1e-4
     chunked = PagedDriver(decoder)
     edges = [0, 1, 17, 33, 34, 64, PROMPT_LEN]
@@ -111,13 +111,15 @@ def test_prefill_chunks_and_decode_match(tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(
     "name", ["llama-gqa7", "qwen2-upper-layers-windowed", "qwen3", "mistral-windowed", "rope-dynamic"]
 )
-@pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_a_ragged_batch_matches_each_alone(tmp_path: Path, name: str, backend: str) -> None:
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_ragged_batch_matches_each_alone(tmp_path: Path, name: str, backend: str, device: str) -> None:
+    if device == "cuda" and backend == "reference":
+        pytest.skip("a GPU has one attention backend")
     arch, overrides = CASES[name]
     path = make_tiny(tmp_path, arch, **overrides)
-    hf = load_hf(path)
+    hf = load_hf(path, device=device)
     prompts = {"a": tokens(5, 1), "b": tokens(77, 2), "c": tokens(33, 3), "d": tokens(34, 4)}
-    driver = PagedDriver(load_decoder(path, backend=backend))
+    driver = PagedDriver(load_decoder(path, device, backend=backend))
     driver.step({"b": prompts["b"][:60], "a": prompts["a"][:1]}, {"a": 5, "b": 77})
     mixed = driver.step(
         {"a": prompts["a"][1:2], "d": prompts["d"], "b": prompts["b"][60:], "c": prompts["c"]}, {"a": 5}
@@ -130,15 +132,19 @@ def test_a_ragged_batch_matches_each_alone(tmp_path: Path, name: str, backend: s
 
 
 @pytest.mark.parametrize("name", ["llama-gqa7", "qwen2", "qwen3", "mistral-windowed", "rope-yarn"])
-def test_bfloat16_is_as_close_as_its_precision_allows(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_types_are_as_close_as_their_precision_allows(
+    tmp_path: Path, name: str, dtype: torch.dtype, device: str
+) -> None:
     arch, overrides = CASES[name]
-    path = make_tiny(tmp_path, arch, dtype=torch.bfloat16, **overrides)
+    path = make_tiny(tmp_path, arch, dtype=dtype, **overrides)
     ids = tokens(PROMPT_LEN)
-    got = PagedDriver(load_decoder(path, dtype=torch.bfloat16)).step({"a": ids})["a"]
-    want = hf_logits(load_hf(path, torch.bfloat16), ids)
-    exact = hf_logits(load_hf(path, torch.float32), ids)
-    assert relative_error(got, want) < 0.03
-    assert relative_error(got, exact) < 1.5 * relative_error(want, exact) + 0.002
+    got = PagedDriver(load_decoder(path, device, dtype=dtype)).step({"a": ids})["a"]
+    want = hf_logits(load_hf(path, dtype, device), ids)
+    exact = hf_logits(load_hf(path, torch.float32, device), ids)
+    tolerance = {torch.bfloat16: 0.03, torch.float16: 0.004}[dtype]
+    assert relative_error(got, want) < tolerance
+    assert relative_error(got, exact) < 1.5 * relative_error(want, exact) + tolerance / 15
 
 
 def test_logit_rows_are_those_asked_for(tmp_path: Path) -> None:

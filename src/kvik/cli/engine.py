@@ -13,13 +13,13 @@ from kvik.errors import ConfigError
 from kvik.log import configure
 from kvik.metrics import StepStats
 from kvik.sampling_params import SamplingParams
-from kvik.tracing import NO_TRACE, NoTrace
+from kvik.tracing import NO_TRACE, NoTrace, Tracer
 
 if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
     from kvik.outputs import RequestOutput
 
-__all__ = ["Speeds", "check_sampling", "drive", "open_engine", "read_text", "render_config"]
+__all__ = ["Speeds", "check_sampling", "drive", "new_tracer", "open_engine", "read_text", "render_config"]
 
 
 def open_engine(options: EngineOptions, log_level: str, tracer: NoTrace = NO_TRACE) -> LLMEngine:
@@ -30,6 +30,13 @@ def open_engine(options: EngineOptions, log_level: str, tracer: NoTrace = NO_TRA
     from kvik.llm_engine import LLMEngine
 
     return LLMEngine(config, tracer=tracer)
+
+
+def new_tracer() -> Tracer:
+    """A tracer whose ranges are NVTX ranges as well where there is an NVIDIA GPU."""
+    import torch
+
+    return Tracer(torch.cuda.nvtx.range if torch.cuda.is_available() else None)
 
 
 @dataclass(slots=True)

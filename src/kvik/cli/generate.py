@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.engine import Speeds, drive, open_engine, read_text, render_config
+from kvik.cli.engine import Speeds, drive, new_tracer, open_engine, read_text, render_config
 from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
 from kvik.cli.terminal import Interrupt, Terminal
 from kvik.errors import ConfigError, RequestError
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
         print(render_config(options, sampling=True))
         return 0
     prompts = _prompts(args)
-    tracer = Tracer() if args.profile else NO_TRACE
+    tracer = new_tracer() if args.profile else NO_TRACE
     try:
         with open_engine(options, args.log_level, tracer) as engine:
             return _generate(engine, prompts, options, args)

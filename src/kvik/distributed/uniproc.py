@@ -8,6 +8,7 @@ from typing import Protocol
 
 from kvik.core.plan import StepPlan, StepResult
 from kvik.errors import WorkerError
+from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["Runner", "UniprocExecutor"]
 
@@ -25,8 +26,9 @@ class Runner(Protocol):
 class UniprocExecutor:
     """Starts each plan in `submit`; `collect` hands out the results in order."""
 
-    def __init__(self, runner: Runner) -> None:
+    def __init__(self, runner: Runner, tracer: NoTrace = NO_TRACE) -> None:
         self._runner: Runner | None = runner
+        self._tracer = tracer
         self._results: deque[Callable[[], StepResult]] = deque()
 
     def submit(self, plan: StepPlan) -> None:
@@ -35,7 +37,8 @@ class UniprocExecutor:
         self._results.append(self._runner.start(plan))
 
     def collect(self) -> StepResult:
-        return self._results.popleft()()
+        with self._tracer.span("collect"):
+            return self._results.popleft()()
 
     def reset(self) -> None:
         self._results.clear()
