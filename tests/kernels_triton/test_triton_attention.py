@@ -104,8 +104,9 @@ def test_block_sizes_and_windows(block_size: int, window: int | None, device: to
 
 def test_the_tiles_of_a_real_configuration(device: torch.device) -> None:
     for deterministic in (False, True):
-        tiles = attention_tiles(128, deterministic=deterministic)
-        check([600, 513, 64, 1], [1, 9, 1, 1], (2, 1, 128), device, block_size=64, tiles=tiles)
+        for dtype in (torch.float32, torch.bfloat16):
+            tiles = attention_tiles(128, itemsize=dtype.itemsize, deterministic=deterministic)
+            check([600, 513, 64, 1], [1, 9, 1, 1], (2, 1, 128), device, dtype=dtype, block_size=64, tiles=tiles)
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -17,7 +17,7 @@ from kvik.attention.base import ForwardBatch
 from kvik.errors import CapacityError
 from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
-from kvik.kernels.triton.attention_plan import plan_attention
+from kvik.kernels.triton.attention_plan import ITEM_SIZE, plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
 from kvik.kernels.triton.attention_tile import TIERS, AttentionTiles, attention_tiles
 
@@ -70,8 +70,8 @@ class TritonAttention:
         self._parts = torch.empty((*parts, limits.head_dim), dtype=torch.float32, device=device)
         self._stats = torch.empty((*parts, 2), dtype=torch.float32, device=device)
         self._arrivals = torch.zeros((limits.max_num_seqs, limits.num_kv_heads), dtype=torch.int32, device=device)
-        self._decode_items = torch.empty((self._capacity, 2), dtype=torch.int32, device=device)
-        self._prefill_items = torch.empty((most_tiles, 2), dtype=torch.int32, device=device)
+        self._decode_items = torch.empty((self._capacity, ITEM_SIZE), dtype=torch.int32, device=device)
+        self._prefill_items = torch.empty((most_tiles, ITEM_SIZE), dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, dtype=torch.int32, device=device)
         self._tiles = self._tiles_of(limits.max_num_seqs)  # of the step that was prepared last
         self._prepared: ForwardBatch | None = None
@@ -118,13 +118,13 @@ class TritonAttention:
             decode_attention(
                 q, kv.k, kv.v, out, parts=self._parts, stats=self._stats, arrivals=self._arrivals,
                 items=self._decode_items, counts=self._counts, query_starts=batch.query_starts,
-                seq_lens=batch.seq_lens, block_tables=batch.block_tables, scale=scale, window=window,
+                block_tables=batch.block_tables, scale=scale, window=window,
                 max_queries=self.limits.max_queries, tiles=self._tiles, pdl=self._pdl,
             )  # fmt: skip
         if self._prefills:
             prefill_attention(
                 q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
-                seq_lens=batch.seq_lens, block_tables=batch.block_tables, scale=scale, window=window,
+                block_tables=batch.block_tables, scale=scale, window=window,
                 tiles=self._tiles, pdl=self._pdl,
             )  # fmt: skip
         return out

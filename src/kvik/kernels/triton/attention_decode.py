@@ -17,13 +17,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvik.kernels.triton.attention_plan import chunk_of
+from kvik.kernels.triton.attention_plan import ITEM_SIZE, chunk_of
 from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["LOG2_E", "decode_attention"]
 
 LOG2_E = 1.4426950408889634
+ITEM = tl.constexpr(ITEM_SIZE)
 MERGE_STAGES = tl.constexpr(4)  # partial results that are on their way while one is added
 
 
@@ -67,8 +68,8 @@ def _merge_parts(parts: tl.tensor, stats: tl.tensor, first: tl.tensor, count: tl
 
 @triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
 def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.tensor, stats: tl.tensor,
-            arrivals: tl.tensor, items: tl.tensor, counts: tl.tensor, query_starts: tl.tensor, seq_lens: tl.tensor,
-            tables: tl.tensor, table_stride: tl.tensor, block_stride: tl.tensor, scale: tl.tensor,
+            arrivals: tl.tensor, items: tl.tensor, counts: tl.tensor, query_starts: tl.tensor, tables: tl.tensor,
+            table_stride: tl.tensor, block_stride: tl.tensor, scale: tl.tensor,
             WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr,
             SHORT_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
@@ -82,9 +83,11 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
     v += head * BLOCK_SIZE * HEAD_DIM
     num_items = tl.load(counts)
     for item in range(tl.program_id(1), num_items, tl.num_programs(1)):
-        sequence, chunk = tl.load(items + 2 * item), tl.load(items + 2 * item + 1)
-        start, seq_len = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
-        num_queries = tl.load(query_starts + sequence + 1) - start
+        sequence, chunk = tl.load(items + ITEM * item), tl.load(items + ITEM * item + 1)
+        start, seq_len = tl.load(items + ITEM * item + 2), tl.load(items + ITEM * item + 3)
+        num_queries = 1
+        if MAX_QUERIES > 1:
+            num_queries = tl.load(query_starts + sequence + 1) - start
         first_position = seq_len - num_queries
         size = chunk_of(seq_len, CHUNK, SHORT_LEN, SHORT_CHUNK)
         first_chunk = 0
@@ -98,7 +101,7 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
             m, s, acc = attend(tile, chunk * size, (chunk + 1) * size, first_position, seq_len,
                                first_position + rows // GROUP, k, v, tables + sequence.to(tl.int64) * table_stride,
-                               block_stride, scale, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                               block_stride, scale, True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
             if num_parts <= 1:
                 _store_out(out, offsets, held, s, acc)
             else:
@@ -116,7 +119,7 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
     parts: Tensor, stats: Tensor, arrivals: Tensor, items: Tensor, counts: Tensor,
-    query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor,
+    query_starts: Tensor, block_tables: Tensor,
     scale: float, window: int | None, max_queries: int, tiles: AttentionTiles, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
@@ -134,7 +137,7 @@ def decode_attention(
     longest = max(-(-tokens // tiles.chunk), -(-min(tokens, tiles.short_len) // tiles.short_chunk))
     programs = min(block_tables.shape[0] * longest, max(tiles.decode_programs // num_kv_heads, 1))
     _decode[(num_kv_heads, programs)](
-        q, k, v, out, parts, stats, arrivals, items, counts, query_starts, seq_lens, block_tables,
+        q, k, v, out, parts, stats, arrivals, items, counts, query_starts, block_tables,
         block_tables.stride(0), k.stride(0), scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,

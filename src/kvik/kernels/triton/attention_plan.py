@@ -15,9 +15,13 @@ from torch import Tensor
 
 from kvik.kernels.triton.attention_tile import AttentionTiles
 
-__all__ = ["chunk_of", "plan_attention"]
+__all__ = ["ITEM_SIZE", "chunk_of", "plan_attention"]
+
+ITEM_SIZE = 4
+"""Numbers of a work item: sequence, chunk or tile, first token of the sequence in the step, its context length."""
 
 WRITE = 64  # items written at a time
+ITEM = tl.constexpr(ITEM_SIZE)
 
 
 @triton.jit
@@ -27,11 +31,15 @@ def chunk_of(seq_len: tl.tensor, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr, S
 
 
 @triton.jit
-def _write(items: tl.tensor, start: tl.tensor, count: tl.tensor, sequence: tl.tensor, BLOCK: tl.constexpr) -> None:
+def _write(items: tl.tensor, start: tl.tensor, count: tl.tensor, sequence: tl.tensor, token: tl.tensor,
+           length: tl.tensor, BLOCK: tl.constexpr) -> None:  # fmt: skip
     for first in range(0, count, BLOCK):
         part = first + tl.arange(0, BLOCK)
-        tl.store(items + 2 * (start + part), sequence, mask=part < count)
-        tl.store(items + 2 * (start + part) + 1, part, mask=part < count)
+        item = items + ITEM * (start + part)
+        tl.store(item, sequence, mask=part < count)
+        tl.store(item + 1, part, mask=part < count)
+        tl.store(item + 2, token, mask=part < count)
+        tl.store(item + 3, length, mask=part < count)
 
 
 @triton.jit(do_not_specialize=["num_seqs"])
@@ -50,8 +58,9 @@ def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor,
     before, mine = ids < sequence, ids == sequence
     before_chunks, my_chunks = tl.sum(tl.where(before, chunks, 0)), tl.sum(tl.where(mine, chunks, 0))
     before_tiles, my_tiles = tl.sum(tl.where(before, tiles, 0)), tl.sum(tl.where(mine, tiles, 0))
-    _write(decode_items, before_chunks, my_chunks, sequence, BLOCK)
-    _write(prefill_items, before_tiles, my_tiles, sequence, BLOCK)
+    token, length = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
+    _write(decode_items, before_chunks, my_chunks, sequence, token, length, BLOCK)
+    _write(prefill_items, before_tiles, my_tiles, sequence, token, length, BLOCK)
     if sequence == num_seqs - 1:
         tl.store(counts, before_chunks + my_chunks)
         tl.store(counts + 1, before_tiles + my_tiles)
@@ -65,7 +74,7 @@ def plan_attention(
 
     query_starts: [num_seqs + 1] int32; seq_lens: [num_seqs] int32, 0 for a padding row, which gets one decode item.
     max_seqs bounds num_seqs; the kernel is compiled for it, once.
-    decode_items, prefill_items: [capacity, 2] int32; counts: [2] int32. The items of a sequence are consecutive.
+    decode_items, prefill_items: [capacity, ITEM_SIZE] int32, those of a sequence in a row; counts: [2] int32.
     """
     num_seqs = seq_lens.shape[0]
     _plan[(num_seqs,)](

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvik.kernels.triton.attention_decode import LOG2_E
+from kvik.kernels.triton.attention_decode import ITEM, LOG2_E
 from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
@@ -28,7 +28,7 @@ def tile_queries(group: int, tiles: AttentionTiles) -> int:
 
 @triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
 def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl.tensor, counts: tl.tensor,
-             query_starts: tl.tensor, seq_lens: tl.tensor, tables: tl.tensor, table_stride: tl.tensor,
+             query_starts: tl.tensor, tables: tl.tensor, table_stride: tl.tensor,
              block_stride: tl.tensor, scale: tl.tensor, WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
              GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
              BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -40,8 +40,8 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
     if item >= 0:
         TILE: tl.constexpr = BLOCK_M // GROUP
         rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
-        sequence, first = tl.load(items + 2 * item), tl.load(items + 2 * item + 1) * TILE
-        start, seq_len = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
+        sequence, first = tl.load(items + ITEM * item), tl.load(items + ITEM * item + 1) * TILE
+        start, seq_len = tl.load(items + ITEM * item + 2), tl.load(items + ITEM * item + 3)
         num_queries = tl.load(query_starts + sequence + 1) - start
         query = first + rows // GROUP
         offset = (start + query).to(tl.int64) * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP
@@ -62,18 +62,18 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
                 first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
             for chunk in range(first_chunk, tl.cdiv(end, CHUNK)):
                 new_m, new_s, new_acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, end,
-                                               before + query, k, v, table, block_stride, scale, WINDOW, BLOCK_SIZE,
-                                               HEAD_DIM, BLOCK_N)  # fmt: skip
+                                               before + query, k, v, table, block_stride, scale, False, WINDOW,
+                                               BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
                 m, s, acc = merge(m, s, acc, new_m, new_s, new_acc, scale)
         else:
             m, s, acc = attend(tile, 0, end, first_position, end, before + query, k, v, table, block_stride, scale,
-                               WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                               False, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
         tl.store(out + offsets, (acc / s[:, None]).to(out.dtype.element_ty), mask=held)
 
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
-    items: Tensor, counts: Tensor, query_starts: Tensor, seq_lens: Tensor, block_tables: Tensor,
+    items: Tensor, counts: Tensor, query_starts: Tensor, block_tables: Tensor,
     scale: float, window: int | None, tiles: AttentionTiles, pdl: bool = False,
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
@@ -84,9 +84,9 @@ def prefill_attention(
     """
     (num_tokens, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
     group = num_heads // num_kv_heads
-    most_tiles = num_tokens // tile_queries(group, tiles) + seq_lens.shape[0]
+    most_tiles = num_tokens // tile_queries(group, tiles) + block_tables.shape[0]
     _prefill[(num_kv_heads, most_tiles)](
-        q, k, v, out, items, counts, query_starts, seq_lens, block_tables,
+        q, k, v, out, items, counts, query_starts, block_tables,
         block_tables.stride(0), k.stride(0), scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         CHUNK=tiles.chunk if tiles.merge_chunks else 0, BLOCK_M=tiles.prefill_rows,

@@ -30,7 +30,7 @@ class AttentionTiles:
     short_chunk: int = 128  # keys per work item then
     decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
     decode_warps: int = 4
-    decode_stages: int = 2
+    decode_stages: int = 3
     decode_programs: int = 132 * 32  # at most; each takes several work items when there are more
     prefill_rows: int = 128
     prefill_warps: int = 8
@@ -59,12 +59,13 @@ def attention_tiles(
 _MANY = AttentionTiles(prefill_registers=128)
 _FEW = (
     (4, replace(_MANY, short_len=1024, short_chunk=64)),
-    (16, replace(_MANY, short_len=2048, short_chunk=128)),
+    (16, _MANY),
+    (64, replace(_MANY, decode_stages=2)),
 )
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
-_LARGE = AttentionTiles(decode_warps=8, prefill_rows=64)
+_LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_rows=64)
 _HUGE = AttentionTiles(block_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
 # The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
 _EXACT = AttentionTiles(
@@ -75,14 +76,16 @@ _EXACT_HUGE = replace(_EXACT, block_n=16, decode_stages=1, prefill_stages=1)
 
 
 @triton.jit
-def _key_offsets(table: tl.tensor, start: tl.tensor, keys: tl.tensor, end: tl.tensor, block_stride: tl.tensor,
-                 BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Where the keys [BLOCK_N] from `start` on lie in a cache, in elements from the head's first: int64 [BLOCK_N]."""
-    if BLOCK_SIZE % BLOCK_N == 0:  # a tile lies in one block
-        base = tl.load(table + start // BLOCK_SIZE).to(tl.int64) * block_stride
-        return base + (keys % BLOCK_SIZE) * HEAD_DIM
-    blocks = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0).to(tl.int64)
-    return blocks * block_stride + (keys % BLOCK_SIZE) * HEAD_DIM
+def _blocks(table: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.constexpr,
+            BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """The block of each of the keys [start, start + BLOCK_N) that lie before `end`, in the shape that is needed: one
+    number where a tile lies in one block, else int32 [BLOCK_N]."""
+    if BLOCK_SIZE % BLOCK_N == 0:
+        blocks = tl.load(table + start // BLOCK_SIZE, mask=start < end, other=0)
+    else:
+        keys = start + tl.arange(0, BLOCK_N)
+        blocks = tl.load(table + keys // BLOCK_SIZE, mask=keys < end, other=0)
+    return blocks
 
 
 @triton.jit
@@ -92,10 +95,14 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Add the keys [first, stop) to the running maximum m [rows], sum s [rows] and acc [rows, BLOCK_D]."""
     dims = tl.arange(0, acc.shape[1])
+    # The blocks of a tile are looked up a tile ahead: Triton's pipeline keeps one tile less in flight for each load
+    # that another load of the same iteration waits for.
+    blocks = _blocks(table, first, end, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(first, stop, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        offsets = _key_offsets(table, start, keys, end, block_stride, BLOCK_SIZE, HEAD_DIM, BLOCK_N)
+        offsets = blocks.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * HEAD_DIM
         offsets = offsets[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_D]
+        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
         held = dims[None, :] < HEAD_DIM
         if MASKED:  # what lies past the end may be NaN, which a weight of 0 does not cancel
             held = held & (keys < end)[:, None]
@@ -126,20 +133,23 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
 @triton.jit
 def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
            positions: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, block_stride: tl.tensor,
-           scale: tl.tensor, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
-           BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+           scale: tl.tensor, ONE_LOOP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Query rows against the keys [lo, hi) that any of them sees; lo is a multiple of BLOCK_N.
 
     q: [rows, BLOCK_D]; positions: [rows], of which the lowest is `first_position` and the highest `end - 1`.
     k, v: the sequence's key/value head in block 0; table: its block table; scale: of the scores, times log2(e).
+    ONE_LOOP masks every tile rather than those that need it in a second loop, whose first tile would be waited for.
     Returns the maximum of the unscaled scores [rows], the sum of weights [rows] and acc [rows, BLOCK_D], in fp32.
     """
     m = tl.full([q.shape[0]], float("-inf"), tl.float32)
     s = tl.zeros([q.shape[0]], tl.float32)
     acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
     stop = tl.minimum(hi, end)
-    if WINDOW > 0:
-        first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
+    if WINDOW > 0 or ONE_LOOP:
+        first = lo
+        if WINDOW > 0:
+            first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
         m, s, acc = _walk(q, m, s, acc, first, stop, end, positions, k, v, table, block_stride, scale,
                           True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
     else:
