@@ -74,7 +74,7 @@ def attention() -> None:
         }  # fmt: skip
         chunks = {"CHUNK": tiles.chunk, "SHORT_LEN": tiles.short_len, "SHORT_CHUNK": tiles.short_chunk}
         rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
-        constants = both | {"MAX_QUERIES": queries, "BLOCK_M": rows} | chunks
+        constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows} | chunks
         stages = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages, "launch_pdl": 1}
         compile_kernel(f"decode {name}", _decode, types, constants, **stages)
         constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}

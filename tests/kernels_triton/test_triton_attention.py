@@ -22,7 +22,7 @@ from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 SMALL = AttentionTiles(
-    block_n=16, chunk=32, prefill_rows=64, prefill_warps=4
+    block_n=16, decode_n=16, chunk=32, prefill_rows=64, prefill_warps=4
 )  # so that short contexts have several tiles and chunks
 EXACT = replace(SMALL, decode_rows=64, merge_chunks=True)
 

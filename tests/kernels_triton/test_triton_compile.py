@@ -13,7 +13,10 @@ import pytest
 pytest.importorskip("triton")
 
 LIMITED = 128  # registers of prefill's threads: some spill outside of the loop, and two programs fit where one did
-SPILLS = {"decode 256 exact", "prefill 64 fp32"}  # known: head size 256 in deterministic mode; products of tf32 parts
+SPILLS = {
+    "decode 256 exact", "prefill 64 fp32",  # head size 256 in deterministic mode; products of tf32 parts
+    "decode 8B speculating", "decode 0.6B blocks of 1",  # a single warp's registers are for one query, whole blocks
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("group", ["attention", "sampling", "state"])

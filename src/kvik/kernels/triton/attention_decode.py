@@ -142,6 +142,6 @@ def decode_attention(
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
         BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.block_n, PDL=pdl,
+        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.decode_n, PDL=pdl,
         num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

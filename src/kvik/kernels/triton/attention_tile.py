@@ -24,8 +24,9 @@ __all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "merge"]
 class AttentionTiles:
     """The tuning parameters of the attention kernels for one head size."""
 
-    block_n: int = 64  # keys per tile, in both kernels
-    chunk: int = 512  # keys per work item of the decode kernel; a multiple of block_n
+    block_n: int = 64  # keys per tile of the prefill kernel
+    decode_n: int = 64  # and of the decode kernel
+    chunk: int = 512  # keys per work item of the decode kernel; a multiple of decode_n
     short_len: int = 0  # up to this context a sequence is cut more finely, so that few sequences fill the GPU:
     short_chunk: int = 128  # keys per work item then
     decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
@@ -37,6 +38,10 @@ class AttentionTiles:
     prefill_stages: int = 2
     prefill_registers: int | None = None  # of a thread, at most: fewer let more programs share a multiprocessor
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
+
+    def __post_init__(self) -> None:
+        assert self.chunk % self.decode_n == self.short_chunk % self.decode_n == 0, "a chunk is cut inside a tile"
+        assert not self.merge_chunks or self.decode_n == self.block_n, "both kernels must add up alike"
 
 
 def attention_tiles(
@@ -53,26 +58,27 @@ def attention_tiles(
         return _EXACT_HUGE if width > 512 else _EXACT_LARGE if width > 256 else _EXACT
     if width > 256 or itemsize > 2:
         return _HUGE if width > 512 else _LARGE
-    return next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
+    many = _MANY if head_dim & (head_dim - 1) == 0 else _PADDED
+    return next((tiles for most, tiles in _FEW if num_seqs <= most), many)
 
 
-_MANY = AttentionTiles(prefill_registers=128)
+_PADDED = AttentionTiles(prefill_registers=128)
+_MANY = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
 _FEW = (
-    (4, replace(_MANY, short_len=1024, short_chunk=64)),
-    (16, _MANY),
-    (64, replace(_MANY, decode_stages=2)),
+    (8, replace(_PADDED, short_len=1024, short_chunk=64)),
+    (16, replace(_PADDED, short_len=2048, short_chunk=128, decode_stages=2)),
 )
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_rows=64)
-_HUGE = AttentionTiles(block_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
+_HUGE = AttentionTiles(block_n=32, decode_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
 # The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
 _EXACT = AttentionTiles(
     decode_rows=64, decode_warps=8, decode_stages=3, prefill_rows=64, prefill_stages=3, merge_chunks=True
 )
-_EXACT_LARGE = replace(_EXACT, block_n=32, decode_stages=2, prefill_stages=2)
-_EXACT_HUGE = replace(_EXACT, block_n=16, decode_stages=1, prefill_stages=1)
+_EXACT_LARGE = replace(_EXACT, block_n=32, decode_n=32, decode_stages=2, prefill_stages=2)
+_EXACT_HUGE = replace(_EXACT, block_n=16, decode_n=16, decode_stages=1, prefill_stages=1)
 
 
 @triton.jit

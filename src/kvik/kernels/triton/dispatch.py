@@ -125,12 +125,12 @@ class Table:
     """Every plan there is: measured cases first, then the first rule that matches."""
 
     rules: tuple[Rule, ...]
-    deterministic: tuple[Rule, ...]  # one plan for every number of tokens
+    deterministic: tuple[Rule, ...]  # one path and split of K for every number of tokens
     rows: tuple[Rule, ...]  # operations on rows
     measured: dict[str, Plan] = field(default_factory=dict)  # by Case.key
 
     def plan(self, case: Case, *, deterministic: bool = False) -> Plan:
-        """The plan of a projection. A deterministic one does not depend on `case.num_tokens`."""
+        """The plan of a projection. What decides the bits of a deterministic one does not depend on `num_tokens`."""
         if not deterministic and case.key in self.measured:
             return self.measured[case.key]
         plan = _first(self.deterministic if deterministic else self.rules, case)

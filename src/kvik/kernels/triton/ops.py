@@ -31,8 +31,9 @@ class TritonOps:
 
     Where a projection goes to the vendor's library, a residual is added before the result is rounded, not after.
 
-    deterministic: a row's result does not depend on the rows beside it. Every projection then takes the path, tiles and
-    split of K that the table's deterministic rules name for (n, k, dtype), whatever the number of tokens is.
+    deterministic: a row's result does not depend on the rows beside it. Every projection then takes the path and the
+    split of K that the table's deterministic rules name for (n, k, dtype), whatever the number of tokens is; wgmma adds
+    up a row in the same order in every tile that the rules name.
     pdl: kernels overlap their predecessors (`kernels/triton/pdl.py`); None: where the GPU can, Hopper and newer.
     """
 
