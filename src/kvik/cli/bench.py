@@ -2,7 +2,7 @@
 
 `throughput` gives the engine all requests at once; `latency` one after the other, or from --users callers. The machine,
 the versions and the commit stand beside every result. `kvik bench serve URL` is in `bench_serve`, `kvik bench ops` in
-`bench_ops`, `kvik bench startup MODEL` in `bench_startup`.
+`bench_ops`, `kvik bench startup MODEL` in `bench_startup`, `kvik bench breakdown MODEL` in `bench_breakdown`.
 """
 
 from __future__ import annotations
@@ -45,6 +45,10 @@ def run(argv: Sequence[str]) -> int:
         from kvik.cli import bench_startup
 
         return bench_startup.run(argv[1:])
+    if argv and argv[0] == "breakdown":
+        from kvik.cli import bench_breakdown
+
+        return bench_breakdown.run(argv[1:])
     args = _parser().parse(argv)
     options = read_engine_options(args)
     workload = find_workload(args.workload or _DEFAULT_WORKLOADS[args.mode], args.requests, args.scale)
@@ -66,7 +70,8 @@ def run(argv: Sequence[str]) -> int:
 def _parser() -> Parser:
     about = (
         "Measure an engine; kvik bench serve URL measures a server that runs, kvik bench ops single operators,\n"
-        "kvik bench startup MODEL the start of an engine. Each has a --help of its own."
+        "kvik bench startup MODEL the start of an engine, kvik bench breakdown MODEL a step on a GPU.\n"
+        "Each has a --help of its own."
     )
     parser = Parser("kvik bench", f"{about}\nWorkloads: {', '.join(WORKLOADS)}, decode_bsN.")
     parser.add_argument("mode", choices=tuple(_DEFAULT_WORKLOADS), help="all requests at once, or one after the other")
