@@ -39,9 +39,10 @@ from kvik.runtime.request_table import RequestTable
 from kvik.tracing import NO_TRACE, NoTrace, TracedCalls
 
 if TYPE_CHECKING:
+    from kvik.kernels.triton.dispatch import Case, Table
     from kvik.runtime.kernel_compiler import KernelCompiler
 
-__all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model", "load_decoder"]
+__all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model", "load_decoder", "projections"]
 
 
 @dataclass(slots=True)
@@ -84,6 +85,17 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
     stored = read_quantization(hf_config)
     resolved = resolve(config, spec, checkpoint_dtype(hf_config) or torch.float32, platform, stored)
     return ModelInfo(path, hf_config, spec, platform, resolved, stored)
+
+
+def projections(info: ModelInfo, num_tokens: int) -> list[Case]:
+    """Every projection that a step of so many tokens launches on a GPU, once for each launch."""
+    from kvik.kernels.triton.tune import decoder_cases
+
+    spec, dtype = info.spec, str(info.resolved.dtype).removeprefix("torch.")
+    *block, head = decoder_cases(
+        spec.hidden_size, spec.q_size, spec.kv_size, spec.intermediate_size, spec.vocab_size, dtype, (num_tokens,)
+    )
+    return block * spec.num_layers + [head]
 
 
 def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, tracer: NoTrace = NO_TRACE) -> Engine:
@@ -173,11 +185,24 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
     weights = load(rounded(resolved.weight_format, resolved.head_format) if quantised_on_load else keep_plain)
     if resolved.kernels == "torch":
         return Decoder(info.spec, weights, rope, ReferenceOps(), select_backend(config.attention_backend, device))
+    from kvik.kernels.triton.dispatch import load_table
     from kvik.kernels.triton.ops import TritonOps
     from kvik.runtime.gpu import gpu_attention
 
+    table = load_table(info.platform.name)
+    if not config.deterministic and not _is_tuned(info, table):
+        logger.info("projections of this model are not tuned for %s: kvik tune %s", info.platform.name, config.model)
     attention = gpu_attention(
         info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
         dtype=resolved.dtype, deterministic=config.deterministic,
     )  # fmt: skip
-    return Decoder(info.spec, weights, rope, TritonOps(device, deterministic=config.deterministic), attention)
+    return Decoder(
+        info.spec, weights, rope, TritonOps(device, table=table, deterministic=config.deterministic), attention
+    )
+
+
+def _is_tuned(info: ModelInfo, table: Table) -> bool:
+    """Whether any projection of the model was measured on this kind of GPU, by whoever ships Kvik or by its user."""
+    from kvik.kernels.triton.dispatch import BUCKETS
+
+    return any(case.key in table.measured for size in BUCKETS for case in set(projections(info, size)))

@@ -7,11 +7,9 @@ import json
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -141,57 +139,3 @@ def test_another_kernel_source_is_another_cache(tmp_path: Path, monkeypatch: pyt
     with (tmp_path / "gemv.py").open("a") as file:
         file.write("\n")
     assert cache_path(GPU, tmp_path) != here
-
-
-def test_candidates_are_varied_and_possible() -> None:
-    for case in cases():
-        plans = tune.candidates(case)
-        assert len(plans) == len(set(plans))
-        paths = (
-            {"blas"} | ({"skinny"} if case.num_tokens <= 256 else set()) | ({"gemv"} if case.num_tokens <= 4 else set())
-        )
-        assert {plan.path for plan in plans} == paths
-        assert len(plans) < 100  # about a second each, to compile and to time
-
-
-def test_tuning_keeps_the_fastest_that_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """With a clock that knows what it wants: every candidate is run, and one of them cannot."""
-    from triton.runtime.errors import OutOfResources
-
-    gpu = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    wanted, impossible = Plan(path="skinny", block_k=16), Plan(path="skinny", block_k=32)
-    offered = [Plan(path="blas"), impossible, wanted, Plan(path="skinny", block_k=64)]
-    monkeypatch.setattr(tune, "candidates", lambda case: offered)
-    monkeypatch.setattr(tune, "_SWEPT_BYTES", 1 << 14)
-    seconds = iter([3.0, None, 1.0, 2.0] * 4)
-
-    def timer(run: Callable[[int], object], copies: int) -> float:
-        assert copies > 1
-        result = run(copies - 1)
-        assert isinstance(result, torch.Tensor) and result.isfinite().all()
-        if (now := next(seconds)) is None:
-            raise OutOfResources(300_000, 232_448, "shared memory")
-        return now
-
-    kinds = ("linear", "linear_add", "norm_linear", "norm_linear_swiglu")
-    todo = [Case(op, 5, 24, 32, "float32") for op in kinds]
-    measured = tune.tune(todo, device, timer=timer, directory=tmp_path)
-    shipped = load_table(gpu, tmp_path / "empty").measured
-    assert measured == shipped | {case.key: wanted for case in todo}
-    assert load_table(gpu, tmp_path).measured == measured
-    save_measured(gpu, {"other m1 n1 k1 float32": wanted}, tmp_path)
-    seconds = iter([1.0, None, 2.0, 3.0])
-    again = tune.tune(todo[:1], device, timer=timer, directory=tmp_path)
-    assert again == shipped | {"other m1 n1 k1 float32": wanted, todo[0].key: offered[0]}
-
-
-@pytest.mark.gpu
-def test_tuning_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    monkeypatch.setattr(tune, "_SWEPT_BYTES", 1 << 22)
-    case = Case("norm_linear", 2, 256, 256, "bfloat16")
-    measured = tune.tune([case], torch.device("cuda"), directory=tmp_path)
-    assert measured[case.key] in tune.candidates(case)

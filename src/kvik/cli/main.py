@@ -25,6 +25,7 @@ COMMANDS = {
     "batch": "run a file of OpenAI batch requests",
     "info": "show the machine, a model, and the memory that it would take",
     "bench": "measure throughput or latency, of an engine or of a running server",
+    "tune": "measure which GPU kernels compute a model fastest, and keep that",
     "quantize": "write a model folder with quantised weights",
     "verify-determinism": "compare a model's outputs under many schedules, bit for bit",
 }

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from kvik.config import SchedulerConfig
-from kvik.kernels.triton.compile_only import StandInDriver, compile_only, has_nvidia_driver
+from kvik.kernels.triton.compile_only import compile_shared
 from kvik.kernels.triton.dispatch import load_table
 from kvik.kernels.triton.ops import TritonOps
 from kvik.layers.rope import RopeSpec, RopeTable
@@ -186,19 +186,7 @@ def main(folder: Path) -> None:
     """What one process does: compile the kernels of the job in `folder` that no other has claimed."""
     torch.set_num_threads(1)
     job = CompileJob.from_json((folder / "job.json").read_text())
-
-    def claim(kernel: str) -> bool:
-        name = hashlib.sha256(kernel.encode()).hexdigest()
-        try:
-            os.close(os.open(folder / "claims" / name, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
-
-    driver = StandInDriver(job.capability, build_launchers=has_nvidia_driver())
-    if driver.build_launchers and claim("utilities"):
-        driver.build_utilities()
-    compile_only(driver, claim)
+    compile_shared(job.capability, folder / "claims")
     warm_up(job.meta_runner(), job.settings)
 
 

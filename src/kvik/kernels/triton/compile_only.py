@@ -6,13 +6,16 @@ for Triton's own says which GPU to compile for, and forgets each kernel instead 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["StandInDriver", "compile_only", "compute_capability", "has_nvidia_driver"]
+__all__ = ["StandInDriver", "compile_only", "compile_shared", "compute_capability", "has_nvidia_driver"]
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one program may have on Hopper, the most of all GPUs
 
@@ -88,6 +91,26 @@ def compile_only(driver: StandInDriver, wanted: Callable[[str], bool] = lambda k
 
     active.set_active(driver)
     knobs.runtime.jit_cache_hook = skip
+
+
+def compile_shared(capability: tuple[int, int], claims: Path) -> None:
+    """From now on a launch compiles its kernel unless another process has claimed it, by a file in the folder `claims`.
+
+    All processes must launch the same kernels in the same order.
+    """
+
+    def claim(kernel: str) -> bool:
+        name = hashlib.sha256(kernel.encode()).hexdigest()
+        try:
+            os.close(os.open(claims / name, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+    driver = StandInDriver(capability, build_launchers=has_nvidia_driver())
+    if driver.build_launchers and claim("utilities"):
+        driver.build_utilities()
+    compile_only(driver, claim)
 
 
 def has_nvidia_driver() -> bool:
