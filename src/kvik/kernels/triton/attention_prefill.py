@@ -62,7 +62,7 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
                 first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
             for chunk in range(first_chunk, tl.cdiv(end, CHUNK)):
                 new_m, new_s, new_acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, end,
-                                               before + query, k, v, table, block_stride, scale, True, WINDOW,
+                                               before + query, k, v, table, block_stride, scale, False, WINDOW,
                                                BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
                 m, s, acc = merge(m, s, acc, new_m, new_s, new_acc, scale)
         else:

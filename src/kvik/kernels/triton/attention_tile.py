@@ -73,15 +73,12 @@ TIERS = tuple(most for most, _ in _FEW)
 
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_rows=64)
 _HUGE = AttentionTiles(block_n=32, decode_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
-# Single warps on tiles of 16 rows in both kernels: prefill pays for it, decode, where the time goes, does not.
+# The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
 _EXACT = AttentionTiles(
-    block_n=32, decode_n=32, decode_warps=1, prefill_rows=16, prefill_warps=1, prefill_stages=3, merge_chunks=True
+    decode_rows=64, decode_warps=8, decode_stages=3, prefill_rows=64, prefill_stages=3, merge_chunks=True
 )
-# These have no room in one warp. wgmma in both; the running sum beside that of a chunk takes registers of its own.
-_EXACT_LARGE = replace(
-    _EXACT, decode_rows=64, decode_warps=8, decode_stages=2, prefill_rows=64, prefill_warps=8, prefill_stages=2
-)
-_EXACT_HUGE = replace(_EXACT_LARGE, block_n=16, decode_n=16, decode_stages=1, prefill_stages=1)
+_EXACT_LARGE = replace(_EXACT, block_n=32, decode_n=32, decode_stages=2, prefill_stages=2)
+_EXACT_HUGE = replace(_EXACT, block_n=16, decode_n=16, decode_stages=1, prefill_stages=1)
 
 
 @triton.jit
