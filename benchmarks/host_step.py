@@ -48,7 +48,7 @@ class InstantRunner(GpuRunner):
         answers = torch.randint(3, vocab_size, (64, rows), dtype=torch.int32, device=device)
         self._answers = itertools.cycle(answers.unbind(0))
         decode: Any = SimpleNamespace(run=lambda rows, path: next(self._answers)[: len(rows)])
-        super().__init__(model, cast(Any, None), table, decode, cast(Any, None))
+        super().__init__(model, table, decode, mixed=cast(Any, None), work=cast(Any, None))
 
     def _mixed(self, chunks: Any, decodes: Any) -> Any:
         rows = [*decodes.rows, *(chunk.row for chunk in chunks if chunk.sample)]

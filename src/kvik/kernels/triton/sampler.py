@@ -65,7 +65,7 @@ def _draw(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tenso
                     kept = (keys <= tl.load(limits + index)) & (-gaps >= tl.load(log_min_p + row))
                     scores = tl.where(kept, noise - gaps, float("-inf"))
             scores = tl.where(x == float("-inf"), float("-inf"), scores)
-        scores = tl.where((x != x) | (x == float("inf")), float("inf"), scores)  # which no score reaches otherwise
+        scores = tl.where((x != x) | (x == float("inf")), float("inf"), scores)  # logits up to 2^28 score less
         top = tl.max(scores, 0)
         winner = tl.min(tl.where(scores == top, ids, NO_ID), 0)
         place = index * slices + tl.program_id(1)
