@@ -84,11 +84,12 @@ class TritonAttention:
         itemsize = self.limits.itemsize
         return attention_tiles(self.limits.head_dim, num_seqs, itemsize=itemsize, deterministic=deterministic)
 
-    def prepare(self, batch: ForwardBatch) -> None:
+    def prepare(self, batch: ForwardBatch, *, any_mix: bool = False) -> None:
         """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.
 
         Whoever captures a graph calls it inside the capture, so that a replay builds the lists from its own lengths.
-        A replay runs the kernels that the captured batch needed: one with both kinds of sequences serves every mix.
+        A replay runs the kernels that the captured batch needed; those of both kinds of sequences with `any_mix`, for
+        which the host's lengths need only be within the limits.
         Raises CapacityError for a step beyond the limits.
         """
         limits = self.limits
@@ -105,8 +106,8 @@ class TritonAttention:
             tile_queries=tile_queries(self._group, self._tiles),
         )  # fmt: skip
         counts = [end - start for start, end in itertools.pairwise(batch.query_starts_host)]
-        self._decodes = any(0 < count <= limits.max_queries for count in counts)
-        self._prefills = any(count > limits.max_queries for count in counts)
+        self._decodes = any_mix or any(0 < count <= limits.max_queries for count in counts)
+        self._prefills = any_mix or any(count > limits.max_queries for count in counts)
         self._prepared = batch
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:

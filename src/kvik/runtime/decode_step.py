@@ -82,6 +82,7 @@ class _Bucket:
     def fill(self, rows: list[int]) -> None:
         """Set the table rows of the step, where they are not those of the last one."""
         if rows != self.filled:
+            self.filled = []  # until the copy is on its way, whatever interrupts it
             padded = np.array(rows + [-1] * (len(self.rows) - len(rows)), dtype=np.int32)
             self.rows.copy_(upload(padded, self.rows.device))
             self.filled = list(rows)

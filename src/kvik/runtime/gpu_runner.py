@@ -91,6 +91,8 @@ class GpuRunner:
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Launch a step. The result waits for the device."""
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # what kernels are launched on is a matter of the calling thread
         with self._tracer.span("prepare"):
             self._table.apply(plan)
             for init in plan.joined:
@@ -110,9 +112,10 @@ class GpuRunner:
         return lambda: self._collect(plan, step)
 
     def reset(self) -> None:
-        """Wait for whatever still runs."""
+        """Wait for whatever still runs, and forget what an interrupted step has left."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
+        self._work.counts.zero_()
 
     def _row_needs(self, row: int) -> int:
         """The bits of a row that joins."""

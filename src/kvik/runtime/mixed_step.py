@@ -124,11 +124,10 @@ class MixedStep:
             seq_lens=ends.int(),
             block_tables=table.block_table[seq_rows],
             logit_indices=indices,
-            # For the host, a sequence that decodes and one that does not, so that both kernels are launched.
-            query_starts_host=(0, 1, *(size,) * (seqs - 1)) if seqs > 1 else (0, size),
+            query_starts_host=(*(0,) * seqs, size),  # the real ones are on the device only
             seq_lens_host=(1,) * seqs,
         )
-        self._attention.prepare(batch)
+        self._attention.prepare(batch, any_mix=True)
         return self._model.forward(batch, self._kv_pool.layers)
 
     def _slots(self, rows: Tensor, positions: Tensor) -> Tensor:
