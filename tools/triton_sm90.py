@@ -130,18 +130,20 @@ def _run_block(ops: TritonOps, sizes: Sizes, m: int) -> Iterator[str]:
     head_gain = _empty(sizes.head_dim) if sizes.qk_norm else None
     q = ops.qk_norm_rope_store(qkv, angles, angles, ids, KVLayer(cache, cache), head_gain, head_gain, 1e-6)
     yield "o"
-    x = ops.linear_add(q.flatten(1), linear(sizes.hidden, sizes.heads * sizes.head_dim), x)
+    hidden = ops.linear_add(q.flatten(1), linear(sizes.hidden, sizes.heads * sizes.head_dim), x)
     yield "gate_up"
-    inner = ops.norm_linear_swiglu(x, gain, 1e-6, linear(2 * sizes.intermediate, sizes.hidden))
+    inner = ops.norm_linear_swiglu(hidden, gain, 1e-6, linear(2 * sizes.intermediate, sizes.hidden))
     yield "down"
-    ops.linear_add(inner, linear(sizes.hidden, sizes.intermediate), x)
+    hidden = ops.linear_add(inner, linear(sizes.hidden, sizes.intermediate), hidden)
+    yield "final_norm"
+    ops.rms_norm(hidden, gain, 1e-6)
     yield "lm_head"
     ops.linear(x, linear(sizes.vocab, sizes.hidden))
 
 
 def compile_model(sizes: Sizes, tokens: Sequence[int], *, deterministic: bool = False) -> list[Compiled]:
     """Every kernel of a step at each number of tokens, in the order in which they are first needed."""
-    ops = TritonOps(META, deterministic=deterministic, pdl=True)
+    ops = TritonOps(META, deterministic=deterministic, defer=True, pdl=True)
     found: list[Compiled] = []
     label = ""
     _keep_kernels(found, lambda: label)

@@ -198,10 +198,9 @@ def _activation_bytes(
     needed = activation_bytes(spec, dtype, num_tokens, num_seqs)
     if kernels == "triton":
         from kvik.runtime.gpu import partial_bytes, workspace_bytes  # imports triton
-        from kvik.runtime.mixed_step import GRAPH_TOKENS
 
         if not config.enforce_eager:  # graphs keep what they compute in between
-            needed += activation_bytes(spec, dtype, min(GRAPH_TOKENS[-1], num_tokens), num_seqs)
+            needed += activation_bytes(spec, dtype, num_tokens, num_seqs)
         needed += workspace_bytes(spec, dtype, *sizes, deterministic=config.deterministic)
         needed += partial_bytes(spec, dtype, num_tokens, num_seqs) if config.deterministic else 0
     elif config.deterministic:

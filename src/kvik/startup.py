@@ -117,7 +117,7 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
                 _warm_up(runner, settings)
                 compiler.leave_mark()
     if tracer is not NO_TRACE and isinstance(model, Decoder):
-        model.ops = cast(Ops, TracedCalls(model.ops, tracer))
+        model.ops = cast(Ops[Any], TracedCalls(model.ops, tracer))
         model.attention = cast(AttentionBackend, TracedCalls(model.attention, tracer, {"forward": "attention"}))
     return Engine(Scheduler(settings), UniprocExecutor(runner, tracer), tracer)
 
@@ -196,9 +196,8 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
         info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
         dtype=resolved.dtype, deterministic=config.deterministic,
     )  # fmt: skip
-    return Decoder(
-        info.spec, weights, rope, TritonOps(device, table=table, deterministic=config.deterministic), attention
-    )
+    ops = TritonOps(device, table=table, deterministic=config.deterministic, defer=True)
+    return Decoder(info.spec, weights, rope, ops, attention)
 
 
 def _is_tuned(info: ModelInfo, table: Table) -> bool:

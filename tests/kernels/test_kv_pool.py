@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -29,11 +31,11 @@ def kv_pool(dtype: torch.dtype) -> KVPool:
     return KVPool(spec, BLOCKS, BLOCK, dtype, CPU)
 
 
-def implementations() -> list[Ops]:
+def implementations() -> list[Ops[Any]]:
     return [ReferenceOps(), *([NativeOps(NativePool(1))] if available() else [])]
 
 
-def store(ops: Ops, kv: KVLayer, seed: int) -> None:
+def store(ops: Ops[Any], kv: KVLayer, seed: int) -> None:
     """Random keys and values into slots of three blocks."""
     qkv = torch.randn(6, (4 + 2 * HEADS) * DIM, generator=torch.Generator().manual_seed(seed)).to(
         torch.float32 if kv.k.dtype is torch.int8 else kv.k.dtype

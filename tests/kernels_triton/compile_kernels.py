@@ -79,7 +79,6 @@ def attention() -> None:
         compile_kernel(f"decode {name}", _decode, types, constants, **stages)
         constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}
         stages = {"num_warps": tiles.prefill_warps, "num_stages": tiles.prefill_stages, "launch_pdl": 1}
-        stages |= {} if tiles.prefill_registers is None else {"maxnreg": tiles.prefill_registers}
         compile_kernel(f"prefill {name}", _prefill, types, constants, **stages)
     types = {**types, "decode_items": "*i32", "prefill_items": "*i32", "num_seqs": "i32"}
     constants = {

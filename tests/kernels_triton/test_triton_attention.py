@@ -19,6 +19,7 @@ from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.errors import CapacityError
 from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
+from kvik.kernels.triton.ops import supports_pdl
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 SMALL = AttentionTiles(
@@ -30,22 +31,26 @@ Heads = tuple[int, int, int]  # query heads, key/value heads, head size
 
 
 def make_cache(
-    lens: list[int], heads: Heads, dtype: torch.dtype, block_size: int, device: torch.device
+    lens: list[int], heads: Heads, dtype: torch.dtype, block_size: int, device: torch.device, unused: float = math.nan
 ) -> tuple[KVLayer, Tensor]:
-    """A cache that is NaN wherever no sequence has a key, and the block tables [num_seqs, max_blocks]."""
+    """A cache with keys of NaN and values of `unused` where no sequence has any, and the block tables [num_seqs,
+    max_blocks]. Layers are views of a larger tensor, as those of a `KVPool`."""
     generator = torch.Generator().manual_seed(sum(lens) + heads[0])
     blocks = [-(-n // block_size) for n in lens]
     order = torch.randperm(sum(blocks) + 2, generator=generator).tolist()
     tables = torch.full((len(lens), max(1, *blocks)), order.pop(), dtype=torch.int32)
     shape = (sum(blocks) + 2, heads[1], block_size, heads[2])
-    caches = [torch.full(shape, math.nan, dtype=dtype) for _ in "kv"]
+    both = torch.full((shape[0], 2, *shape[1:]), math.nan, dtype=dtype)
+    both[:, 1] = unused
+    caches = [both[:, 0], both[:, 1]]
     for i, n in enumerate(lens):
         tables[i, : blocks[i]] = torch.tensor([order.pop() for _ in range(blocks[i])])
-        for cache in caches:
+        for cache, rest in zip(caches, (math.nan, unused), strict=True):
             context = torch.randn(heads[1], blocks[i] * block_size, heads[2], generator=generator).to(dtype)
-            context[:, n:] = math.nan
+            context[:, n:] = rest
             cache[tables[i, : blocks[i]].long()] = context.unflatten(1, (-1, block_size)).transpose(0, 1)
-    return KVLayer(*(cache.to(device) for cache in caches)), tables.to(device)
+    on_device = both.to(device)
+    return KVLayer(on_device[:, 0], on_device[:, 1]), tables.to(device)
 
 
 def make_batch(lens: list[int], counts: list[int], tables: Tensor) -> ForwardBatch:
@@ -56,21 +61,23 @@ def make_batch(lens: list[int], counts: list[int], tables: Tensor) -> ForwardBat
 
 
 def backend(
-    heads: Heads, device: torch.device, tiles: AttentionTiles = SMALL, max_queries: int = 1, **sizes: int
-) -> TritonAttention:
+    heads: Heads, device: torch.device, tiles: AttentionTiles = SMALL, max_queries: int = 1, tma: bool = False,
+    **sizes: int,
+) -> TritonAttention:  # fmt: skip
     given = {"max_num_seqs": 16, "max_num_tokens": 512, "max_context_tokens": 4096} | sizes
-    return TritonAttention(AttentionLimits(*heads, max_queries=max_queries, **given), device, tiles=tiles)
+    return TritonAttention(AttentionLimits(*heads, max_queries=max_queries, **given), device, tiles=tiles, tma=tma)
 
 
 def check(
     lens: list[int], counts: list[int], heads: Heads, device: torch.device, *, dtype: torch.dtype = torch.float32,
     window: int | None = None, block_size: int = 16, max_queries: int = 1, tiles: AttentionTiles = SMALL,
+    tma: bool = False,
 ) -> None:  # fmt: skip
-    kv, tables = make_cache(lens, heads, dtype, block_size, device)
+    kv, tables = make_cache(lens, heads, dtype, block_size, device, 1e4 if tma else math.nan)
     batch = make_batch(lens, counts, tables)
     q = torch.randn(sum(counts), heads[0], heads[2]).to(dtype).to(device)
     scale = heads[2] ** -0.5
-    got = backend(heads, device, tiles, max_queries).forward(q, kv, batch, scale=scale, window=window)
+    got = backend(heads, device, tiles, max_queries, tma).forward(q, kv, batch, scale=scale, window=window)
     want = ReferenceAttention().forward(q, kv, batch, scale=scale, window=window)
     assert got.shape == q.shape
     torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype])
@@ -88,6 +95,16 @@ def test_decode_prefill_and_both(window: int | None, heads: Heads, device: torch
 def test_16_bits(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
     check([33, 1, 70, 40], [33, 1, 1, 20], (5, 1, 80), device, dtype=dtype, window=window)
     check([33, 1, 70, 40], [33, 1, 1, 20], (2, 1, 64), device, dtype=dtype, window=window)
+
+
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", [(2, 2, 64), (3, 1, 80), (4, 2, 128)], ids=str)
+def test_tiles_copied_by_tma(heads: Heads, window: int | None, device: torch.device) -> None:
+    if device.type == "cuda" and not supports_pdl(device):
+        pytest.skip("the tensor memory accelerator came with Hopper")
+    for block_size in (16, 64, 24):  # tiles of 16 keys do not fit into blocks of 24: those are loaded
+        for lens, counts in (([1, 31, 32, 33, 100], [1] * 5), ([33, 1, 70, 40], [33, 1, 1, 20])):
+            check(lens, counts, heads, device, dtype=torch.bfloat16, window=window, block_size=block_size, tma=True)
 
 
 @pytest.mark.parametrize("group", range(1, 17))

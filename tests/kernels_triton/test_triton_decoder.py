@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import Any
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def run(decoder: Decoder, dtype: torch.dtype, device: torch.device) -> list[Tens
 def test_decoder(dtype: torch.dtype, qk_norm: bool, tolerance: float, device: torch.device) -> None:
     spec, weights = model(device, dtype, qk_norm, bias=not qk_norm)
     rope, attention = RopeTable(spec.rope, 64, device), ReferenceAttention()
-    implementations: tuple[Ops, Ops] = (TritonOps(device, table=TABLE), ReferenceOps())
+    implementations: tuple[Ops[Any], Ops[Any]] = (TritonOps(device, table=TABLE), ReferenceOps())
     got, want = (run(Decoder(spec, weights, rope, ops, attention), dtype, device) for ops in implementations)
     for mine, reference in zip(got, want, strict=True):
         torch.testing.assert_close(mine, reference, rtol=0, atol=tolerance * float(reference.abs().max()))

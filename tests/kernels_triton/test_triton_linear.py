@@ -13,7 +13,8 @@ from linear_cases import DTYPES, check, noise, one_plan, projection
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, load_table
-from kvik.kernels.triton.ops import TritonOps
+from kvik.kernels.triton.ops import Parts, TritonOps, supports_pdl
+from kvik.kernels.triton.skinny import skinny
 
 REFERENCE = ReferenceOps()
 EPS = 1e-6
@@ -25,6 +26,7 @@ SKINNY = {
     "plain": Plan(path="skinny", block_n=32, block_k=32, block_t=32),
     "wgmma": Plan(path="skinny", block_n=64, block_k=64, prefetch=2),
     "split": Plan(path="skinny", block_n=32, block_k=16, block_t=32, split_k=3),
+    "tma": Plan(path="skinny", block_n=64, block_k=64, split_k=2, tma=True),  # on a GPU that has it
     "more parts than K has": Plan(
         path="skinny",
         block_n=32,
@@ -110,6 +112,47 @@ def test_a_deterministic_row_does_not_know_its_neighbours(
         )
         for alone, together in zip(part, whole, strict=True):
             assert torch.equal(alone, together[rows])
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("m", [1, 17])
+def test_tiles_copied_by_tma_give_the_same_bits(m: int, swiglu: bool, device: torch.device) -> None:
+    if device.type == "cuda" and not supports_pdl(device):
+        pytest.skip("the tensor memory accelerator came with Hopper")
+    for (n, k), split_k in zip([(40, 80), (33, 48), (96, 256)], (1, 2, 4), strict=True):
+        x = noise(m, k, dtype=torch.bfloat16, device=device)
+        w = projection(n * (1 + swiglu), k, False, torch.bfloat16, device)
+        plans = [Plan(path="skinny", block_n=64, block_k=32, split_k=split_k, tma=tma) for tma in (False, True)]
+        loaded, copied = (skinny(x, w, plan, swiglu=swiglu, tma=True) for plan in plans)
+        exact = {"rtol": 0.0, "atol": 0.0} if device.type == "cuda" else {"rtol": 1e-5, "atol": 1e-5}
+        torch.testing.assert_close(loaded, copied, **exact)  # numpy adds up in an order that depends on strides
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_parts_are_added_up_by_whoever_reads_them(bias: bool, device: torch.device) -> None:
+    """What a norm and a residual make of parts is what they make of their sum."""
+    table, dtype = one_plan(Plan(path="skinny", block_n=32, block_k=16, split_k=3)), torch.bfloat16
+    at_once, later = (TritonOps(device, table=table, defer=defer) for defer in (False, True))
+    x, residual = (noise(5, 48, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    w, gate_up, gain = (
+        projection(48, 48, bias, dtype, device), projection(96, 48, bias, dtype, device),
+        noise(48, dtype=dtype, device=device),
+    )  # fmt: skip
+    total = at_once.linear_add(x, w, residual.clone())
+    assert isinstance(total, torch.Tensor)
+    for read in (
+        lambda ops, hidden: ops.rms_norm(hidden, gain, EPS),
+        lambda ops, hidden: ops.norm_linear_swiglu(hidden, gain, EPS, gate_up),
+    ):
+        parts = later.linear_add(x, w, residual.clone())
+        assert isinstance(parts, Parts)
+        assert torch.equal(read(later, parts), read(at_once, total))
+        assert parts.total is not None
+        assert torch.equal(parts.total, total)
+    again = later.rms_norm(later.linear_add(x, w, parts), gain, EPS)
+    assert torch.equal(again, at_once.rms_norm(at_once.linear_add(x, w, total), gain, EPS))
+    projected = later.norm_linear(later.linear_add(x, w, residual.clone()), gain, EPS, w)
+    assert isinstance(projected, Parts)
 
 
 def test_no_tokens(device: torch.device) -> None:

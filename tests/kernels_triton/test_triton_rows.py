@@ -15,7 +15,7 @@ from linear_cases import DTYPES, check, noise, one_plan
 from kvik.kernels.api import KVLayer
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, RowPlan
-from kvik.kernels.triton.ops import TritonOps
+from kvik.kernels.triton.ops import Parts, TritonOps
 
 REFERENCE = ReferenceOps()
 EPS = 1e-6
@@ -130,6 +130,36 @@ def test_padding_writes_nothing(device: torch.device) -> None:
     for cache in caches:
         written = ~cache.transpose(1, 2).flatten(0, 1).isnan().any(-1).any(-1)
         assert sorted(written.nonzero().flatten().tolist()) == sorted(slots[slots >= 0].tolist())
+
+
+def test_values_in_the_cache_are_finite(device: torch.device) -> None:
+    """A token with a value that is not gets a key of NaN, so that whoever sees it is as broken as it is."""
+    heads, dtype = (2, 2, 16), torch.bfloat16
+    qkv, cos, sin, slots = rope_inputs(4, heads, 16, dtype, device)
+    qkv[1, -3], qkv[2, 4 * 16], qkv[3, 5 * 16 - 1] = math.nan, math.inf, -math.inf  # values of one head or the other
+    k, v = (torch.zeros(5, 2, 16, 16, dtype=dtype, device=device) for _ in "kv")
+    ops_on(device, 4).qk_norm_rope_store(qkv, cos, sin, slots, KVLayer(k, v), None, None, EPS)
+    assert v.isfinite().all()
+    keys, values = (cache.transpose(1, 2).flatten(0, 1)[slots] for cache in (k, v))  # [num_tokens, 2, 16]
+    assert keys.isnan().any(-1).any(-1).tolist() == [False, True, True, True]
+    assert torch.equal(values, qkv[:, -32:].unflatten(1, (2, 16)).nan_to_num(0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_rope_of_parts(bias: bool, device: torch.device) -> None:
+    heads, dtype = (4, 2, 16), torch.bfloat16
+    _, cos, sin, slots = rope_inputs(3, heads, 16, dtype, device)
+    parts = noise(2, 3, 128, dtype=torch.float32, device=device)
+    added = noise(128, dtype=dtype, device=device, seed=3) if bias else None
+    total = parts[0] + parts[1]
+    qkv = (total if added is None else total + added.float()).to(dtype)
+    found = []
+    for given in (qkv, Parts(parts, dtype, added)):
+        caches = [torch.zeros(5, 2, 16, 16, dtype=dtype, device=device) for _ in "kv"]
+        q = ops_on(device, 4).qk_norm_rope_store(given, cos, sin, slots, KVLayer(*caches), None, None, EPS)
+        found.append((q, *caches))
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_keys_and_values_of_a_block_may_lie_side_by_side(device: torch.device) -> None:

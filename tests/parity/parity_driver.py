@@ -33,7 +33,7 @@ def load_decoder(
 ) -> Decoder:
     """The decoder on torch's operations on the CPU, and on Triton's on a GPU or (device="interpreter") interpreted."""
     place, spec = torch.device("cuda" if device == "cuda" else "cpu"), build_spec(load_config(path))
-    ops: Ops = ReferenceOps()
+    ops: Ops[Any] = ReferenceOps()
     if device == "cpu":
         attention = select_backend(backend, place)
     else:

@@ -29,7 +29,7 @@ class ForwardBatch:
     query_starts: Tensor  # [num_seqs + 1] int32, the first token of each sequence
     seq_lens: Tensor  # [num_seqs] int32, context length including the tokens of this step
     block_tables: Tensor  # [num_seqs, max_blocks] int32; entries past a sequence's last block may hold any valid id
-    logit_indices: Tensor  # [num_rows] int64, the tokens whose hidden state is wanted
+    logit_indices: Tensor | None  # [num_rows] int64, the tokens whose hidden state is wanted; None: all
     query_starts_host: tuple[int, ...]
     seq_lens_host: tuple[int, ...]
     rope_lens: Tensor | None = None  # [num_tokens] int64, only for a RoPE whose angles depend on the sequence's length

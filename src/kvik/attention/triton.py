@@ -54,8 +54,9 @@ class TritonAttention:
         deterministic: bool = False,
         tiles: AttentionTiles | None = None,
         pdl: bool = False,
+        tma: bool = False,
     ) -> None:
-        self.limits, self._pdl = limits, pdl
+        self.limits, self._pdl, self._tma = limits, pdl, tma
         self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
@@ -120,12 +121,12 @@ class TritonAttention:
                 q, kv.k, kv.v, out, parts=self._parts, stats=self._stats, arrivals=self._arrivals,
                 items=self._decode_items, counts=self._counts, query_starts=batch.query_starts,
                 block_tables=batch.block_tables, scale=scale, window=window,
-                max_queries=self.limits.max_queries, tiles=self._tiles, pdl=self._pdl,
+                max_queries=self.limits.max_queries, tiles=self._tiles, pdl=self._pdl, tma=self._tma,
             )  # fmt: skip
         if self._prefills:
             prefill_attention(
                 q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
                 block_tables=batch.block_tables, scale=scale, window=window,
-                tiles=self._tiles, pdl=self._pdl,
+                tiles=self._tiles, pdl=self._pdl, tma=self._tma,
             )  # fmt: skip
         return out

@@ -33,7 +33,7 @@ _FLAGS = ("device", "dtype", "revision")
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 _PATH_FIELDS = {
     "gemv": ("block_n", "block_k", "num_warps"),
-    "skinny": ("block_n", "block_k", "block_t", "split_k", "num_warps", "num_stages", "prefetch"),
+    "skinny": ("block_n", "block_k", "block_t", "split_k", "num_warps", "num_stages", "prefetch", "tma"),
     "blas": (),
 }
 

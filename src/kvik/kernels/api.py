@@ -8,7 +8,7 @@ kernel can fuse what shares a pass over memory. Operations never keep state: eve
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from torch import Tensor
 from kvik.kernels.memory import zeros
 
 __all__ = ["KVLayer", "LinearWeight", "Ops"]
+
+PendingT = TypeVar("PendingT")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -51,28 +53,31 @@ class KVLayer:
         return cls(k, v, *(zeros(shape[:3], torch.float32, device) for _ in "kv"))
 
 
-class Ops(Protocol):
+class Ops(Protocol[PendingT]):
     """One implementation of every operation of the decoder.
 
     Activations are [num_tokens, features] in the model's dtype. Norms and accumulations are fp32 inside; results
     are rounded to the model's dtype at the same places as in transformers, so that outputs agree.
+
+    PendingT: what an implementation may give from one operation of a block to the next in place of a tensor, for that
+    to finish; `Tensor` where there is no such thing.
     """
 
     def embedding(self, input_ids: Tensor, weight: Tensor) -> Tensor:
         """Rows of `weight` [vocab_size, hidden_size] at `input_ids` [num_tokens] -> [num_tokens, hidden_size]."""
 
-    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def rms_norm(self, x: Tensor | PendingT, weight: Tensor, eps: float) -> Tensor:
         """x / sqrt(mean(x^2) + eps) * weight over the last dimension -> the shape of `x`. `weight` [x.shape[-1]]."""
 
     def linear(self, x: Tensor, w: LinearWeight) -> Tensor:
         """x @ weight.T + bias: [num_tokens, in_features] -> [num_tokens, out_features]."""
 
-    def norm_linear(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
+    def norm_linear(self, x: Tensor | PendingT, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor | PendingT:
         """linear(rms_norm(x, norm_weight, eps), w): [num_tokens, hidden_size] -> [num_tokens, out_features]."""
 
     def qk_norm_rope_store(
         self,
-        qkv: Tensor,
+        qkv: Tensor | PendingT,
         cos: Tensor,
         sin: Tensor,
         slots: Tensor,
@@ -92,13 +97,13 @@ class Ops(Protocol):
         Returns q [num_tokens, num_heads, head_dim].
         """
 
-    def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor) -> Tensor:
+    def linear_add(self, x: Tensor, w: LinearWeight, residual: Tensor | PendingT) -> Tensor | PendingT:
         """residual + linear(x, w): [num_tokens, in_features] -> [num_tokens, hidden_size].
 
         `residual` [num_tokens, hidden_size] may be overwritten, with the result or with anything.
         """
 
-    def norm_linear_swiglu(self, x: Tensor, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
+    def norm_linear_swiglu(self, x: Tensor | PendingT, norm_weight: Tensor, eps: float, w: LinearWeight) -> Tensor:
         """silu(gate) * up, where [gate | up] = norm_linear(x, norm_weight, eps, w) -> [num_tokens, intermediate_size].
 
         `w.weight` [2 * intermediate_size, hidden_size]: the gate rows first, then the up rows.

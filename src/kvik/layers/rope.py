@@ -54,21 +54,22 @@ class RopeTable:
     def __init__(self, spec: RopeSpec, max_len: int, device: torch.device) -> None:
         self.spec = spec
         if spec.depends_on_length:
-            self._cos = self._sin = torch.empty(0, device=device)
+            self._table = torch.empty(0, device=device)
         else:
             positions = torch.arange(max_len, dtype=torch.float32)
             angles = positions[:, None] * inverse_frequencies(spec)  # [max_len, head_dim / 2]
-            self._cos = (angles.cos() * spec.attention_factor).to(device)
-            self._sin = (angles.sin() * spec.attention_factor).to(device)
+            both = torch.stack((angles.cos(), angles.sin()), dim=1)  # [max_len, 2, head_dim / 2]: one gather takes both
+            self._table = (both * spec.attention_factor).to(device)
 
     def cos_sin(self, positions: Tensor, rope_lens: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(cos, sin), each [num_tokens, head_dim / 2] fp32, of positions [num_tokens].
+        """(cos, sin), each [num_tokens, head_dim / 2] fp32, of positions [num_tokens]. Rows are contiguous.
 
         `rope_lens` [num_tokens] is read when `spec.depends_on_length`: the length that a token's sequence had when the
         token was computed in a whole-prompt prefill or one-token decode, max(num_prompt_tokens, position + 1).
         """
         if not self.spec.depends_on_length:
-            return self._cos.index_select(0, positions), self._sin.index_select(0, positions)
+            cos, sin = self._table.index_select(0, positions).unbind(1)
+            return cos, sin
         assert rope_lens is not None, "rope_lens is required when the RoPE depends on length"
         angles = positions[:, None].float() * _dynamic_inverse_frequencies(self.spec, rope_lens)
         return angles.cos(), angles.sin()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ class Decoder:
         spec: DecoderSpec,
         weights: DecoderWeights,
         rope: RopeTable,
-        ops: Ops,
+        ops: Ops[Any],
         attention: AttentionBackend,
     ) -> None:
         self.spec = spec
@@ -83,12 +84,12 @@ class Decoder:
         Returns the hidden states after the final norm of the tokens at `batch.logit_indices`: [num_rows, hidden_size].
         """
         cos, sin = self.rope.cos_sin(batch.positions, batch.rope_lens)  # [num_tokens, head_dim / 2]
-        hidden = self.ops.embedding(batch.input_ids, self.weights.embedding)  # [num_tokens, hidden_size]
+        hidden: Any = self.ops.embedding(batch.input_ids, self.weights.embedding)  # [num_tokens, hidden_size]
         for layer, cache, window in zip(self.weights.layers, kv, self.spec.windows, strict=True):
             hidden = self._attention(layer, hidden, cos, sin, batch, cache, window)
             hidden = self._mlp(layer, hidden)
-        rows = hidden.index_select(0, batch.logit_indices)
-        return self.ops.rms_norm(rows, self.weights.final_norm, self.spec.rms_norm_eps)
+        normed = self.ops.rms_norm(hidden, self.weights.final_norm, self.spec.rms_norm_eps)
+        return normed if batch.logit_indices is None else normed.index_select(0, batch.logit_indices)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32."""
@@ -97,20 +98,20 @@ class Decoder:
     def _attention(
         self,
         w: LayerWeights,
-        hidden: Tensor,
+        hidden: Any,  # the residual stream, as the operations hand it on
         cos: Tensor,
         sin: Tensor,
         batch: ForwardBatch,
         cache: KVLayer,
         window: int | None,
-    ) -> Tensor:
+    ) -> Any:
         eps = self.spec.rms_norm_eps
         qkv = self.ops.norm_linear(hidden, w.attention_norm, eps, w.qkv)  # [num_tokens, q_size + 2 * kv_size]
         q = self.ops.qk_norm_rope_store(qkv, cos, sin, batch.slots, cache, w.q_norm, w.k_norm, eps)
         context = self.attention.forward(q, cache, batch, scale=self._scale, window=window)
         return self.ops.linear_add(context.flatten(1), w.o, hidden)
 
-    def _mlp(self, w: LayerWeights, hidden: Tensor) -> Tensor:
+    def _mlp(self, w: LayerWeights, hidden: Any) -> Any:
         inner = self.ops.norm_linear_swiglu(hidden, w.mlp_norm, self.spec.rms_norm_eps, w.gate_up)
         return self.ops.linear_add(inner, w.down, hidden)  # [num_tokens, hidden_size]
 

@@ -65,7 +65,7 @@ def load_model(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    ops: Ops,
+    ops: Ops[Any],
     attention: AttentionBackend,
     max_model_len: int,
     load_format: str = "auto",

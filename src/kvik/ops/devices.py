@@ -8,7 +8,7 @@ from __future__ import annotations
 import threading
 from ctypes import Array
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +39,7 @@ class Batch(Protocol):
     """What a device made for this batch, by (query heads, key/value heads, head size)."""
 
 
-class Operators(Ops, Protocol):
+class Operators(Ops[Any], Protocol):
     """What a device implements. Arguments are checked, and contiguous."""
 
     def add_rms_norm(self, x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -148,7 +148,7 @@ class CpuOperators(ReferenceOps):
         samples = Sampler(vocab).sample(logits, rows, [so_far] * len(rows))
         return torch.tensor([sample.token_id for sample in samples], dtype=torch.int64)
 
-    def _projections(self, w: LinearWeight) -> Ops:
+    def _projections(self, w: LinearWeight) -> Ops[Any]:
         """A packed weight is in the layout of the kernels; to pack another one in each call would cost more."""
         if isinstance(w, PackedLinear):
             assert self.native is not None, "nothing else packs"

@@ -9,6 +9,7 @@ packed weight all between input and result is fp32, but the input, rounded to th
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from kvik.ops.devices import CpuOperators, operators
 
 __all__ = ["linear", "linear_add", "norm_linear", "norm_linear_swiglu", "pack"]
 
-_Run = Callable[[Ops, Tensor, LinearWeight], Tensor]
+_Run = Callable[[Ops[Any], Tensor, LinearWeight], Tensor]
 
 
 @torch.no_grad()

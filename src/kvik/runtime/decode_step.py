@@ -74,7 +74,7 @@ class _Bucket:
             query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
             seq_lens=self.inputs.seq_lens,
             block_tables=self.inputs.block_tables,
-            logit_indices=torch.arange(num_rows, device=device),
+            logit_indices=None,
             query_starts_host=tuple(range(num_rows + 1)),
             seq_lens_host=(1,) * num_rows,  # the real ones are on the device only
         )

@@ -33,7 +33,7 @@ def gpu_attention(
         itemsize=dtype.itemsize,
     )  # fmt: skip
     pdl = supports_pdl(device) if pdl is None else pdl
-    return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl)
+    return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl, tma=pdl)
 
 
 def build_gpu_runner(

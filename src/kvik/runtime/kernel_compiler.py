@@ -99,7 +99,7 @@ class CompileJob:
         pdl = self.capability >= _HOPPER
         num_seqs, max_len = settings.max_num_seqs, settings.max_model_len
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)
-        ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, pdl=pdl)
+        ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, defer=True, pdl=pdl)
         attention = gpu_attention(
             spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, dtype=self.dtype,
             deterministic=self.deterministic, pdl=pdl,

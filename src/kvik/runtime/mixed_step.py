@@ -1,4 +1,4 @@
-"""The forward pass of a step that has prompts in it: eager when it is large, else one CUDA graph per number of tokens.
+"""The forward pass of a step that has prompts in it: one CUDA graph per number of tokens, eager where padding costs.
 
     packed  | row of each token | position | row of each sequence | starts | ends | tokens that give hidden states |
 
@@ -8,6 +8,7 @@ tokens of row -1 write no key and belong to no sequence, sequences without token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,10 +24,23 @@ from kvik.runtime.device_table import NO_SLOT, DeviceTable, upload, upload_parts
 from kvik.runtime.graphs import Graph, GraphPool
 from kvik.runtime.kv_pool import KVPool
 
-__all__ = ["GRAPH_TOKENS", "MixedParts", "MixedStep"]
+__all__ = ["MixedParts", "MixedStep", "graph_size", "graph_sizes"]
 
-GRAPH_TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048)
-"""Numbers of tokens that graphs are captured for; launching a larger step takes less time than computing it."""
+_FINE = 2048
+_LEAST = 7 / 8  # of the tokens of a graph, above _FINE
+
+
+def graph_sizes(budget: int) -> tuple[int, ...]:
+    """Numbers of tokens that graphs are captured for, up to the `budget` of a step: powers of two, then every 1024."""
+    sizes = (16, 32, 64, 128, 256, 512, 1024, _FINE, *range(_FINE + 1024, budget, 1024))
+    return (*(size for size in sizes if size < budget), budget)
+
+
+def graph_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
+    """Which of `sizes` a step is padded to. None where padding would cost more time than launching kernel by kernel."""
+    size = next((size for size in sizes if size >= num_tokens), None)
+    return size if size is not None and (size <= _FINE or num_tokens >= _LEAST * size) else None
+
 
 Ints: TypeAlias = NDArray[np.int64]
 
@@ -61,7 +75,7 @@ class MixedStep:
     ) -> None:
         self._model, self._attention, self._kv_pool, self._table = model, attention, kv_pool, table
         self._pool = pool
-        self._sizes = tuple(size for size in GRAPH_TOKENS if size <= attention.limits.max_num_tokens)
+        self._sizes = graph_sizes(attention.limits.max_num_tokens)
         self._max_seqs = len(table.num_tokens)
         self._captured: dict[int, _Captured] = {}
 
@@ -71,7 +85,7 @@ class MixedStep:
         Valid until the next step.
         """
         num_rows = len(parts.logit_indices)
-        size = next((size for size in self._sizes if size >= len(parts.rows)), None)
+        size = graph_size(len(parts.rows), self._sizes)
         if self._pool is None or size is None or parts.rope_lens is not None or num_rows > self._max_seqs:
             return self._eager(parts)
         packed = upload(_padded(parts, size, self._max_seqs), self._table.device)

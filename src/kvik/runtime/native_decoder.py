@@ -88,11 +88,12 @@ class NativeDecoder:
             self._tape, self._kv = self._record(kv), kv
         if self._deterministic:
             batch = _single_queries(batch)
-        num_rows = len(batch.logit_indices)
+        wanted = torch.arange(len(batch.input_ids)) if batch.logit_indices is None else batch.logit_indices
+        num_rows = len(wanted)
         hidden = torch.empty((max(num_rows, 1), self.spec.hidden_size))
         cos, sin = self._rope.cos_sin(batch.positions, batch.rope_lens)
         held = (batch.input_ids, cos, sin, batch.slots, batch.query_starts, batch.seq_lens, batch.block_tables)
-        inputs = [tensor.contiguous() for tensor in (*held, batch.logit_indices)]
+        inputs = [tensor.contiguous() for tensor in (*held, wanted)]
         step = StepStruct(
             len(batch.input_ids), batch.num_seqs, num_rows, batch.block_tables.shape[1], *map(data_pointer, inputs)
         )

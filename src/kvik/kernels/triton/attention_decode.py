@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, chunk_of
-from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
+from kvik.kernels.triton.attention_tile import AttentionTiles, attend, block_rows, fits_tma, merge, tile_source
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["LOG2_E", "decode_attention"]
@@ -66,25 +66,32 @@ def _merge_parts(parts: tl.tensor, stats: tl.tensor, first: tl.tensor, count: tl
     _store_out(out, offsets + dims[None, :], held & (rows // GROUP < num_queries)[:, None], s, acc)
 
 
+@triton.jit
+def _item(items: tl.tensor, item: tl.tensor, num_items: tl.tensor) -> tuple[tl.tensor, tl.tensor, tl.tensor, tl.tensor]:
+    """(sequence, chunk, first token, context length) of a work item; zeros behind the last one."""
+    place, there = items + ITEM * item, item < num_items
+    return (tl.load(place, mask=there, other=0), tl.load(place + 1, mask=there, other=0),
+            tl.load(place + 2, mask=there, other=0), tl.load(place + 3, mask=there, other=0))  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
 def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.tensor, stats: tl.tensor,
             arrivals: tl.tensor, items: tl.tensor, counts: tl.tensor, query_starts: tl.tensor, tables: tl.tensor,
-            table_stride: tl.tensor, block_stride: tl.tensor, scale: tl.tensor,
+            table_stride: tl.tensor, block_rows: tl.tensor, scale: tl.tensor,
             WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr,
             SHORT_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+            PDL: tl.constexpr) -> None:  # fmt: skip
     start_dependents(PDL)
-    wait_for_inputs(PDL)  # everything below reads what earlier kernels wrote
     head = tl.program_id(0)
     rows, dims = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
     PART: tl.constexpr = GROUP * MAX_QUERIES
-    k += head * BLOCK_SIZE * HEAD_DIM
-    v += head * BLOCK_SIZE * HEAD_DIM
+    # The work lists and block tables of a step are complete before the first kernel that others overlap.
     num_items = tl.load(counts)
+    sequence, chunk, start, seq_len = _item(items, tl.program_id(1), num_items)
+    wait_for_inputs(PDL)
     for item in range(tl.program_id(1), num_items, tl.num_programs(1)):
-        sequence, chunk = tl.load(items + ITEM * item), tl.load(items + ITEM * item + 1)
-        start, seq_len = tl.load(items + ITEM * item + 2), tl.load(items + ITEM * item + 3)
         num_queries = 1
         if MAX_QUERIES > 1:
             num_queries = tl.load(query_starts + sequence + 1) - start
@@ -100,8 +107,9 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             held = (rows // GROUP < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
             tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
             m, s, acc = attend(tile, chunk * size, (chunk + 1) * size, first_position, seq_len,
-                               first_position + rows // GROUP, k, v, tables + sequence.to(tl.int64) * table_stride,
-                               block_stride, scale, True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                               first_position + rows // GROUP, k, v, head,
+                               tables + sequence.to(tl.int64) * table_stride, block_rows, scale, True, WINDOW, TMA,
+                               BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
             if num_parts <= 1:
                 _store_out(out, offsets, held, s, acc)
             else:
@@ -114,13 +122,14 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
                     _merge_parts(parts, stats, first_part, num_parts, start, num_queries, head, out, scale,
                                  NUM_KV_HEADS, GROUP, HEAD_DIM, BLOCK_D, PART)  # fmt: skip
                     tl.store(arrival, 0)
+        sequence, chunk, start, seq_len = _item(items, item + tl.num_programs(1), num_items)
 
 
 def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
     parts: Tensor, stats: Tensor, arrivals: Tensor, items: Tensor, counts: Tensor,
     query_starts: Tensor, block_tables: Tensor,
-    scale: float, window: int | None, max_queries: int, tiles: AttentionTiles, pdl: bool = False,
+    scale: float, window: int | None, max_queries: int, tiles: AttentionTiles, pdl: bool = False, tma: bool = False,
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
 
@@ -134,16 +143,18 @@ def decode_attention(
     """
     (_, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
     assert k.stride() == v.stride()
+    tma, block_d = tma and fits_tma(k, tiles.decode_n), max(triton.next_power_of_2(head_dim), 16)
     group = num_heads // num_kv_heads
     tokens = block_tables.shape[1] * block_size  # of the longest context
     longest = max(-(-tokens // tiles.chunk), -(-min(tokens, tiles.short_len) // tiles.short_chunk))
     programs = min(block_tables.shape[0] * longest, max(tiles.decode_programs // num_kv_heads, 1))
     _decode[(num_kv_heads, programs)](
-        q, k, v, out, parts, stats, arrivals, items, counts, query_starts, block_tables,
-        block_tables.stride(0), k.stride(0), scale * LOG2_E,
+        q, *(tile_source(cache, tiles.decode_n, block_d, tma) for cache in (k, v)), out,
+        parts, stats, arrivals, items, counts, query_starts, block_tables, block_tables.stride(0), block_rows(k),
+        scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
         BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.decode_n, PDL=pdl,
+        BLOCK_D=block_d, BLOCK_N=tiles.decode_n, TMA=tma, PDL=pdl,
         num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

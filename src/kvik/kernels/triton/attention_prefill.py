@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvik.kernels.triton.attention_decode import ITEM, LOG2_E
-from kvik.kernels.triton.attention_tile import AttentionTiles, attend, merge
+from kvik.kernels.triton.attention_tile import AttentionTiles, attend, block_rows, fits_tma, merge, tile_source
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["prefill_attention", "tile_queries"]
@@ -29,9 +29,9 @@ def tile_queries(group: int, tiles: AttentionTiles) -> int:
 @triton.jit(do_not_specialize=["table_stride"])  # it varies between steps
 def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl.tensor, counts: tl.tensor,
              query_starts: tl.tensor, tables: tl.tensor, table_stride: tl.tensor,
-             block_stride: tl.tensor, scale: tl.tensor, WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
+             block_rows: tl.tensor, scale: tl.tensor, WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr,
              GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr,
-             BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
              PDL: tl.constexpr) -> None:  # fmt: skip
     start_dependents(PDL)
     wait_for_inputs(PDL)
@@ -48,8 +48,6 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
         offsets = offset[:, None] * HEAD_DIM + dims[None, :]
         held = ((rows < TILE * GROUP) & (query < num_queries))[:, None] & (dims < HEAD_DIM)[None, :]
         tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
-        k += head * BLOCK_SIZE * HEAD_DIM
-        v += head * BLOCK_SIZE * HEAD_DIM
         table = tables + sequence.to(tl.int64) * table_stride
         before = seq_len - num_queries
         first_position, end = before + first, before + tl.minimum(first + TILE, num_queries)
@@ -62,19 +60,19 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
                 first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
             for chunk in range(first_chunk, tl.cdiv(end, CHUNK)):
                 new_m, new_s, new_acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, end,
-                                               before + query, k, v, table, block_stride, scale, False, WINDOW,
-                                               BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                                               before + query, k, v, head, table, block_rows, scale, True, WINDOW,
+                                               TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
                 m, s, acc = merge(m, s, acc, new_m, new_s, new_acc, scale)
         else:
-            m, s, acc = attend(tile, 0, end, first_position, end, before + query, k, v, table, block_stride, scale,
-                               False, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+            m, s, acc = attend(tile, 0, end, first_position, end, before + query, k, v, head, table, block_rows, scale,
+                               False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
         tl.store(out + offsets, (acc / s[:, None]).to(out.dtype.element_ty), mask=held)
 
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
     items: Tensor, counts: Tensor, query_starts: Tensor, block_tables: Tensor,
-    scale: float, window: int | None, tiles: AttentionTiles, pdl: bool = False,
+    scale: float, window: int | None, tiles: AttentionTiles, pdl: bool = False, tma: bool = False,
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
 
@@ -85,14 +83,15 @@ def prefill_attention(
     """
     (num_tokens, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
     assert k.stride() == v.stride()
+    tma, block_d = tma and fits_tma(k, tiles.block_n), max(triton.next_power_of_2(head_dim), 16)
     group = num_heads // num_kv_heads
     most_tiles = num_tokens // tile_queries(group, tiles) + block_tables.shape[0]
     _prefill[(num_kv_heads, most_tiles)](
-        q, k, v, out, items, counts, query_starts, block_tables,
-        block_tables.stride(0), k.stride(0), scale * LOG2_E,
+        q, *(tile_source(cache, tiles.block_n, block_d, tma) for cache in (k, v)), out, items, counts, query_starts,
+        block_tables, block_tables.stride(0), block_rows(k), scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
         CHUNK=tiles.chunk if tiles.merge_chunks else 0, BLOCK_M=tiles.prefill_rows,
-        BLOCK_D=max(triton.next_power_of_2(head_dim), 16), BLOCK_N=tiles.block_n, PDL=pdl,
-        num_warps=tiles.prefill_warps, num_stages=tiles.prefill_stages, maxnreg=tiles.prefill_registers,
+        BLOCK_D=block_d, BLOCK_N=tiles.block_n, TMA=tma, PDL=pdl,
+        num_warps=tiles.prefill_warps, num_stages=tiles.prefill_stages,
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

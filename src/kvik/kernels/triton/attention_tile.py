@@ -16,8 +16,10 @@ from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "merge"]
+__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "block_rows", "fits_tma", "merge", "tile_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +35,9 @@ class AttentionTiles:
     decode_warps: int = 4
     decode_stages: int = 3
     decode_programs: int = 132 * 32  # at most; each takes several work items when there are more
-    prefill_rows: int = 128
-    prefill_warps: int = 8
-    prefill_stages: int = 2
-    prefill_registers: int | None = None  # of a thread, at most: fewer let more programs share a multiprocessor
+    prefill_rows: int = 64
+    prefill_warps: int = 4
+    prefill_stages: int = 3
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
 
     def __post_init__(self) -> None:
@@ -58,27 +59,48 @@ def attention_tiles(
         return _EXACT_HUGE if width > 512 else _EXACT_LARGE if width > 256 else _EXACT
     if width > 256 or itemsize > 2:
         return _HUGE if width > 512 else _LARGE
-    many = _MANY if head_dim & (head_dim - 1) == 0 else _PADDED
-    return next((tiles for most, tiles in _FEW if num_seqs <= most), many)
+    if head_dim & (head_dim - 1):
+        return _PADDED
+    return next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
 
 
-_PADDED = AttentionTiles(prefill_registers=128)
+_PADDED = AttentionTiles()
 _MANY = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
-_FEW = (
-    (8, replace(_PADDED, short_len=1024, short_chunk=64)),
-    (16, replace(_PADDED, short_len=2048, short_chunk=128, decode_stages=2)),
-)
+_FEW = ((16, replace(_MANY, short_len=1024, short_chunk=64, decode_stages=4)),)
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
-_LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_rows=64)
-_HUGE = AttentionTiles(block_n=32, decode_n=32, decode_warps=8, decode_stages=1, prefill_rows=64, prefill_stages=1)
-# The running sum beside that of a chunk needs registers, hence more warps and fewer keys.
-_EXACT = AttentionTiles(
-    decode_rows=64, decode_warps=8, decode_stages=3, prefill_rows=64, prefill_stages=3, merge_chunks=True
-)
-_EXACT_LARGE = replace(_EXACT, block_n=32, decode_n=32, decode_stages=2, prefill_stages=2)
-_EXACT_HUGE = replace(_EXACT, block_n=16, decode_n=16, decode_stages=1, prefill_stages=1)
+_LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
+_HUGE = replace(_LARGE, block_n=32, decode_n=32, decode_stages=1, prefill_stages=1)
+# Single warps on tiles of 16 rows in both kernels: prefill pays for it, decode, where the time goes, does not.
+_EXACT = replace(_MANY, block_n=32, prefill_rows=16, prefill_warps=1, merge_chunks=True)
+# These have no room in one warp. wgmma in both; the running sum beside that of a chunk takes registers of its own.
+_EXACT_LARGE = replace(_EXACT, decode_rows=64, decode_warps=8, decode_stages=2, prefill_rows=64, prefill_warps=8,
+                       prefill_stages=2)  # fmt: skip
+_EXACT_HUGE = replace(_EXACT_LARGE, block_n=16, decode_n=16, decode_stages=1, prefill_stages=1)
+
+
+def fits_tma(cache: Tensor, block_n: int) -> bool:
+    """Whether the tensor memory accelerator can copy tiles of `block_n` keys of a cache [num_blocks, num_kv_heads,
+    block_size, head_dim]: none lies in two blocks, and rows are what it can address."""
+    head_dim = cache.shape[3]
+    return cache.shape[2] % block_n == 0 and cache.dtype.itemsize == 2 and head_dim % 8 == 0
+
+
+def block_rows(cache: Tensor) -> int:
+    """Rows of a head from one block of a cache [num_blocks, num_kv_heads, block_size, head_dim] to the next."""
+    rows, rest = divmod(cache.stride(0), cache.shape[3])
+    assert rest == 0 and cache[0].is_contiguous(), "blocks are whole rows, each block in one piece"
+    return rows
+
+
+def tile_source(cache: Tensor, block_n: int, block_d: int, tma: bool) -> Tensor | TensorDescriptor:
+    """What `attend` takes as keys or values: the cache itself, or with `tma` a descriptor of it as rows of a head."""
+    if not tma:
+        return cache
+    num_blocks, num_kv_heads, block_size, head_dim = cache.shape
+    rows = (num_blocks - 1) * block_rows(cache) + num_kv_heads * block_size
+    return TensorDescriptor(cache, [rows, head_dim], [head_dim, 1], [block_n, block_d])
 
 
 @triton.jit
@@ -95,27 +117,44 @@ def _blocks(table: tl.tensor, start: tl.tensor, end: tl.tensor, BLOCK_SIZE: tl.c
 
 
 @triton.jit
+def _tile(kv: tl.tensor, block: tl.tensor, start: tl.tensor, head: tl.tensor, block_rows: tl.tensor, held: tl.tensor,
+          MASKED: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr,
+          BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Keys or values [BLOCK_N, BLOCK_D] from `start` on. kv: a descriptor with TMA, else the cache of one layer."""
+    if TMA:
+        tile = kv.load([block * block_rows + head * BLOCK_SIZE + start % BLOCK_SIZE, 0])
+    else:
+        keys, dims = start + tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+        offsets = (block.to(tl.int64) * block_rows + head * BLOCK_SIZE + keys % BLOCK_SIZE) * HEAD_DIM
+        if MASKED or BLOCK_D != HEAD_DIM:
+            tile = tl.load(kv + offsets[:, None] + dims[None, :], mask=held, other=0.0)
+        else:
+            tile = tl.load(kv + offsets[:, None] + dims[None, :])
+    return tile
+
+
+@triton.jit
 def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.tensor, stop: tl.tensor, end: tl.tensor,
-          positions: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, block_stride: tl.tensor,
-          scale: tl.tensor, MASKED: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+          positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor, block_rows: tl.tensor,
+          scale: tl.tensor, MASKED: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr,
           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Add the keys [first, stop) to the running maximum m [rows], sum s [rows] and acc [rows, BLOCK_D]."""
-    dims = tl.arange(0, acc.shape[1])
+    BLOCK_D: tl.constexpr = acc.shape[1]
+    dims = tl.arange(0, BLOCK_D)
     # The blocks of a tile are looked up a tile ahead: Triton's pipeline keeps one tile less in flight for each load
     # that another load of the same iteration waits for.
     blocks = _blocks(table, first, end, BLOCK_SIZE, BLOCK_N)
     for start in tl.range(first, stop, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        offsets = blocks.to(tl.int64) * block_stride + (keys % BLOCK_SIZE) * HEAD_DIM
-        offsets = offsets[:, None] + dims[None, :]  # [BLOCK_N, BLOCK_D]
-        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
         held = dims[None, :] < HEAD_DIM
-        if MASKED:  # what lies past the end may be NaN, which a weight of 0 does not cancel
+        if (
+            MASKED
+        ):  # what lies past the end may be NaN, which a weight of 0 does not cancel; with TMA, values are finite
             held = held & (keys < end)[:, None]
-        if MASKED or acc.shape[1] != HEAD_DIM:
-            key_tile = tl.load(k + offsets, mask=held, other=0.0)
-        else:
-            key_tile = tl.load(k + offsets)
+        key_tile = _tile(k, blocks, start, head, block_rows, held, MASKED, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
+                         BLOCK_D)  # fmt: skip
+        value_block = blocks
+        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
         scores = tl.dot(q, tl.trans(key_tile), input_precision="tf32x3")  # [rows, BLOCK_N] fp32
         if MASKED:
             visible = keys[None, :] <= positions[:, None]
@@ -127,10 +166,8 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
         weights = tl.exp2(tl.fma(scores, scale, (-base * scale)[:, None]))
         old = tl.exp2((m - base) * scale)
         s = tl.fma(s, old, tl.sum(weights, 1))
-        if MASKED or acc.shape[1] != HEAD_DIM:
-            value_tile = tl.load(v + offsets, mask=held, other=0.0)
-        else:
-            value_tile = tl.load(v + offsets)
+        value_tile = _tile(v, value_block, start, head, block_rows, held, MASKED, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
+                           BLOCK_D)  # fmt: skip
         acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * old[:, None], input_precision="tf32x3")
         m = top
     return m, s, acc
@@ -138,8 +175,8 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
 
 @triton.jit
 def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
-           positions: tl.tensor, k: tl.tensor, v: tl.tensor, table: tl.tensor, block_stride: tl.tensor,
-           scale: tl.tensor, ONE_LOOP: tl.constexpr, WINDOW: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+           positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor, block_rows: tl.tensor,
+           scale: tl.tensor, ONE_LOOP: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr,
            HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Query rows against the keys [lo, hi) that any of them sees; lo is a multiple of BLOCK_N.
 
@@ -156,14 +193,14 @@ def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor
         first = lo
         if WINDOW > 0:
             first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
-        m, s, acc = _walk(q, m, s, acc, first, stop, end, positions, k, v, table, block_stride, scale,
-                          True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+        m, s, acc = _walk(q, m, s, acc, first, stop, end, positions, k, v, head, table, block_rows, scale,
+                          True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
     else:
         full = tl.maximum(lo, tl.minimum(stop, (first_position + 1) // BLOCK_N * BLOCK_N))
-        m, s, acc = _walk(q, m, s, acc, lo, full, end, positions, k, v, table, block_stride, scale,
-                          False, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
-        m, s, acc = _walk(q, m, s, acc, full, stop, end, positions, k, v, table, block_stride, scale,
-                          True, WINDOW, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+        m, s, acc = _walk(q, m, s, acc, lo, full, end, positions, k, v, head, table, block_rows, scale,
+                          False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+        m, s, acc = _walk(q, m, s, acc, full, stop, end, positions, k, v, head, table, block_rows, scale,
+                          True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
     return m, s, acc
 
 

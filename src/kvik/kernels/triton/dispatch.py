@@ -45,10 +45,11 @@ class Plan:
     block_n: int = 64  # weight rows of one program
     block_k: int = 128  # columns of one step; gemv: of one tile in registers
     block_t: int = 16  # skinny: tokens of one program
-    split_k: int = 1  # skinny: programs that share K
+    split_k: int = 1  # skinny: programs that share K, except for gate and up, which are multiplied
     num_warps: int = 4
     num_stages: int = 3  # skinny: depth of the software pipeline
     prefetch: int = 0  # skinny: steps of the weight asked for before the predecessor has ended
+    tma: bool = False  # skinny: the tensor memory accelerator copies the tiles, where there is one
 
     def __post_init__(self) -> None:
         if self.path not in _PATHS:

@@ -30,8 +30,21 @@ def wait_for_inputs(PDL: tl.constexpr) -> None:
 
 
 @triton.jit
-def prefetch_l2(pointers: tl.tensor) -> None:
-    """Ask for the cache lines of `pointers`, all of them valid addresses, without waiting for them."""
+def prefetch_l2(pointers: tl.tensor, num_bytes: tl.tensor) -> None:
+    """Ask for `num_bytes` (int32, 0 for nothing) from each of `pointers` on to come to L2, without waiting for them.
+
+    Pointers are aligned to 16 bytes and sizes a multiple of it. The copy engine of Hopper fetches them.
+    """
     tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+        """{
+        .reg .pred wanted;
+        setp.ne.b32 wanted, $2, 0;
+        @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.b32 $0, 0;
+        }""",
+        "=r,l,r",
+        [pointers, num_bytes],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
     )

@@ -2,6 +2,10 @@
 slots of the paged cache, with Qwen3's RMSNorm of each head before it: one pass over the output of the qkv projection.
 
 (a, b) = (x[i], x[i + D/2]) becomes (a cos - b sin, b cos + a sin); every product is rounded, as in transformers.
+
+Values in the cache are finite, whatever a model gives: attention multiplies what lies in a block behind a sequence's
+end by 0, which must be 0, whoever wrote there before. A token with a value that is not finite gets a key of NaN
+instead, so that the sequence itself stays as broken as it is.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from kvik.kernels.triton.dispatch import RowPlan
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
-from kvik.kernels.triton.tiles import normalized
+from kvik.kernels.triton.tiles import add_parts, normalized
 
 __all__ = ["qk_norm_rope_store"]
 
@@ -34,6 +38,12 @@ def _normed_where(
 
 
 @triton.jit
+def _is_finite(x: tl.tensor) -> tl.tensor:
+    wide = x.to(tl.float32)
+    return wide - wide == 0.0
+
+
+@triton.jit
 def _store_halves(places: tl.tensor, a: tl.tensor, b: tl.tensor, mask: tl.tensor, HALF: tl.constexpr) -> None:
     """Both halves of each head to `places` (of the first half), in the dtype of what is there."""
     tl.store(places, a.to(places.dtype.element_ty), mask=mask)
@@ -43,6 +53,7 @@ def _store_halves(places: tl.tensor, a: tl.tensor, b: tl.tensor, mask: tl.tensor
 @triton.jit
 def _rope_kernel(
     qkv: tl.tensor,
+    bias: tl.tensor,
     cos: tl.tensor,
     sin: tl.tensor,
     slots: tl.tensor,
@@ -53,6 +64,7 @@ def _rope_kernel(
     q_out: tl.tensor,
     k_block_stride: int,
     v_block_stride: int,
+    angle_stride: int,
     eps: float,
     Q_HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -62,22 +74,32 @@ def _rope_kernel(
     BLOCK_H: tl.constexpr,
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
+    PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """BLOCK_H of the heads (query, key, value) of one token, each as two tiles [BLOCK_H, HALF_PADDED]."""
+    """BLOCK_H of the heads of one token, each as two tiles [BLOCK_H, HALF_PADDED]: keys and values in turn, then
+    queries. With PARTS, qkv is [PARTS, num_tokens, HEADS * 2 * HALF] fp32, to which bias is added with BIAS."""
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
-    heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    index = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    heads = tl.where(index < 2 * KV_HEADS, Q_HEADS + index // 2 + index % 2 * KV_HEADS, index - 2 * KV_HEADS)
     i = tl.arange(0, HALF_PADDED)
     half_ok = i < HALF
     is_q, is_k = (heads < Q_HEADS)[:, None], ((heads >= Q_HEADS) & (heads < Q_HEADS + KV_HEADS))[:, None]
-    is_v = ((heads >= Q_HEADS + KV_HEADS) & (heads < HEADS))[:, None]
-    ok = (heads < HEADS)[:, None] & half_ok[None, :]
+    is_v = (heads >= Q_HEADS + KV_HEADS)[:, None]
+    ok = (index < HEADS)[:, None] & half_ok[None, :]
     start_dependents(PDL)
     wait_for_inputs(PDL)
 
     token = tl.program_id(0).to(tl.int64)
-    source = qkv + (token * HEADS + heads[:, None]) * (2 * HALF) + i[None, :]
-    raw_a, raw_b = tl.load(source, mask=ok, other=0.0), tl.load(source + HALF, mask=ok, other=0.0)
+    column = heads[:, None] * (2 * HALF) + i[None, :]
+    source = qkv + token * (HEADS * 2 * HALF) + column
+    if PARTS > 0:
+        stride = tl.num_programs(0).to(tl.int64) * (HEADS * 2 * HALF)
+        raw_a = add_parts(source, stride, bias, column, ok, PARTS, BIAS).to(q_out.dtype.element_ty)
+        raw_b = add_parts(source + HALF, stride, bias, HALF + column, ok, PARTS, BIAS).to(q_out.dtype.element_ty)
+    else:
+        raw_a, raw_b = tl.load(source, mask=ok, other=0.0), tl.load(source + HALF, mask=ok, other=0.0)
     a, b = raw_a, raw_b
     if Q_NORM or K_NORM:
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
@@ -87,20 +109,26 @@ def _rope_kernel(
         a, b = _normed_where(is_q, a, b, rstd, q_norm, i, HALF)
     if K_NORM:
         a, b = _normed_where(is_k, a, b, rstd, k_norm, i, HALF)
-    c = tl.load(cos + token * HALF + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
-    s = tl.load(sin + token * HALF + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
+    c = tl.load(cos + token * angle_stride + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
+    s = tl.load(sin + token * angle_stride + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
+    fine_a, fine_b = _is_finite(raw_a), _is_finite(raw_b)
+    broken = tl.max(tl.max((is_v & ~(fine_a & fine_b)).to(tl.int32), axis=1), axis=0) > 0
     turned_a = (_rounded_product(a, c) - _rounded_product(b, s)).to(raw_a.dtype)
     turned_b = (_rounded_product(b, c) + _rounded_product(a, s)).to(raw_a.dtype)
 
+    key_a = tl.where(broken, float("nan"), turned_a.to(tl.float32))
+    value_a = tl.where(fine_a, raw_a.to(tl.float32), 0.0)
+    value_b = tl.where(fine_b, raw_b.to(tl.float32), 0.0)
+
     q_places = q_out + (token * Q_HEADS + heads[:, None]) * (2 * HALF) + i[None, :]
-    _store_halves(q_places, turned_a, turned_b, is_q & half_ok[None, :], HALF)
+    _store_halves(q_places, turned_a, turned_b, is_q & ok, HALF)
     slot = tl.load(slots + token).to(tl.int64)
     block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    written = (slot >= 0) & half_ok[None, :]
+    written = (slot >= 0) & ok
     kv_head = tl.where(is_v, heads[:, None] - Q_HEADS - KV_HEADS, heads[:, None] - Q_HEADS)
     within = (kv_head * BLOCK_SIZE + offset) * (2 * HALF) + i[None, :]
-    _store_halves(k_cache + block * k_block_stride + within, turned_a, turned_b, is_k & written, HALF)
-    _store_halves(v_cache + block * v_block_stride + within, raw_a, raw_b, is_v & written, HALF)
+    _store_halves(k_cache + block * k_block_stride + within, key_a, turned_b, is_k & written, HALF)
+    _store_halves(v_cache + block * v_block_stride + within, value_a, value_b, is_v & written, HALF)
 
 
 def qk_norm_rope_store(
@@ -116,18 +144,23 @@ def qk_norm_rope_store(
     plan: RowPlan,
     out: Tensor,
     *,
+    bias: Tensor | None = None,
     pdl: bool = False,
 ) -> Tensor:
     """`kvik.kernels.api.Ops.qk_norm_rope_store` into `out` [num_tokens, num_heads, head_dim], which is returned.
 
-    A negative slot writes nothing to the cache: the token is padding. Blocks of the caches may lie apart
-    (`stride(0)` is free), everything else is contiguous; num_tokens is not 0. plan.block is a number of heads.
+    A negative slot writes nothing to the cache: the token is padding. Blocks of the caches and rows of cos and sin may
+    lie apart (`stride(0)` is free), everything else is contiguous; num_tokens is not 0. plan.block is a number of
+    heads, at least 2.
+    qkv may be the parts of a projection with a split K, [num_parts, num_tokens, ...] fp32, to which `bias` is added.
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    num_heads = out.shape[1]
+    (num_tokens, num_heads), block_h = out.shape[:2], max(plan.block, 2)  # a key and its value stay together
+    assert cos.stride() == sin.stride() and cos.stride(1) == 1
     assert k_cache[0].is_contiguous() and v_cache[0].is_contiguous() and head_dim % 2 == 0
-    _rope_kernel[(len(qkv), triton.cdiv(num_heads + 2 * num_kv_heads, plan.block))](
+    _rope_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_h))](
         qkv,
+        bias,
         cos,
         sin,
         slots,
@@ -138,15 +171,18 @@ def qk_norm_rope_store(
         out,
         k_cache.stride(0),
         v_cache.stride(0),
+        cos.stride(0),
         eps,
         Q_HEADS=num_heads,
         KV_HEADS=num_kv_heads,
         BLOCK_SIZE=block_size,
         HALF=head_dim // 2,
         HALF_PADDED=triton.next_power_of_2(head_dim // 2),
-        BLOCK_H=plan.block,
+        BLOCK_H=block_h,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
+        PARTS=len(qkv) if qkv.dim() == 3 else 0,
+        BIAS=bias is not None,
         PDL=pdl,
         num_warps=plan.num_warps,
         enable_fp_fusion=False,  # bf16 products are rounded before they are added

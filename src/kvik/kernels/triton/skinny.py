@@ -1,20 +1,19 @@
-"""Projections of 5 to 64 tokens on tensor cores, with the operands swapped: weight rows fill the M dimension of the
-matrix instruction (64 at least on Hopper), tokens are its N dimension and need padding to 16, 32 or 64 only.
+"""Projections of few tokens on tensor cores: the weight's rows are the M dimension of the product, the tokens N.
 
-out[t, i] = epilogue(sum_k w[i, k] * x[t, k]). The weight is streamed once by a software-pipelined loop over K. Where
-N / BLOCK_N programs would leave multiprocessors idle, K is split among SPLIT_K programs; the one that is done last adds
-their partial sums (fp32) in the order of K, so a result never depends on who came first. Any number of tokens works; a
-row's result does not depend on how many there are, as long as the plan is the same.
+out[t, i] = epilogue(sum_k w[i, k] * x[t, k]); a tile [BLOCK_N, BLOCK_K] of the weight times one [BLOCK_K, BLOCK_T] of x
+at a time, so that matrices of 64 rows are full at any number of tokens. With less than a GPU full of output tiles,
+K is split among SPLIT_K programs, which leave their sums for the kernel that reads the result to add up, in the order
+of K (`Parts`): that kernel starts when all of them are done anyway, so nobody waits within this one. Any number of
+tokens works; a row's result does not depend on how many there are, as long as the plan is the same.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.triton.dispatch import Plan
@@ -26,63 +25,32 @@ __all__ = ["skinny"]
 
 @triton.jit
 def _prefetch(
-    lines: tl.tensor, first: int, PREFETCH: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr
+    weight: tl.tensor, rows: tl.tensor, n: int, first: int, K: tl.constexpr, SPAN: tl.constexpr, COUNT: tl.constexpr
 ) -> None:
-    """The first PREFETCH tiles of columns from `first`, of rows at `lines` [BLOCK_N, 1]: one request per 128 bytes."""
-    LINE: tl.constexpr = 128 // (lines.dtype.element_ty.primitive_bitwidth // 8)
-    if PDL and PREFETCH > 0 and LINE <= BLOCK_K:
-        for i in tl.static_range(PREFETCH):
-            columns = first + i * BLOCK_K + tl.arange(0, BLOCK_K // LINE) * LINE
-            prefetch_l2(lines + tl.minimum(columns, K - 1)[None, :])
+    """The first COUNT of the SPAN columns from `first` of each row, where the copy engine can address them."""
+    if COUNT > 0 and K % SPAN == 0 and K * weight.dtype.element_ty.primitive_bitwidth % 128 == 0:
+        num_bytes: tl.constexpr = COUNT * weight.dtype.element_ty.primitive_bitwidth // 8
+        prefetch_l2(weight + rows.to(tl.int64) * K + first, tl.where(rows < n, num_bytes, 0))
 
 
 @triton.jit
-def _weight_tile(lines: tl.tensor, columns: tl.tensor, K: tl.constexpr, EVEN: tl.constexpr) -> tl.tensor:
-    """[BLOCK_N, BLOCK_K] of rows at `lines` [BLOCK_N, 1], zero behind K."""
-    if EVEN:
-        tile = tl.load(lines + columns[None, :])
-    else:
-        tile = tl.load(lines + columns[None, :], mask=(columns < K)[None, :], other=0.0)
-    return tile
-
-
-@triton.jit
-def _add_parts(
-    acc: tl.tensor, parts: tl.tensor, arrivals: tl.tensor, SPLIT_K: tl.constexpr, SWIGLU: tl.constexpr, up: tl.tensor
-) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
-    """Leave this program's sums in parts [tile, SPLIT_K, 1 or 2, BLOCK_N, BLOCK_T]; the program that is the last of its
-    tile to do so gets (sums over all of K in the order of K, for up too, True)."""
-    SIZE: tl.constexpr = acc.shape[0] * acc.shape[1]
-    STRIDE: tl.constexpr = SIZE * (2 if SWIGLU else 1)
-    tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-    within = tl.arange(0, acc.shape[0])[:, None] * acc.shape[1] + tl.arange(0, acc.shape[1])[None, :]
-    first = parts + (tile * SPLIT_K).to(tl.int64) * STRIDE + within
-    mine = first + tl.program_id(2) * STRIDE
-    tl.store(mine, acc)
-    if SWIGLU:
-        tl.store(mine + SIZE, up)
-    tl.debug_barrier()  # the stores of all threads come before the release of the one that counts
-    last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT_K - 1
-    if last:
-        tl.store(arrivals + tile, 0)
-        acc = tl.zeros_like(acc)
-        up = tl.zeros_like(up)
-        for part in tl.static_range(SPLIT_K):  # through L2: other multiprocessors wrote them just now
-            acc += tl.load(first + part * STRIDE, cache_modifier=".cg")
-            if SWIGLU:
-                up += tl.load(first + part * STRIDE + SIZE, cache_modifier=".cg")
-    return acc, up, last
+def _weight_tile(
+    weight: tl.tensor, rows: tl.tensor, column: int, K: tl.constexpr, EVEN: tl.constexpr, BLOCK_K: tl.constexpr
+) -> tl.tensor:
+    """[len(rows), BLOCK_K] of `rows` from `column` on, zero behind K."""
+    columns = column + tl.arange(0, BLOCK_K)
+    places = weight + rows.to(tl.int64)[:, None] * K + columns[None, :]
+    return tl.load(places) if EVEN else tl.load(places, mask=(columns < K)[None, :], other=0.0)
 
 
 @triton.jit(do_not_specialize=["m"])  # one compilation for every number of tokens
 def _skinny_kernel(
     x: tl.tensor,
     weight: tl.tensor,
+    weight_tiles: tl.tensor,
     bias: tl.tensor,
     residual: tl.tensor,
     out: tl.tensor,
-    parts: tl.tensor,
-    arrivals: tl.tensor,
     m: int,
     n: int,
     K: tl.constexpr,
@@ -94,77 +62,88 @@ def _skinny_kernel(
     BIAS: tl.constexpr,
     RESIDUAL: tl.constexpr,
     SWIGLU: tl.constexpr,
+    TMA: tl.constexpr,
     PDL: tl.constexpr,
 ) -> None:
-    """x [m, K], weight [n, K] ([2 * n, K] with SWIGLU), out [m, n]; parts, arrivals [tiles] with SPLIT_K > 1.
-    Programs: token blocks (fastest, so that they share a weight tile in L2), row blocks, parts of K."""
+    """x [m, K], weight [n, K] ([2 * n, K] with SWIGLU), out [m, n], or parts [SPLIT_K, m, n] fp32 with SPLIT_K > 1.
+    x and weight_tiles are descriptors with TMA. Programs: token blocks (fastest, so that they share a weight tile in
+    L2), row blocks, parts of K."""
     SPAN: tl.constexpr = (K + SPLIT_K * BLOCK_K - 1) // (SPLIT_K * BLOCK_K) * BLOCK_K
     EVEN: tl.constexpr = SPAN * SPLIT_K == K
-    tokens = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
-    rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
-    first = tl.program_id(2) * SPAN
-    token_ok = tokens < m
-    lines = weight + tl.minimum(rows, n - 1).to(tl.int64)[:, None] * K
-    up_lines = lines + n * K if SWIGLU else lines
+    COUNT: tl.constexpr = min(PREFETCH * BLOCK_K, SPAN)
+    token, row, first = tl.program_id(0) * BLOCK_T, tl.program_id(1) * BLOCK_N, tl.program_id(2) * SPAN
+    tokens, rows = token + tl.arange(0, BLOCK_T), row + tl.arange(0, BLOCK_N)
+    STACKED: tl.constexpr = SWIGLU and not TMA  # gates and ups are the rows of one product
+    lines = tl.minimum(rows, n - 1)
+    if STACKED:
+        line = tl.arange(0, 2 * BLOCK_N)
+        lines = tl.minimum(row + line % BLOCK_N, n - 1) + tl.where(line < BLOCK_N, 0, n)
     start_dependents(PDL)
-    _prefetch(lines, first, PREFETCH, K, BLOCK_K, PDL)
-    if SWIGLU:
-        _prefetch(up_lines, first, PREFETCH, K, BLOCK_K, PDL)
+    if PDL:
+        _prefetch(weight, rows, n, first, K, SPAN, COUNT)
+        if SWIGLU:
+            _prefetch(weight + n * K, rows, n, first, K, SPAN, COUNT)
     wait_for_inputs(PDL)
 
-    acc = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
+    acc = tl.zeros([2 * BLOCK_N if STACKED else BLOCK_N, BLOCK_T], dtype=tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_T], dtype=tl.float32)
-    x_lines = x + tokens.to(tl.int64)[None, :] * K
-    for step in range(0, SPAN, BLOCK_K):
-        columns = first + step + tl.arange(0, BLOCK_K)
-        x_ok = token_ok[None, :] if EVEN else token_ok[None, :] & (columns < K)[:, None]
-        part = tl.load(x_lines + columns[:, None], mask=x_ok, other=0.0)
-        acc = tl.dot(_weight_tile(lines, columns, K, EVEN), part, acc, input_precision="ieee")
-        if SWIGLU:
-            up = tl.dot(_weight_tile(up_lines, columns, K, EVEN), part, up, input_precision="ieee")
+    for column in range(first, first + SPAN, BLOCK_K):
+        if TMA:
+            part = tl.trans(x.load([token, column]))
+            acc = tl.dot(weight_tiles.load([row, column]), part, acc)
+            if SWIGLU:
+                up = tl.dot(weight_tiles.load([n + row, column]), part, up)
+        else:
+            columns = column + tl.arange(0, BLOCK_K)
+            x_ok = (tokens < m)[None, :] if EVEN else (tokens < m)[None, :] & (columns < K)[:, None]
+            part = tl.load(x + tokens.to(tl.int64)[None, :] * K + columns[:, None], mask=x_ok, other=0.0)
+            acc = tl.dot(_weight_tile(weight, lines, column, K, EVEN, BLOCK_K), part, acc, input_precision="ieee")
+    if STACKED:
+        acc, up = tl.split(tl.permute(tl.reshape(acc, [2, BLOCK_N, BLOCK_T]), (1, 2, 0)))
     if SPLIT_K == 1:
         store_projection(acc, up, bias, residual, out, rows, tokens, n, m, BIAS, RESIDUAL, SWIGLU)
     else:
-        acc, up, last = _add_parts(acc, parts, arrivals, SPLIT_K, SWIGLU, up)
-        if last:
-            store_projection(acc, up, bias, residual, out, rows, tokens, n, m, BIAS, RESIDUAL, SWIGLU)
+        places = (tl.program_id(2) * m + tokens).to(tl.int64)[None, :] * n + rows[:, None]
+        tl.store(out + places, acc, mask=(rows < n)[:, None] & (tokens < m)[None, :])
+
+
+def _fits_tma(x: Tensor, weight: Tensor) -> bool:
+    return x.dtype.itemsize == 2 and x.shape[1] % 8 == 0 and x.data_ptr() % 16 == weight.data_ptr() % 16 == 0
 
 
 def skinny(
     x: Tensor,
     w: LinearWeight,
     plan: Plan,
-    out: Tensor,
-    arrivals: Tensor,
     *,
     residual: Tensor | None = None,
     swiglu: bool = False,
     pdl: bool = False,
+    tma: bool = False,
 ) -> Tensor:
-    """residual + act(x @ weight.T + bias) of x [num_tokens, K] into `out` [num_tokens, N], which is returned.
+    """residual + act(x @ weight.T + bias) of x [num_tokens, K] -> [num_tokens, N].
 
-    `residual` has the shape of `out`. With `swiglu` the weight has 2 * N rows, gates first, and act is silu(gate) * up.
-    All tensors are contiguous. `arrivals` [at least as many as there are output tiles] int32 is zeros before and after;
-    with plan.split_k > 1 the partial sums are allocated here.
+    With plan.split_k > 1, [split_k, num_tokens, N] fp32 that add up to x @ weight.T, and nothing else.
+    `residual` has the shape of the result. With `swiglu` the weight has 2 * N rows, gates first, act is
+    silu(gate) * up, and K is never split. All tensors are contiguous. `tma` lets the tensor memory accelerator copy
+    tiles (Hopper).
     """
-    m, k = x.shape
-    n = out.shape[1]
-    assert w.weight.shape == (n * (1 + swiglu), k)
-    # A part of K that would begin behind its end has nothing to add up.
-    split_k = min(plan.split_k, triton.cdiv(k, plan.block_k))
-    grid = (triton.cdiv(m, plan.block_t), triton.cdiv(n, plan.block_n), split_k)
-    parts = None
-    if split_k > 1:
-        assert grid[0] * grid[1] <= len(arrivals), "more tiles than counters"
-        parts = x.new_empty(math.prod(grid) * plan.block_n * plan.block_t * (1 + swiglu), dtype=torch.float32)
-    _skinny_kernel[grid](
-        x,
+    (m, k), n = x.shape, w.weight.shape[0] // (1 + swiglu)
+    # A part that would begin behind K has nothing to add.
+    split_k = 1 if swiglu else min(plan.split_k, triton.cdiv(k, plan.block_k))
+    out = x.new_empty((m, n)) if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
+    tma = tma and plan.tma and _fits_tma(x, w.weight)
+    tiles: list[Tensor | TensorDescriptor] = [x, w.weight]
+    if tma:
+        blocks = ([plan.block_t, plan.block_k], [plan.block_n, plan.block_k])
+        tiles = [TensorDescriptor.from_tensor(*pair) for pair in zip(tiles, blocks, strict=True)]
+    _skinny_kernel[triton.cdiv(m, plan.block_t), triton.cdiv(n, plan.block_n), split_k](
+        tiles[0],
         w.weight,
+        tiles[1],
         w.bias,
         residual,
         out,
-        parts,
-        arrivals,
         m,
         n,
         K=k,
@@ -176,6 +155,7 @@ def skinny(
         BIAS=w.bias is not None,
         RESIDUAL=residual is not None,
         SWIGLU=swiglu,
+        TMA=tma,
         PDL=pdl,
         num_warps=plan.num_warps,
         num_stages=plan.num_stages,

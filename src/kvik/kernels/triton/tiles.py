@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["normalized", "row_rstd", "silu", "store_projection"]
+__all__ = ["add_parts", "normalized", "row_rstd", "silu", "store_projection"]
 
 
 @triton.jit
@@ -24,6 +24,20 @@ def row_rstd(
         part = part.to(tl.float32)
         squares += tl.sum(part * part, axis=1)
     return tl.rsqrt(squares / K + eps)
+
+
+@triton.jit
+def add_parts(
+    places: tl.tensor, stride: tl.tensor, bias: tl.tensor, columns: tl.tensor, ok: tl.tensor, PARTS: tl.constexpr,
+    BIAS: tl.constexpr,
+) -> tl.tensor:  # fmt: skip
+    """The sum in fp32 of what PARTS tensors, `stride` elements apart, hold at `places`, and of bias at `columns`."""
+    total = tl.zeros(ok.shape, dtype=tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(places + part * stride, mask=ok, other=0.0)
+    if BIAS:
+        total += tl.load(bias + columns, mask=ok, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit

@@ -44,6 +44,7 @@ BLAS = Plan(path="blas")
 MAX_TOKENS = 256
 """Above, no candidate but the library is worth timing."""
 
+_PREFETCHED = 2048  # columns of a program, up to which all of them are asked for before the predecessor has ended
 _SWEPT_BYTES = 256 << 20  # several times the L2 cache of any GPU
 _CANNOT_RUN = (OutOfResources, PTXASError)  # a plan on this GPU: more registers or shared memory than it has
 _MAX_COPIES = 128  # of weights so small that a whole model of them stays in that cache
@@ -126,14 +127,16 @@ def _gemv_plans(case: Case) -> Iterator[Plan]:
 
 def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:
     rows, size = _rows_and_bytes(case)
-    block_t = max(16, min(64, case.bucket))
+    block_t = max(16, min(128, case.bucket))
+    splits = (1, 2, 4, 8) if rows == 1 else (1,)
+    blocks = (64, 128) if rows == 1 else (32, 64)  # gates and ups make twice as many rows
     steps = ((64, 6), (128, 4), (256, 3))  # with the most stages that ever pay
-    for block_n, split_k, (block_k, most_stages) in itertools.product((32, 64, 128), (1, 2, 4, 8), steps):
-        programs = -(-case.n // block_n) * split_k
+    for block_n, split_k, (block_k, most_stages) in itertools.product(blocks, splits, steps):
+        programs, span = -(-case.n // block_n) * split_k, -(-case.k // split_k)
         stages = min(most_stages, limits.shared_bytes // (block_k * (rows * block_n + block_t) * size))
         fills = 3 * programs >= limits.multiprocessors and (split_k == 1 or programs <= 4 * limits.multiprocessors)
-        if fills and stages >= 2 and split_k * block_k <= case.k:
-            for prefetch in sorted({2, max(2, case.k // split_k // block_k)}):  # two steps, or all of a program
+        if fills and stages >= 2 and block_k <= span:
+            for tma in (False, True) if size == 2 else (False,):
                 yield Plan(
                     path="skinny",
                     block_n=block_n,
@@ -142,7 +145,8 @@ def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:
                     split_k=split_k,
                     num_warps=8 if block_n == 128 else 4,
                     num_stages=stages,
-                    prefetch=prefetch,
+                    prefetch=-(-span // block_k) if span <= _PREFETCHED else 0,
+                    tma=tma,
                 )
 
 
@@ -162,12 +166,13 @@ class _Problem:
         self._residual = noise(case.num_tokens, case.n)
         self._op = case.op
 
-    def run(self, ops: TritonOps, copy: int) -> Tensor:
+    def run(self, ops: TritonOps, copy: int) -> object:
+        """The operation, and for `linear_add` the norm that follows it in a block, which may add up its parts."""
         w = self._weights[copy]
         if self._op == "linear":
             return ops.linear(self._x, w)
         if self._op == "linear_add":
-            return ops.linear_add(self._x, w, self._residual)
+            return ops.rms_norm(ops.linear_add(self._x, w, self._residual), self._residual[0], 1e-6)
         norm_linear = ops.norm_linear if self._op == "norm_linear" else ops.norm_linear_swiglu
         return norm_linear(self._x, self._gain, 1e-6, w)
 
@@ -209,7 +214,9 @@ def _plans(case: Case, table: Table, limits: Limits) -> list[Plan]:
 
 
 def _ops(plan: Plan, table: Table, device: torch.device, pdl: bool) -> TritonOps:
-    return TritonOps(device, table=dataclasses.replace(table, rules=(Rule(plan=plan),), measured={}), pdl=pdl)
+    return TritonOps(
+        device, table=dataclasses.replace(table, rules=(Rule(plan=plan),), measured={}), defer=True, pdl=pdl
+    )
 
 
 def compile_candidates(
