@@ -100,6 +100,14 @@ def test_run_ahead(folder: Path, expected: list[RequestOutput], run_ahead: int, 
     same(run(folder, run_ahead=run_ahead, num_kvcache_blocks=blocks), expected)
 
 
+@pytest.mark.parametrize("run_ahead", [1, 2])
+def test_a_surplus_step_at_the_end_frees_its_blocks(
+    folder: Path, expected: list[RequestOutput], run_ahead: int
+) -> None:
+    """The last of these requests stops by a token, which is found out when one more step is on its way."""
+    same(run(folder, run_ahead=run_ahead, max_num_seqs=1), expected)
+
+
 @pytest.mark.parametrize("policy", ["priority", "sjf"])
 def test_policy(folder: Path, expected: list[RequestOutput], policy: str) -> None:
     same(run(folder, scheduling_policy=policy, max_num_seqs=3), expected)

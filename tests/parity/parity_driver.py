@@ -40,7 +40,10 @@ def load_decoder(
         from kvik.kernels.triton.ops import TritonOps
         from kvik.runtime.gpu import gpu_attention
 
-        ops, attention = TritonOps(place), gpu_attention(spec, 8, max_len, max_len, place)
+        ops, attention = (
+            TritonOps(place),
+            gpu_attention(spec, 8, max_len, max_len, place, dtype=dtype, deterministic=False),
+        )
     return load_model(
         path, spec, dtype=dtype, device=place, ops=ops, attention=attention, max_model_len=max_len, progress=False
     )

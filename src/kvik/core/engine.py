@@ -32,6 +32,8 @@ class Engine:
             pass
         if self._submitted:
             self._collect()
+        while self._submitted and not (self.scheduler.num_running or self.scheduler.num_waiting):
+            self._collect()  # a step for sequences that have ended meanwhile; it still holds their blocks
         return self.drain()
 
     def drain(self) -> list[SequenceOutput]:
