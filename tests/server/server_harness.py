@@ -70,7 +70,8 @@ class Served:
 @contextlib.contextmanager
 def serve(model: str, log: Path, *flags: str, key: str | None = None, wait: bool = True) -> Iterator[Served]:
     """Run `kvik serve MODEL` on a free port until the block ends."""
-    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--port", "0", "--threads", "1", *flags]
+    given = ["--threads", "1", *([] if "--api-processes" in flags else ["--api-processes", "1"]), *flags]
+    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--port", "0", *given]
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith("KVIK_")}, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environ)

@@ -41,7 +41,7 @@ def run(argv: Sequence[str]) -> int:
             shown = "(not shown)" if name in _SECRETS and origin != "default" else value
             print(f"{name:<24}  {shown:<24}  {origin}")
         return 0
-    config = server_settings.make()
+    config = server_settings.make().with_processes(_usable_cores())
     engine = options.engine.make()
     check_sampling(options)
     overrides = {name: setting.value for name, setting in options.sampling.given.items()}
@@ -76,6 +76,10 @@ def _server_flags(args: argparse.Namespace) -> dict[tuple[str, str], Setting]:
         if raw is not None:
             found[SERVER.name, option.name] = Setting(option.read(raw, option.flag), option.flag)
     return found
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _check_installation() -> None:
