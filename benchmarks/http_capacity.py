@@ -124,7 +124,7 @@ def child_settings(endpoint: str, model: Path, fd: int) -> bytes:
     from kvik.server_config import ServerConfig
 
     config = EngineConfig(model=str(model), load_format="dummy")
-    settings = ChildSettings(endpoint, config, ServerConfig(), ("fake",), {}, "warning", socket_fd=fd)
+    settings = ChildSettings(endpoint, config, ServerConfig(api_processes=1), ("fake",), {}, "warning", socket_fd=fd)
     return msgspec.json.encode(settings)
 
 
