@@ -121,6 +121,7 @@ def measure(batch: int, args: argparse.Namespace) -> dict[str, Any]:
         peer.wait(30)
         server.stop()
         thread.join()
+        server.close()
     added = [watched - after for watched, after in zip(found["watched"], found["after"], strict=True)]
     return {
         "batch": batch, "tokens": args.tokens, "pairs": args.pairs,
