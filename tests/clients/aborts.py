@@ -27,7 +27,8 @@ __all__ = ["run"]
 CONCURRENCY = 48
 GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
 CONTROL = {"prompt": "Once upon a time", "max_tokens": 24, "temperature": 0, "ignore_eos": True}
-STAGES = ("half a body", "at once", "soon", "after events", "stalled", "at the end")
+STAGES = {"half a body": 2, "at once": 4, "soon": 6, "after events": 4, "stalled": 3, "at the end": 1}
+"""Where requests are cut off, and how often beside each other."""
 
 
 class Leaver:
@@ -43,7 +44,7 @@ class Leaver:
         rng = self._rng
         fields = {
             "prompt": [rng.randint(3, 200) for _ in range(rng.choice((1, 20, 300)))],
-            "max_tokens": rng.choice((1, 10, 200, 400)),
+            "max_tokens": rng.choice((1, 10, 60, 400)),
             "n": rng.choice((1, 1, 1, 3)),
             "stream": rng.random() < 0.7,
             "ignore_eos": True,
@@ -58,7 +59,7 @@ class Leaver:
 
     async def one(self) -> None:
         """One request, cut off at a random stage."""
-        rng, stage = self._rng, self._rng.choice(STAGES)
+        rng, stage = self._rng, self._rng.choices([*STAGES], [*STAGES.values()])[0]
         reader, writer = await asyncio.open_connection(self._host, self._port)
         data = self.request()
         try:

@@ -78,7 +78,7 @@ def serve(model: str, log: Path, *flags: str, key: str | None = None, wait: bool
     try:
         if wait:
             wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None, START_TIMEOUT)
-        found = re.search(r"serving on (\S+)", log.read_text())
+        found = re.search(r"serving on (\S+)", log.read_text()) if wait else None
         assert found or not wait, log.read_text()
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         yield Served(process, found[1] if found else "", log, headers)
