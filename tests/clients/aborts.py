@@ -44,7 +44,7 @@ class Leaver:
         rng = self._rng
         fields = {
             "prompt": [rng.randint(3, 200) for _ in range(rng.choice((1, 20, 300)))],
-            "max_tokens": rng.choice((1, 10, 60, 400)),
+            "max_tokens": rng.choice((1, 10, 60, 200)),
             "n": rng.choice((1, 1, 1, 3)),
             "stream": rng.random() < 0.7,
             "ignore_eos": True,
@@ -69,10 +69,10 @@ class Leaver:
                 await asyncio.sleep(rng.random() * 0.1)
             elif stage == "after events":
                 for _ in range(rng.randint(1, 20)):
-                    if not await reader.readline():
+                    if not await reader.read(1000):
                         break
             elif stage == "stalled":
-                await reader.readline()
+                await reader.read(1)
                 await asyncio.sleep(rng.random() * 0.5)
             elif stage == "at the end":
                 await reader.read()
