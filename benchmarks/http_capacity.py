@@ -20,7 +20,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,7 +133,7 @@ def wait_ready(url: str) -> None:
         try:
             urllib.request.urlopen(f"{url}/ready", timeout=10).close()
             return
-        except urllib.error.URLError:
+        except OSError:
             time.sleep(0.1)
     raise RuntimeError(f"{url} is not ready after a minute")
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,7 +69,7 @@ class LocalServer:
         try:
             with urllib.request.urlopen(f"{self.url}/ready", timeout=10) as answer:
                 return int(answer.status) == 200
-        except urllib.error.URLError:
+        except OSError:
             return False
 
     def close(self) -> None:
