@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import re
 import selectors
-import signal
 import socket
 import statistics
 import subprocess
@@ -29,24 +27,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from local_server import LocalServer, cpu_seconds, flags, make_folder
 from pairs import SHAPES, write_line
 
 Prompts = list[list[int]]
 HIGHEST_ID = 5000  # below every vocabulary's size
 READ_INTERVAL = 0.005
 """Seconds between two looks at the answers. A client that wakes for every event takes a core from the engine."""
-
-
-def make_folder(shape: str, folder: Path) -> None:
-    """Write config.json and a tokenizer with one word for each id."""
-    from tokenizers import Tokenizer, decoders, models
-
-    config = SHAPES[shape]
-    (folder / "config.json").write_text(json.dumps(config))
-    words = {f"Ġword{i}": i for i in range(config["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(words, "Ġword0"))
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.save(str(folder / "tokenizer.json"))
 
 
 def engine_options(args: argparse.Namespace) -> dict[str, Any]:
@@ -110,19 +97,8 @@ class Server:
 
     def __init__(self, model: str, args: argparse.Namespace, log: Path) -> None:
         self._output = args.output
-        flags = [f"--{name.replace('_', '-')}={value}" for name, value in engine_options(args).items()]
-        command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--port=0", *flags, *args.serve]
-        with log.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT)
-        while not (found := re.search(r"serving on http://([\d.]+):(\d+)", log.read_text())):
-            if self._process.poll() is not None:
-                raise RuntimeError(log.read_text())
-            time.sleep(0.1)
-        self._address = found[1], int(found[2])
-        self.processes = {"client": psutil.Process()}
-        for child in psutil.Process(self._process.pid).children():
-            name = "engine" if "kvik.server.engine_process" in child.cmdline() else "http"
-            self.processes[name] = child
+        self._server = LocalServer(model, [*flags(engine_options(args)), *args.serve], log)
+        self.processes = {"client": psutil.Process(), **self._server.processes}
 
     def run(self, prompts: Prompts) -> float:
         """Seconds from the first connection to the last byte."""
@@ -131,7 +107,7 @@ class Server:
         waiting = selectors.DefaultSelector()
         begin = time.perf_counter()
         for i, head in enumerate(heads):
-            client = socket.create_connection(self._address)
+            client = socket.create_connection(self._server.address)
             client.sendall(head)
             waiting.register(client, selectors.EVENT_READ, i)
         while waiting.get_map():
@@ -160,15 +136,14 @@ class Server:
         return "\r\n".join([*lines, f"content-length: {len(body)}", "", ""]).encode() + body
 
     def close(self) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        self._process.wait(30)
+        self._server.close()
 
 
 def timed(side: Offline | Server, prompts: Prompts) -> tuple[float, dict[str, float]]:
     """Seconds of a run, and processor seconds of every process in it."""
-    before = {name: sum(process.cpu_times()[:2]) for name, process in side.processes.items()}
+    before = cpu_seconds(side.processes)
     seconds = side.run(prompts)
-    return seconds, {name: sum(process.cpu_times()[:2]) - before[name] for name, process in side.processes.items()}
+    return seconds, {name: spent - before[name] for name, spent in cpu_seconds(side.processes).items()}
 
 
 def measure(model: str, args: argparse.Namespace, log: Path) -> dict[str, Any]:
@@ -222,7 +197,7 @@ def main() -> None:
         model = args.model
         if model in SHAPES:
             model = folder
-            make_folder(args.model, Path(folder))
+            make_folder(SHAPES[args.model], Path(folder))
         record = measure(model, args, Path(folder) / "log")
     print(json.dumps(record, indent=2))
     return write_line(args.json, "http_cost", records=[record])

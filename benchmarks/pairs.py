@@ -23,6 +23,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128, "max_position_embeddings": 4096, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
         "tie_word_embeddings": True, "torch_dtype": "bfloat16",
     },
+    "Qwen3-8B": {
+        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096,
+        "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "max_position_embeddings": 4096, "rope_theta": 1000000, "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+    },
     "Qwen2-0.5B": {
         "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 896,
         "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,

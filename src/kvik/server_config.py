@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import ipaddress
+import sys
 
 from kvik.config import parse_bytes
 from kvik.errors import ConfigError
@@ -15,6 +16,8 @@ from kvik.fields import check_fields, option, strict
 __all__ = ["ServerConfig"]
 
 _DAY = 86400.0
+_CORES_PER_HTTP, _MOST_HTTP = 8, 4
+"""One core carries about as many streams as a fast GPU feeds, so a second process is for slow cores and for bursts."""
 
 
 @strict(ConfigError, aliases={"api_keys": "api_key"}, hints={"workers": "use api_processes"})
@@ -32,7 +35,9 @@ class ServerConfig:
     ssl_certfile: str | None = option(None, "certificate chain (PEM) to serve HTTPS with")
     ssl_keyfile: str | None = option(None, "private key (PEM) of the certificate")
     ssl_keyfile_password: str | None = option(None, "password of the private key")
-    api_processes: int = option(1, "HTTP processes; raise it when one cannot keep up with the engine", low=1, high=64)
+    api_processes: int | None = option(
+        None, "HTTP processes; by default one for every 8 cores on Linux, 4 at most", low=1, high=64
+    )
     strict: bool = option(False, "refuse unknown request fields instead of reporting them in `warnings`")
     max_body_bytes: int = option(
         8 * 2**20, "largest request body, such as 8MiB", low=1024, high=2**31, parse=parse_bytes
@@ -65,6 +70,17 @@ class ServerConfig:
                 f"host {self.host} can be reached by others and there is no API key: give --api-key or --api-key-file,"
                 " or --allow-unauthenticated to let everybody in"
             )
+
+    @property
+    def num_http(self) -> int:
+        """How many HTTP processes there are, once `with_processes` has decided."""
+        return self.api_processes or 1
+
+    def with_processes(self, num_cores: int) -> ServerConfig:
+        """The same with a number of HTTP processes that suits the machine, unless one is given."""
+        share = sys.platform == "linux"  # where SO_REUSEPORT spreads connections
+        suited = min(_MOST_HTTP, max(1, num_cores // _CORES_PER_HTTP)) if share else 1
+        return dataclasses.replace(self, api_processes=self.api_processes or suited)
 
     @property
     def is_loopback(self) -> bool:

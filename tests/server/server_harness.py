@@ -70,14 +70,15 @@ class Served:
 @contextlib.contextmanager
 def serve(model: str, log: Path, *flags: str, key: str | None = None, wait: bool = True) -> Iterator[Served]:
     """Run `kvik serve MODEL` on a free port until the block ends."""
-    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--port", "0", "--threads", "1", *flags]
+    given = ["--threads", "1", *([] if "--api-processes" in flags else ["--api-processes", "1"]), *flags]
+    command = [sys.executable, "-m", "kvik.cli.main", "serve", model, "--port", "0", *given]
     environ = {**{k: v for k, v in os.environ.items() if not k.startswith("KVIK_")}, "OMP_NUM_THREADS": "1"}
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, text=True, env=environ)
     try:
         if wait:
             wait_until(lambda: "serving on" in log.read_text() or process.poll() is not None, START_TIMEOUT)
-        found = re.search(r"serving on (\S+)", log.read_text())
+        found = re.search(r"serving on (\S+)", log.read_text()) if wait else None
         assert found or not wait, log.read_text()
         headers = {} if key is None else {"authorization": f"Bearer {key}"}
         yield Served(process, found[1] if found else "", log, headers)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import httpx
+import jinja2
 import pytest
 
 from kvik.server.openapi import BODIES, NO_EFFECT
@@ -196,3 +197,26 @@ def test_text_endpoints(http: httpx.Client) -> None:
     usage = http.post(PATHS["chat"], json=CHAT).json()["usage"]
     assert chat["count"] == usage["prompt_tokens"]
     assert http.post("/detokenize", json={"tokens": [99999]}).status_code == 400
+
+
+def test_a_client_can_make_the_prompts_of_chats_itself_from_what_the_server_tells(http: httpx.Client) -> None:
+    info = http.get("/tokenizer_info").json()
+    template = jinja2.Environment(trim_blocks=True, lstrip_blocks=True).from_string(info["chat_template"])
+    text = template.render(messages=CHAT["messages"], add_generation_prompt=True, **info)
+    assert text == http.post("/apply-template", json={"messages": CHAT["messages"]}).json()["prompt"]
+    tokens = http.post("/tokenize", json={"prompt": info["eos_token"], "add_special_tokens": False}).json()["tokens"]
+    assert tokens[0] in info["eos_token_ids"] and len(tokens) == 1
+    assert info["model_max_length"] == 512 and info["vocab_size"] > 256
+
+
+@pytest.mark.parametrize("path", ["chat", "responses"])
+def test_a_developer_is_the_system_for_templates_that_do_not_know_the_role(http: httpx.Client, path: str) -> None:
+    def answer(role: str) -> Any:
+        messages = [{"role": role, "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+        if path == "responses":
+            body = {"input": messages, "max_output_tokens": 4, "temperature": 0}
+            return http.post("/v1/responses", json=body).json()["output"][0]["content"][0]["text"]
+        body = {"messages": messages, "max_tokens": 4, "temperature": 0}
+        return http.post(PATHS["chat"], json=body).json()["choices"][0]["message"]
+
+    assert answer("developer") == answer("system")

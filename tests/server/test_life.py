@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -73,6 +74,39 @@ def test_engine_killed(big_model: str, tmp_path: Path) -> None:
             assert stream.events[-1]["error"]["code"] == "engine_dead", stream.events[-1]
             assert not stream.done
         wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
+
+
+def test_an_interrupt_while_the_model_loads_ends_the_server_at_once(model: str, tmp_path: Path) -> None:
+    with serve(model, tmp_path / "log", "--drain-timeout", "60", wait=False) as served:
+        wait_until(lambda: served.children["http"], 20)
+        served.process.send_signal(signal.SIGINT)
+        assert served.process.wait(40) == 0
+        assert "is gone" not in served.log.read_text()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
+def test_a_full_disk_under_the_log_does_not_end_the_server(model: str, tmp_path: Path) -> None:
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    with serve(model, Path("/dev/full"), "--port", port, "--log-level", "info", wait=False) as served:
+        wait_until(lambda: answers(f"{url}/ready"), 60)
+        time.sleep(0.5)
+        reply = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 2}, timeout=30)
+        assert reply.json()["usage"]["completion_tokens"] == 2
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(20) == 0
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+def answers(url: str) -> bool:
+    try:
+        return httpx.get(url).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 def test_engine_hangs(big_model: str, tmp_path: Path) -> None:

@@ -64,19 +64,21 @@ class Chunks:
                 delta = {"role": "assistant", "content": ""}
                 yield self._event({"index": index, "delta": delta, "logprobs": None, "finish_reason": None})
 
-    def of(self, place: int, request: OpenRequest) -> Iterator[bytes]:
+    def of(self, place: int, request: OpenRequest) -> bytes:
         """What is new in the request of the prompt at `place`."""
         self._requests[place] = request
+        data = b""
         for completion in request.completions:
             choice = self._choices[place * self._n + completion.index]
             if choice.ended:
                 continue
             delta = completion.take_delta()
             if delta:
-                yield self._text(place, completion, delta)
+                data += self._text(choice, place, completion, delta)
             if completion.finish_reason is not None:
                 choice.ended = True
-                yield self._chunk(place, completion, "", final=True)
+                data += self._chunk(place, completion, "", final=True)
+        return data
 
     def last(self) -> Iterator[bytes]:
         """The usage if it was asked for, and the end mark."""
@@ -84,11 +86,10 @@ class Chunks:
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _text(self, place: int, completion: Completion, text: str) -> bytes:
+    def _text(self, choice: _Choice, place: int, completion: Completion, text: str) -> bytes:
         """A chunk with text. All but the text is encoded once where it stays the same."""
         if self._warnings or not self._same_frame:
             return self._chunk(place, completion, text, final=False)
-        choice = self._choices[place * self._n + completion.index]
         if choice.frame is None:
             begin, _, end = self._chunk(place, completion, _GAP, final=False).partition(json_text(_GAP))
             choice.frame = begin, end

@@ -25,7 +25,7 @@ from kvik.text.output_processor import OpenRequest, OutputProcessor
 __all__ = ["EngineClient", "Generation"]
 
 BURST = 8
-"""Messages handled in a row before other coroutines get their turn."""
+"""Messages read in a row: as many steps become one event of a stream when this process is behind the engine."""
 
 MAX_PAUSE = 0.02
 """Longest sleep while outputs gather: how late the end of a stream may be noticed."""
@@ -45,13 +45,29 @@ class Generation:
         self._waiter: asyncio.Future[None] | None = None
         self._alarm: asyncio.TimerHandle | None = None
         self._deadline: float | None = None
+        self._timeout = 0.0
+        self._push: Callable[[OpenRequest], bool] | None = None
+        self._pushed_at = 0.0
         self._error: ApiError | None = None
         self._num_left = len(requests)
         self.unfinished = set(self._places)
         self.timer: asyncio.TimerHandle | None = None
 
+    def push_to(self, push: Callable[[OpenRequest], bool]) -> None:
+        """Offer changes of the only request to `push` while `changes` waits for them; it is woken if push says no.
+
+        Most tokens of a stream then need no task switch. The last output of a request always wakes.
+        """
+        assert len(self._places) == 1
+        self._push = push
+
     def put(self, request: OpenRequest) -> None:
         """Tell that a request changed. What is new stays in it until it is read: unread outputs are one output."""
+        waiter, push = self._waiter, self._push
+        idle = waiter is not None and not waiter.done()
+        if push is not None and idle and not request.finished and push(request):
+            self._pushed_at = self._loop.time()
+            return
         request_id = request.request.request_id
         self._unread[self._places[request_id]] = request
         if request.finished and request_id in self.unfinished:
@@ -76,10 +92,12 @@ class Generation:
     async def changes(self, timeout: float | None = None) -> list[tuple[int, OpenRequest]]:
         """(place, request) of every request that changed since the last call; [] after `timeout` seconds of nothing.
 
+        What was pushed is no longer a change, but was not nothing.
         Raises ApiError where the engine failed or refused the request.
         """
         if not self._unread and self._error is None:
             self._waiter = self._loop.create_future()
+            self._timeout = timeout or 0.0
             self._deadline = None if timeout is None else self._loop.time() + timeout
             if self._deadline is not None:
                 self._ring_at(self._deadline)
@@ -101,6 +119,7 @@ class Generation:
         self._alarm = None
         if self._deadline is None or self._waiter is None or self._waiter.done():
             return
+        self._deadline = max(self._deadline, self._pushed_at + self._timeout)
         if self._loop.time() >= self._deadline:
             self._wake()
         else:
@@ -284,22 +303,25 @@ class EngineClient:
         if self._reading is not None:
             self._reading.cancel()
             self._reading = None
+        changed: dict[str, OpenRequest] = {}
         for _ in range(BURST):
             try:
                 data = self._socket.recv(zmq.NOBLOCK)
             except zmq.Again:
-                return
+                break
             self._last_sign = time.monotonic()
-            self._obey(wire.decode_from_engine(data))
-        self._read_soon()
+            self._obey(wire.decode_from_engine(data), changed)
+        else:
+            self._read_soon()
+        self._pass_on(changed)
 
     def _read_soon(self) -> None:
         if self._reading is None:
             self._reading = self._loop.call_soon(self._read)
 
-    def _obey(self, message: wire.FromEngine) -> None:
+    def _obey(self, message: wire.FromEngine, changed: dict[str, OpenRequest]) -> None:
         if isinstance(message, wire.Outputs):
-            self._take(wire.unpack_outputs(message))
+            self._take(wire.unpack_outputs(message), changed)
         elif isinstance(message, wire.Status):
             self.status = message
         elif isinstance(message, wire.Events):
@@ -311,23 +333,30 @@ class EngineClient:
             self.ready = message
             self._is_ready.set()
 
-    def _take(self, outputs: list[SequenceOutput]) -> None:
-        """Text out of token ids, to whom it belongs; stop strings end sequences in the engine."""
+    def _take(self, outputs: list[SequenceOutput], changed: dict[str, OpenRequest]) -> None:
+        """Text out of token ids, noting in `changed` whose; stop strings end sequences in the engine."""
         assert self._processor is not None
-        for output in outputs:
-            if output.request_id in self._queued:
-                self._dequeue(output.request_id)
+        queued = self._queued
+        if queued:
+            for output in outputs:
+                if output.request_id in queued:
+                    self._dequeue(output.request_id)
         folded = self._processor.fold(outputs)
         for request_id, index in folded.to_finish:
             self._send(wire.Finish(request_id, FinishReason.STOP, index))
-        for changed in folded.changed:
-            generation = self._generations.get(changed.request.request_id)
+        for request in folded.changed:
+            changed[request.request.request_id] = request
+
+    def _pass_on(self, changed: dict[str, OpenRequest]) -> None:
+        """Tell who waits for the requests that changed: once for several steps if this process is behind."""
+        for request_id, request in changed.items():
+            generation = self._generations.get(request_id)
             if generation is None:
                 continue
-            if changed.finished:
-                del self._generations[changed.request.request_id]
-                self.on_finished(changed)
-            generation.put(changed)
+            if request.finished:
+                del self._generations[request_id]
+                self.on_finished(request)
+            generation.put(request)
 
     def _reject(self, message: wire.Rejected) -> None:
         generation = self._generations.get(message.request_id)

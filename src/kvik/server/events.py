@@ -121,11 +121,19 @@ class EventFeed:
 
     def _record(self, plan: StepPlan) -> None:
         """Note a plan that is about to run. This runs once per step: a pass over the chunks is all that it may cost."""
-        left = self._left()
+        unchanged = not plan.joined and len(self._rows) == self._engine.scheduler.num_running
+        left = [] if unchanged else self._left()
         joined = [init.row for init in plan.joined]
         if joined:
             running = {seq.row: seq for seq in self._engine.scheduler.running}
             self._rows.update((row, running[row]) for row in joined)
+        scheduler = self._engine.scheduler
+        decode, prefill = plan.decodes, list[tuple[int, int, int]]()
+        for chunk in plan.chunks:
+            if chunk.is_decode:
+                decode += (chunk.row,)
+            else:
+                prefill.append((chunk.row, chunk.start, chunk.num_tokens))
         self._pending[plan.step_id] = {
             "type": "step",
             "at": _now(),
@@ -133,11 +141,11 @@ class EventFeed:
             "left": left,
             "joined": [[*_introduce(self._rows[row]), self._rows[row].num_cached] for row in joined],
             "blocks": plan.new_blocks,
-            "decode": [*plan.decodes, *(chunk.row for chunk in plan.chunks if chunk.is_decode)],
-            "prefill": [[chunk.row, chunk.start, chunk.num_tokens] for chunk in plan.chunks if not chunk.is_decode],
-            "used": self._engine.scheduler.kv.num_used,
-            "num_waiting": self._engine.scheduler.num_waiting,
-            "waiting": self._waiting() if self._engine.scheduler.num_waiting else [],
+            "decode": decode,
+            "prefill": prefill,
+            "used": scheduler.kv.num_used,
+            "num_waiting": scheduler.num_waiting,
+            "waiting": self._waiting() if scheduler.num_waiting else [],
         }
 
     def _left(self) -> list[list[object]]:

@@ -60,6 +60,7 @@ class HttpProcess:
     async def run(self, listener: socket.socket) -> int:
         """Serve until told to end; the exit code."""
         self._loop = asyncio.get_running_loop()
+        watch_parent(self.hear, die_with_parent=False)  # not earlier: a word that comes before the loop would be lost
         watch = asyncio.create_task(self._watch())
         await self._server.serve(sockets=[listener])
         watch.cancel()
@@ -138,7 +139,6 @@ def main() -> int:
     except OSError as error:  # a certificate that cannot be read
         sys.stderr.write(f"kvik: error: {error}\n")
         return 2
-    watch_parent(process.hear, die_with_parent=False)
     if importlib.util.find_spec("uvloop") is not None:
         import uvloop
 

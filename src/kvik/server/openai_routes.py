@@ -19,7 +19,8 @@ from kvik.server.openapi import operation
 from kvik.server.protocol import ServedRequest, parse
 from kvik.server.replies import json_reply
 from kvik.server.service import Service, gather
-from kvik.server.streaming import PING, PING_INTERVAL, EventStream
+from kvik.server.streaming import PING, PING_INTERVAL, WRITER, EventStream, Writer
+from kvik.text.output_processor import OpenRequest
 
 __all__ = ["router"]
 
@@ -57,7 +58,11 @@ async def _complete(http: Request, *, chat: bool) -> Response:
     )
     if served.request.stream:
         chunks = Chunks(served, reply_id, int(time.time()), model, frontend.tokenizer)
-        events = _events(generation, chunks, service.config.stream_interval)
+        interval = service.config.stream_interval
+        writer = http.scope.get("extensions", {}).get(WRITER)
+        if writer is not None and not interval and len(prompts) == served.request.params.n == 1:
+            generation.push_to(lambda request: _push(chunks, request, writer))
+        events = _events(generation, chunks, interval)
         return EventStream(events, generation.close, patience=service.config.slow_client_timeout)
     outputs = await gather(generation, http)
     body = response_body(served.request, outputs, frontend.tokenizer, model)
@@ -76,6 +81,16 @@ def _extend(body: dict[str, object], served: ServedRequest, token_ids: list[tupl
             choice["token_ids"] = ids
 
 
+def _push(chunks: Chunks, request: OpenRequest, writer: Writer) -> bool:
+    """Write what is new of the only request of a stream; whether that could be done."""
+    if not writer.ready:
+        return False
+    data = chunks.of(0, request)
+    if data:
+        writer.write(data)
+    return True
+
+
 async def _events(generation: Generation, chunks: Chunks, interval: float) -> AsyncIterator[bytes]:
     """The events of a stream, at least `interval` seconds apart. Raises ApiError where the engine ends it early."""
     for data in chunks.first():
@@ -90,7 +105,7 @@ async def _events(generation: Generation, chunks: Chunks, interval: float) -> As
             error = failure_of(request)
             if error is not None:
                 raise error
-            data = b"".join(chunks.of(place, request))
+            data = chunks.of(place, request)
             if data:
                 yield data
         if interval and not done:

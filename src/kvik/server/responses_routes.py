@@ -169,7 +169,7 @@ def _message(item: Any, place: int) -> dict[str, Any]:
     if isinstance(content, list):
         content = [_text_part(part, place) for part in content]
     role = item.get("role")
-    return {"role": "system" if role == "developer" else role, "content": content}
+    return {"role": role, "content": content}
 
 
 def _text_part(part: Any, place: int) -> dict[str, Any]:

@@ -50,7 +50,7 @@ class Service:
 
     async def start(self) -> None:
         """Wait for the engine and load the front half. Raises ApiError or ModelLoadError where that fails."""
-        share = self.config.api_processes
+        share = self.config.num_http
         self._client = EngineClient(
             self.settings.endpoint,
             max_queued_requests=-(-self.config.max_queued_requests // share),

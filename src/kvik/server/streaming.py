@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 from starlette.requests import ClientDisconnect
@@ -21,7 +21,7 @@ from kvik.errors import KvikError
 from kvik.log import logger
 from kvik.server.errors import ApiError, to_api_error
 
-__all__ = ["DONE", "PING", "EventStream", "event", "json_text", "while_connected"]
+__all__ = ["DONE", "PING", "WRITER", "EventStream", "Writer", "event", "json_text", "while_connected"]
 
 T = TypeVar("T")
 
@@ -30,7 +30,19 @@ PING = b": ping\n\n"
 PING_INTERVAL = 15.0
 """Seconds of silence after which a comment keeps proxies from closing the connection."""
 
+WRITER = "kvik.writer"
+"""The ASGI extension that a `Writer` is, where the HTTP protocol has one."""
+
 _json = msgspec.json.Encoder()
+
+
+class Writer(Protocol):
+    """Writes parts of a response's body while `ready`, without a coroutine."""
+
+    @property
+    def ready(self) -> bool: ...
+
+    def write(self, data: bytes) -> None: ...
 
 
 def json_text(text: str) -> bytes:

@@ -43,14 +43,14 @@ def bind(config: ServerConfig) -> list[socket.socket]:
 
     With several, the kernel spreads connections over them (SO_REUSEPORT).
     """
-    many = config.api_processes > 1
+    many = config.num_http > 1
     if many and not hasattr(socket, "SO_REUSEPORT"):
         raise ConfigError("api_processes: this system cannot share a port between processes; use 1")
     port, sockets = config.port, list[socket.socket]()
     if many:
         with contextlib.closing(_listen(config.host, port, shared=False)) as probe:
             port = probe.getsockname()[1]
-    for _ in range(config.api_processes):
+    for _ in range(config.num_http):
         sockets.append(_listen(config.host, port, shared=many))
         port = sockets[0].getsockname()[1]
     return sockets

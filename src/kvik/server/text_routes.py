@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /apply-template: the same text code that generation uses, on its own."""
+"""/tokenize, /detokenize, /tokenizer_info and /apply-template: the text code that generation uses, on its own."""
 
 from __future__ import annotations
 
@@ -48,6 +48,25 @@ async def detokenize(request: Request) -> Response:
     service.frontend.check_ids(ids, "tokens")
     text = await service.run(lambda: service.frontend.tokenizer.decode(ids, skip), len(ids))
     return _reply({"prompt": text}, warnings)
+
+
+@router.get("/tokenizer_info", response_model=None, responses={503: {"description": "The model is loading"}})
+async def tokenizer_info(request: Request) -> Response:
+    """Special tokens, chat template and sizes, for clients that make prompts of their own."""
+    service: Service = request.app.state.service
+    frontend = service.frontend
+    tokenizer = frontend.tokenizer
+    return json_reply(
+        {
+            **tokenizer.special_tokens,
+            "bos_token_id": tokenizer.bos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+            "eos_token_ids": tokenizer.eos_token_ids,
+            "chat_template": frontend.chat_template.source,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": service.max_model_len,
+        }
+    )
 
 
 @router.post("/apply-template", **operation("apply_template"))

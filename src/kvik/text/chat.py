@@ -39,6 +39,11 @@ class ChatTemplate:
         self._compile = functools.cache(self._environment.from_string)
         self._parts_taken: dict[str, bool] = {}
 
+    @property
+    def source(self) -> str | None:
+        """The text of the default template, if there is one."""
+        return self._sources.get("default")
+
     def encode(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> tuple[str, list[int]]:
         """The prompt text and its token ids; the options are those of `render`. No BOS but the template's own."""
         text = self.render(messages, **options)
@@ -58,6 +63,7 @@ class ChatTemplate:
 
         `add_generation_prompt` opens an assistant turn (by default unless `continue_final_message`, which leaves the
         last message open instead). `chat_template_kwargs` are variables of the template such as `enable_thinking`.
+        The role developer becomes system where the template does not know it.
         """
         if continue_final_message and add_generation_prompt:
             raise RequestError(
@@ -66,6 +72,8 @@ class ChatTemplate:
             )
         source, template = self._choose(with_tools=bool(tools))
         chat = check_messages(messages)
+        if "developer" not in source:
+            chat = [_as_system(message) for message in chat]
         if not self._takes_parts(source):
             chat = [join_parts(message) for message in chat]
         final = _mark_end(chat, source) if continue_final_message else ""
@@ -118,6 +126,11 @@ class ChatTemplate:
             return _run(self._compile(source), {**variables, "messages": [{"role": "user", "content": content}]})
         except RequestError:
             return None
+
+
+def _as_system(message: dict[str, Any]) -> dict[str, Any]:
+    """A developer's message under the older name of that role, for templates that do not know the newer one."""
+    return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
 def _template_text(template: str | Path) -> str:

@@ -133,7 +133,7 @@ class Frontend:
                 raise RequestError("the prompt is empty and this model has no beginning-of-sequence token", "prompt")
             return ids
         ids = prompt.token_ids if isinstance(prompt, ChatPrompt) else tuple(prompt)
-        if not all(isinstance(token_id, int) and not isinstance(token_id, bool) for token_id in ids):
+        if not {int}.issuperset(map(type, ids)):
             raise RequestError("a prompt is a string or a list of token ids (integers)", "prompt")
         self.check_ids(ids, "prompt")
         return ids

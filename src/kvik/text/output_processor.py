@@ -169,12 +169,16 @@ class OpenRequest:
         if completion.finish_reason is not None:
             return False
         if output.index == 0:
-            self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
-            self._prompt_logprobs.extend(output.prompt_logprobs)
-            self.embedding = output.embedding or self.embedding
-        if output.new_token_ids and self._first_token_time is None:
+            if output.num_cached_tokens > self._num_cached_tokens:
+                self._num_cached_tokens = output.num_cached_tokens
+            if output.prompt_logprobs:
+                self._prompt_logprobs.extend(output.prompt_logprobs)
+            if output.embedding:
+                self.embedding = output.embedding
+        if self._first_token_time is None and output.new_token_ids:
             self._first_token_time = self._clock()
-        self._metrics = output.metrics or self._metrics
+        if output.metrics is not None:
+            self._metrics = output.metrics
         completion.take(output)
         if completion.finish_reason is None:
             return False
