@@ -24,7 +24,7 @@ def compile_kernel(name: str, kernel: Any, types: dict[str, str], constants: dic
     """Lower to a cubin and print what it needs; pointers, and strides of caches and logits, are multiples of 16."""
     names = [param.name for param in kernel.params]
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    multiples = {n for n in names if signature[n].startswith("*")} | {"stride", "block_stride"}
+    multiples = {n for n in names if signature[n].startswith("*")} | {"stride", "block_rows"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in multiples}
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
@@ -52,7 +52,7 @@ def attention() -> None:
     from kvik.kernels.triton.attention_tile import attention_tiles
 
     ints = dict.fromkeys(["items", "counts", "query_starts", "seq_lens", "tables", "arrivals"], "*i32")
-    scalars = {"table_stride": "i32", "block_stride": "i32", "scale": "fp32"}
+    scalars = {"table_stride": "i32", "block_rows": "i32", "scale": "fp32"}
     types = {"parts": "*fp32", "stats": "*fp32", **ints, **scalars}
     cases = [
         ("0.6B", 8, 2, 128, 0, 64, 1, False), ("0.6B exact", 8, 2, 128, 0, 64, 1, True),
@@ -67,7 +67,7 @@ def attention() -> None:
     for name, kv_heads, group, dim, window, block, queries, exact in cases:
         dtype = name.split()[-1] if name.split()[-1] in ("fp16", "fp32") else "bf16"
         tiles = attention_tiles(dim, itemsize=4 if dtype == "fp32" else 2, deterministic=exact)
-        types |= dict.fromkeys(["q", "k", "v", "out"], f"*{dtype}")
+        types |= dict.fromkeys(["q", "out"], f"*{dtype}")
         both = {
             "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
             "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": tiles.block_n, "PDL": True,
