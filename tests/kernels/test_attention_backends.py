@@ -41,7 +41,8 @@ def case(
     num_blocks = sum(blocks) + 2
     order = torch.randperm(num_blocks, generator=generator).tolist()
     unused = order.pop()
-    k, v = (torch.full((num_blocks, num_kv_heads, block_size, head_dim), math.nan, dtype=dtype) for _ in "kv")
+    # a layer as the KV pool has it: its blocks lie apart, with other layers between them
+    k, v = torch.full((num_blocks, 3, 2, num_kv_heads, block_size, head_dim), math.nan, dtype=dtype)[:, 1].unbind(1)
     tables = torch.full((len(lens), max(blocks)), unused, dtype=torch.int32)
     for i, n in enumerate(lens):
         tables[i, : blocks[i]] = torch.tensor([order.pop() for _ in range(blocks[i])])

@@ -31,6 +31,18 @@ KINDS = {
 }
 
 
+def pool_layer(shape: tuple[int, int, int, int], dtype: torch.dtype) -> KVLayer:
+    """A layer as the KV pool has it: its blocks lie apart, with other layers between them, which are NaN here."""
+    num_blocks, *block = shape
+    blocks, scales = (
+        torch.full((num_blocks, 3, 2, *block), math.nan),
+        torch.full((num_blocks, 3, 2, *block[:-1]), math.nan),
+    )
+    if dtype == torch.int8:
+        return KVLayer(*blocks.to(dtype)[:, 1].unbind(1), *scales[:, 1].unbind(1))
+    return KVLayer(*blocks.to(dtype)[:, 1].unbind(1))
+
+
 def case(
     lens: list[int], counts: list[int], heads: tuple[int, int, int], kind: str, block_size: int = 16
 ) -> tuple[Tensor, KVLayer, ForwardBatch]:
@@ -39,7 +51,7 @@ def case(
     blocks = [-(-n // block_size) for n in lens]
     order = torch.randperm(sum(blocks) + 2, generator=torch.Generator().manual_seed(sum(lens))).tolist()
     dtype, cache_dtype, _ = KINDS[kind]
-    kv = KVLayer.zeros((len(order), num_kv_heads, block_size, head_dim), cache_dtype, torch.device("cpu"))
+    kv = pool_layer((len(order), num_kv_heads, block_size, head_dim), cache_dtype)
     caches = ((kv.k, kv.k_scale), (kv.v, kv.v_scale))
     for values, scales in caches:
         (values if scales is None else scales).fill_(math.nan)

@@ -140,7 +140,7 @@ def state() -> None:
 
     ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "seq_lens", "out_tables", "pairs"]
     longs = ["input_ids", "positions", "slots", "addresses"]
-    scalars = dict.fromkeys(["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words"], "i32")
+    scalars = dict.fromkeys(["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words", "stride"], "i32")
     types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars}
     compile_kernel("inputs", kernels._inputs, types, {"BLOCK_SIZE": 64, "BLOCK": kernels.BLOCK}, num_warps=1)
     compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK}, num_warps=4)

@@ -12,6 +12,7 @@ and each tile gathers only the blocks that its causal mask and sliding window le
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -135,14 +136,24 @@ def _gather(tile: _Tile, kv: KVLayer, batch: ForwardBatch, dtype: torch.dtype) -
     """Keys and values of the tile's blocks: two [num_seqs, num_kv_heads, num_blocks * block_size, head_dim]."""
     num_kv_heads, _, head_dim = kv.k.shape[1:]
     table = batch.block_tables[list(tile.group.members), tile.first_block : tile.last_block]  # [num_seqs, num_blocks]
-    rows = (table[:, None] * num_kv_heads + torch.arange(num_kv_heads, dtype=table.dtype)[:, None]).flatten()
-    shape = (len(table), num_kv_heads, -1, head_dim)
 
     def gather(cache: Tensor, scales: Tensor | None) -> Tensor:
-        picked = None if scales is None else scales.flatten(0, 1).index_select(0, rows)
-        return dequantize_kv(cache.flatten(0, 1).index_select(0, rows), picked, dtype).view(shape)
+        picked = None if scales is None else _pick_heads(scales, table)
+        return dequantize_kv(_pick_heads(cache, table), picked, dtype).view(len(table), num_kv_heads, -1, head_dim)
 
     return gather(kv.k, kv.k_scale), gather(kv.v, kv.v_scale)
+
+
+def _pick_heads(cache: Tensor, table: Tensor) -> Tensor:
+    """The blocks in `table` [num_seqs, num_blocks] of `cache` [num_blocks, num_kv_heads, block_size, ...], those of one
+    sequence and head one after the other: [num_seqs * num_kv_heads * num_blocks, block_size, ...]."""
+    num_heads, size = cache.shape[1], math.prod(cache.shape[2:])
+    if cache.stride(0) % size:
+        cache = cache.contiguous()
+    between = cache.stride(0) // size  # heads from a block to the next one, other layers' among them
+    shape = ((len(cache) - 1) * between + num_heads, *cache.shape[2:])
+    rows = table[:, None].long() * between + torch.arange(num_heads)[:, None]
+    return cache.as_strided(shape, (size, *cache.stride()[2:])).index_select(0, rows.flatten())
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, tile: _Tile, scale: float) -> Tensor:

@@ -32,6 +32,9 @@ class KVLayer:
 
     An int8 cache holds round(x / scale) with scale = max |x| / 127 of each token and head: `k_scale` and `v_scale`
     [num_blocks, num_kv_heads, block_size] fp32. A float cache has none.
+
+    A block is contiguous. From one block to the next there may be more, such as other layers: `stride(0)` is the same
+    for k and v, and as many tokens and heads for the scales.
     """
 
     k: Tensor

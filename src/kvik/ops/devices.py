@@ -160,8 +160,10 @@ _TORCH = ReferenceOps()
 
 
 def _is_native(kv: KVLayer, dtype: torch.dtype) -> bool:
-    """Whether the compiled kernels take this cache beside queries of `dtype`."""
+    """Whether the compiled kernels take this cache, whose blocks are contiguous, beside queries of `dtype`."""
     block_size, head_dim = kv.k.shape[2:]
     narrow = kv.k.dtype is torch.int8 and dtype in (torch.float32, torch.bfloat16)
-    fits = block_size % 16 == 0 and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kv.k.is_contiguous()
+    fits = block_size % 16 == 0 and head_dim % 2 == 0 and head_dim <= MAX_HEAD_DIM and kv.k.stride(0) % head_dim == 0
+    for scale in (kv.k_scale, kv.v_scale):
+        fits &= scale is None or (scale.stride(0) * head_dim == kv.k.stride(0) and scale[0].is_contiguous())
     return fits and (narrow or kv.k.dtype in (torch.float32, torch.bfloat16))

@@ -31,7 +31,7 @@ __all__ = [
     "usable_cores",
 ]
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _LIBRARY_NAME = "_kvik_cpu"
 _SPIN_NS = 200_000  # between steps; longer than what lies between two decode steps, shorter than anyone notices
 
@@ -71,7 +71,7 @@ class OpStruct(ctypes.Structure):
         ("residual", ctypes.c_void_p), ("norm", ctypes.c_void_p), ("norm2", ctypes.c_void_p),
         ("scales", ctypes.c_void_p), ("linear", ctypes.POINTER(LinearStruct)), ("k_cache", ctypes.c_void_p),
         ("v_cache", ctypes.c_void_p), ("k_scales", ctypes.c_void_p), ("v_scales", ctypes.c_void_p),
-        ("num_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32),
+        ("block_rows", ctypes.c_int64), ("num_heads", ctypes.c_int32), ("num_kv_heads", ctypes.c_int32),
         ("head_dim", ctypes.c_int32), ("block_size", ctypes.c_int32), ("window", ctypes.c_int32),
         ("rows", ctypes.c_int32), ("width", ctypes.c_int64), ("eps", ctypes.c_float), ("scale", ctypes.c_float),
     )  # fmt: skip

@@ -103,11 +103,20 @@ def _cache_entry(name: str, kv: KVLayer, q: Tensor, num_heads: int) -> OpStruct:
         raise ConfigError(f"the native kernels take queries in float32 or bfloat16, not {q.dtype}")
     assert q.dtype == query_dtype(kv, q.dtype)
     assert (kv.k.dtype is torch.int8) == (kv.k_scale is not None) == (kv.v_scale is not None)
+    block_rows = kv.k.stride(0) // head_dim
     op = OpStruct(code=OP_CODES[name], type=_type_code(q), num_heads=num_heads, num_kv_heads=num_kv_heads)
-    op.head_dim, op.block_size = head_dim, block_size
-    op.k_cache, op.v_cache = data_pointer(kv.k), data_pointer(kv.v)
-    op.k_scales, op.v_scales = data_pointer(kv.k_scale), data_pointer(kv.v_scale)
+    op.head_dim, op.block_size, op.block_rows = head_dim, block_size, block_rows
+    op.k_cache, op.v_cache = (_cache_pointer(cache, block_rows * head_dim) for cache in (kv.k, kv.v))
+    op.k_scales, op.v_scales = (_cache_pointer(scale, block_rows) for scale in (kv.k_scale, kv.v_scale))
     return op
+
+
+def _cache_pointer(cache: Tensor | None, stride: int) -> int | None:
+    """The address of a cache whose blocks are contiguous and `stride` elements apart; None for None."""
+    if cache is None:
+        return None
+    assert cache.stride(0) == stride and cache[0].is_contiguous(), "a block must be contiguous, and k as far from v"
+    return cache.data_ptr()
 
 
 def _struct(w: PackedLinear) -> ctypes._Pointer:  # type: ignore[type-arg]

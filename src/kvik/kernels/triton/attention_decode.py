@@ -124,7 +124,8 @@ def decode_attention(
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
 
-    q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all contiguous.
+    q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all
+    contiguous, except that the blocks of k and v may lie apart, by the same stride.
     parts: [capacity, num_kv_heads, group * max_queries, head_dim] and stats: [capacity, num_kv_heads, group *
     max_queries, 2], fp32, where capacity is that of `items`. arrivals: [num_seqs, num_kv_heads] int32, zeros before and
     after. The other arguments are those of `ForwardBatch` and `AttentionBackend.forward`.
@@ -132,6 +133,7 @@ def decode_attention(
     The number of programs follows from shapes alone, so the launch can be captured and replayed with other lengths.
     """
     (_, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
+    assert k.stride() == v.stride()
     group = num_heads // num_kv_heads
     tokens = block_tables.shape[1] * block_size  # of the longest context
     longest = max(-(-tokens // tiles.chunk), -(-min(tokens, tiles.short_len) // tiles.short_chunk))

@@ -78,11 +78,13 @@ def prefill_attention(
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
 
-    q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all contiguous.
-    The other arguments are those of `ForwardBatch` and `AttentionBackend.forward`. The number of programs follows from
-    shapes alone, so the launch can be captured and replayed with other lengths.
+    q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all
+    contiguous, except that the blocks of k and v may lie apart, by the same stride. The other arguments are those of
+    `ForwardBatch` and `AttentionBackend.forward`. The number of programs follows from shapes alone, so the launch can
+    be captured and replayed with other lengths.
     """
     (num_tokens, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
+    assert k.stride() == v.stride()
     group = num_heads // num_kv_heads
     most_tiles = num_tokens // tile_queries(group, tiles) + block_tables.shape[0]
     _prefill[(num_kv_heads, most_tiles)](

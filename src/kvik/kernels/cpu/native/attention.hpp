@@ -2,7 +2,8 @@
 //   decode    one query of each head, some key/value heads, one chunk of the context (the last chunk to end merges all)
 //   prefill   a tile of queries of the heads of one group, all keys that they see (attention_prefill.hpp)
 //
-//     cache     [block][kv head][offset][head_dim]; 16 consecutive tokens lie in one block, side by side: a run
+//     cache     [block][kv head][offset][head_dim]; 16 consecutive tokens lie in one block, side by side: a run.
+//               From one block to the next it is `block_rows` rows: other layers lie between them.
 //     decode    scores [head][token] of the chunk -> weights, rounded as the cache is -> sum of weighted values
 //
 // An int8 cache has a scale per token and head, [block][kv head][offset]. Decode widens its values to fp32 in registers
@@ -90,7 +91,7 @@ struct Context {
   const int32_t* table;
   int64_t place(int token, int head) const {
     int64_t block = table[token / op.block_size];
-    return (block * op.num_kv_heads + head) * op.block_size + token % op.block_size;
+    return block * op.block_rows + int64_t{head} * op.block_size + token % op.block_size;
   }
   const Stored* key(int token, int head) const { return (const Stored*)op.k_cache + place(token, head) * op.head_dim; }
   const Stored* value(int token, int head) const { return (const Stored*)op.v_cache + place(token, head) * op.head_dim; }

@@ -134,7 +134,7 @@ static void rope_store(const Job& job, int token, Scratch& scratch) {
     store_row(row, d, op.type, (int64_t{token} * op.num_heads + head) * d, op.y);
   }
   int64_t slot = job.step->slots[token], heads = op.num_kv_heads;
-  int64_t first = slot / op.block_size * heads * op.block_size + slot % op.block_size;  // place of head 0
+  int64_t first = slot / op.block_size * op.block_rows + slot % op.block_size;  // place of head 0
   for (int head = 0; head < heads; ++head, qkv += d) {
     int64_t place = first + int64_t{head} * op.block_size;
     normalise(qkv, op.norm2, op.eps, d, padded, row);

@@ -57,6 +57,7 @@ struct KvikOp {
   void* v_cache;
   float* k_scales;  // of an int8 cache, [block][kv head][offset]; null where the cache has the type of the query, `type`
   float* v_scales;
+  int64_t block_rows;  // rows of head_dim elements (for scales: elements) from a block of a cache to the next one
   int32_t num_heads, num_kv_heads, head_dim, block_size;
   int32_t window;  // 0: none
   int32_t rows;    // 0: the step's tokens; -1: the step's logit rows; else the count itself
