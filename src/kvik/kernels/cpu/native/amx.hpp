@@ -155,8 +155,8 @@ static inline void fetch_results(const KvikOp& op, int panel, const TileView& vi
   int width = w.swiglu ? w.n / 2 : w.n, step = w.swiglu ? kPanel / 2 : kPanel;
   const float* y = (const float*)op.y + int64_t{view.start} * width + panel * step;
   for (int m = 0; m < view.rows; ++m, y += width) {
-    __builtin_prefetch(y, 1, 3);
-    __builtin_prefetch(y + step - 1, 1, 3);
+    __builtin_prefetch(y, 1, 2);
+    __builtin_prefetch(y + step - 1, 1, 2);
   }
 }
 
@@ -193,10 +193,9 @@ static void gemm_tiles(const Job& job, int item, Scratch& scratch) {
 }
 
 // As `peak`, with the products that the projections use.
-static void peak_tiles(int format, int64_t products) {
-  if (format == KVIK_FP32) return peak(format, products);
-  Scratch none;
-  configure(none, kTileRows);
+static void peak_tiles(int format, int64_t products, Scratch& scratch) {
+  if (format == KVIK_FP32) return peak(format, products, scratch);
+  configure(scratch, kTileRows);
   for (int64_t n = 0; n < products; n += 4 * kTileRows * kTileRows * kStepWords) {
     if (format == KVIK_BF16) {
       _tile_dpbf16ps(0, 4, 6);
@@ -210,7 +209,6 @@ static void peak_tiles(int format, int64_t products) {
       _tile_dpbsud(3, 5, 7);
     }
   }
-  leave_tiles(none);
 }
 
 // The products of attention_prefill.hpp, 32 rows at a time. Rows beyond `count` are never read.

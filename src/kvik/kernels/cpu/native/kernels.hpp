@@ -87,7 +87,7 @@ using ItemFn = void (*)(const Job& job, int item, Scratch& scratch);
 struct Kernels {
   ItemFn embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax;
   void (*read)(const void* data, int64_t bytes);
-  void (*peak)(int format, int64_t products);
+  void (*peak)(int format, int64_t products, Scratch& scratch);
   int (*rows_at_once)(const KvikLinear& w);  // rows of a tile of activations: kMaxTile, or more
   void (*leave)(Scratch& scratch);           // before a thread sleeps or does something else
 };

@@ -313,7 +313,7 @@ void Pool::execute(int item, Scratch& scratch) {
       int64_t begin = int64_t{item} << 17, left = op.width - begin;
       return kernels_.read(static_cast<const uint8_t*>(op.x) + begin, left < (1 << 17) ? left : (1 << 17));
     }
-    case KVIK_PEAK: return kernels_.peak(op.type, op.width);
+    case KVIK_PEAK: return kernels_.peak(op.type, op.width, scratch);
     default: std::abort();
   }
 }
