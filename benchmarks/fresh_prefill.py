@@ -17,7 +17,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-PROMPT, THREADS, RUNS = 512, 2, 6
+PROMPT, THREADS, RUNS = 512, 2, 3
 
 
 def measure() -> dict[str, float]:
