@@ -1,7 +1,7 @@
 """Builds the native CPU kernels. Everything else about the distribution is in pyproject.toml.
 
 One shared library without dependencies, loaded by ctypes, so a wheel fits every Python version. It is optional: where
-there is no C++ compiler (gcc 10, clang 9 or newer), the build warns and Kvik runs on torch.
+there is no C++ compiler (gcc 11, clang 12 or newer), the build warns and Kvik runs on torch.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ISA_FLAGS = {
     "isa_avx512": AVX512,
     "isa_avx512_vnni": [*AVX512, "-mavx512vnni"],
     "isa_avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
+    "isa_amx": [*AVX512, "-mavx512vnni", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8"],
 }
 
 

@@ -130,10 +130,15 @@ def _medians(runs: list[tuple[dict[str, float], dict[str, float]]], name: str, p
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that every comparison has."""
-    parser.add_argument("--folder", type=Path, required=True, help="where model folders are kept")
+    add_folder(parser)
     parser.add_argument("--shapes", nargs="+", default=["Qwen3-0.6B"], choices=list(SHAPES))
     parser.add_argument("--users", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--pairs", type=int, default=5)
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    """Where the models of a measurement are, and where its result goes."""
+    parser.add_argument("--folder", type=Path, required=True, help="where model folders are kept")
     parser.add_argument("--json", type=Path, help="append one line with machine, versions and all records")
 
 

@@ -120,13 +120,34 @@ def test_rows_of_zeros_and_outliers() -> None:
 
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_bits_depend_on_neither_threads_nor_batch(fmt: str) -> None:
-    w = pack_linear(noise(300, 200), noise(300, seed=2), fmt, pool=pool())
-    norm, x = noise(200, seed=5), noise(123, 200, seed=1)
+    for k in (200, 576):  # the second fills the steps of tile registers, and several slices of them
+        check_bits(fmt, k)
+
+
+def check_bits(fmt: str, k: int) -> None:
+    w = pack_linear(noise(300, k), noise(300, seed=2), fmt, pool=pool())
+    norm, x = noise(k, seed=5), noise(123, k, seed=1)
     whole = NativeOps(pool(threads=1)).norm_linear(x, norm, EPS, w)
     for threads in (2, 4):
         assert torch.equal(NativeOps(pool(threads=threads)).norm_linear(x, norm, EPS, w), whole)
-    for rows in (1, 2, 8, 13):
+    for rows in (1, 2, 8, 13, 16, 17, 33, 64):
         assert torch.equal(NativeOps(pool()).norm_linear(x[:rows], norm, EPS, w), whole[:rows])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_shapes_that_fill_tile_registers(isa: str) -> None:
+    ops, low = NativeOps(pool(isa)), NativeOps(pool(ISAS[0]))
+    for fmt in ("bf16", "int8"):
+        for n, k in ((32, 64), (100, 640), (300, 1088)):
+            weight, bias, x = noise(n, k), noise(n, seed=3), noise(150, k, seed=1)
+            w = pack_linear(weight, bias, fmt, pool=pool(isa))
+            halved = pack_linear(weight, bias, fmt, pool=pool(isa), swiglu=True)
+            for rows in (1, 15, 16, 17, 32, 33, 150):
+                got, gated = ops.linear(x[:rows], w), ops.norm_linear_swiglu(x[:rows], noise(k), EPS, halved)
+                assert close(got, expected(x[:rows], w, bias, isa), 3e-6), (fmt, n, k, rows)
+                assert close(gated, low.norm_linear_swiglu(x[:rows], noise(k), EPS, halved), 1e-2)
+                if fmt == "int8" and isa == "amx":  # whole numbers have the same sum in any order
+                    assert torch.equal(got, NativeOps(pool("avx512_bf16")).linear(x[:rows], w))
 
 
 def test_long_inputs_do_not_overflow_int8() -> None:

@@ -1,8 +1,8 @@
 """The compiled kernel library: finding and loading it, its structs, and the thread pool that runs its operations.
 
 The library is optional: a wheel built without a compiler has none, and `available()` says so. `KVIK_CPU_ISA` forces a
-lower instruction set than the CPU has (generic, avx2, avx512, avx512_vnni, avx512_bf16); asking for a higher one is an
-error. A pool belongs to whoever made it; its threads sleep when nothing runs.
+lower instruction set than the CPU has (generic, avx2, avx512, avx512_vnni, avx512_bf16, amx); asking for a higher one
+is an error. A pool belongs to whoever made it; its threads sleep when nothing runs.
 """
 
 from __future__ import annotations

@@ -1,12 +1,37 @@
 // The exported functions, and which instruction set this CPU has.
 #include "pool.hpp"
 
+#if defined(KVIK_X86)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace kvik {
 namespace {
 
-const char* const kIsaNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"};
+const char* const kIsaNames[kNumIsas] = {"generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx"};
 
-int best_isa() {
+#if defined(KVIK_X86)
+// Whether the CPU has tiles for bf16 and int8, the system saves them, and lets this process use them (Linux asks first).
+bool has_amx() {
+#if defined(__linux__)
+  constexpr unsigned kTiles = 1u << 24 | 1u << 25 | 1u << 22, kSavesExtended = 1u << 27, kTileState = 3u << 17;
+  unsigned a, b, c, d, low, high;
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSavesExtended)) return false;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) != kTiles) return false;
+  asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+#endif
+
+int find_best_isa() {
 #if defined(KVIK_X86)
   __builtin_cpu_init();
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return kGeneric;
@@ -14,10 +39,16 @@ int best_isa() {
       !__builtin_cpu_supports("avx512vl"))
     return kAvx2;
   if (!__builtin_cpu_supports("avx512vnni")) return kAvx512;
-  return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512Vnni;
+  if (!__builtin_cpu_supports("avx512bf16")) return kAvx512Vnni;
+  return has_amx() ? kAmx : kAvx512Bf16;
 #else
   return kGeneric;
 #endif
+}
+
+int best_isa() {
+  static const int best = find_best_isa();
+  return best;
 }
 
 }  // namespace
@@ -25,6 +56,7 @@ int best_isa() {
 const Kernels& kernels_for(int isa) {
 #if defined(KVIK_X86)
   switch (isa < best_isa() ? isa : best_isa()) {
+    case kAmx: return kernels_amx();
     case kAvx512Bf16: return kernels_avx512_bf16();
     case kAvx512Vnni: return kernels_avx512_vnni();
     case kAvx512: return kernels_avx512();

@@ -52,6 +52,26 @@ static void pack_values(const Context<Cache>& context, int head, int begin, int 
   }
 }
 
+// How rows of queries, and of weights, are multiplied: a tile at a time, at most kRows of them.
+struct NarrowTiles {
+  static constexpr int kRows = kMaxTile;
+  static Tiling tiling(int rows) { return Tiling::of(rows); }
+  static void begin(Scratch&) {}
+
+  static void pack(const uint32_t* rows, int count, int words, uint32_t* out) { interleave(rows, words, count, words, out); }
+  // scores [count][32] of rows kKeyTile apart = tile . panel of keys
+  template <class Cache>
+  static void score(int count, const uint32_t* queries, const uint32_t* keys, int words, float* scores) {
+    gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)keys, words, scores, kKeyTile);
+  }
+  // acc [count][32] of rows `dims` apart += weights . panel of values
+  template <class Cache>
+  static void weigh(int count, typename Cache::Value* weights, const uint32_t* values, int words, float* acc, int dims) {
+    constexpr int kPairs = kKeyTile / Cache::kPerWord;
+    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1, (const uint8_t*)values, words, acc, dims);
+  }
+};
+
 struct QueryRows {  // the state of an item; arrays have kLanes elements to spare
   int rows, first_position, group, dims;
   float* top;    // [rows]
@@ -94,18 +114,17 @@ static inline void raise_tops(const KvikOp& op, QueryRows& state, int first, int
 }
 
 // One tile of `count` rows from `first` on against the packed keys and values of a tile, as far as a row sees them.
-template <class Cache>
+template <class Cache, class Tiles>
 static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count, const uint32_t* queries, int begin,
                         const uint32_t* keys, const uint32_t* values) {
   using Value = typename Cache::Value;
   constexpr int kPairs = kKeyTile / Cache::kPerWord;
   int words = op.head_dim / Cache::kPerWord, shown = whole_panels(state.position(first + count - 1) + 1 - begin);
-  alignas(64) float scores[kMaxTile * kKeyTile];
-  alignas(64) Value weights[kMaxTile * kKeyTile];
+  alignas(64) float scores[Tiles::kRows * kKeyTile];
+  alignas(64) Value weights[Tiles::kRows * kKeyTile];
   alignas(64) float columns[kLanes * kLanes], sums[kLanes];
   for (int p = 0; p < shown / kPanel; ++p)
-    gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)(keys + int64_t{p} * words * kPanel), words,
-                                        scores + p * kPanel, kKeyTile);
+    Tiles::template score<Cache>(count, queries, keys + int64_t{p} * words * kPanel, words, scores + p * kPanel);
   for (int m = 0; m < count; ++m) {
     int position = state.position(first + m);
     hide(scores + m * kKeyTile, max_int(0, position + 1 - begin), shown);
@@ -122,12 +141,11 @@ static void attend_tile(const KvikOp& op, QueryRows& state, int first, int count
     for (int i = 0; i <= lane; ++i) state.total[row - lane + i] += sums[i];
   }
   for (int p = 0; p < state.dims / kPanel; ++p)
-    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1,
-                                            (const uint8_t*)(values + int64_t{p} * kPairs * kPanel), shown / Cache::kPerWord,
-                                            state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
+    Tiles::template weigh<Cache>(count, weights, values + int64_t{p} * kPairs * kPanel, shown / Cache::kPerWord,
+                                 state.acc + int64_t{first} * state.dims + p * kPanel, state.dims);
 }
 
-template <class Cache>
+template <class Cache, class Tiles>
 static void attend_queries(const Job& job, int s, int part, int head, Scratch& scratch) {
   using Value = typename Cache::Value;
   constexpr int kPairs = kKeyTile / Cache::kPerWord;
@@ -141,11 +159,13 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   if (count <= 0) return;
   Context<Cache> context{op, step.block_tables + int64_t{s} * step.table_stride};
   QueryRows state{count * group, position, group, (d + kPanel - 1) / kPanel * kPanel, nullptr, nullptr, nullptr};
-  Tiling tiling = Tiling::of(state.rows);
+  Tiling tiling = Tiles::tiling(state.rows);
+  size_t rows_held = size_t(tiling.tiles) * Tiles::kRows;
+  Tiles::begin(scratch);
 
   // keys | values | acc | queries packed by tile | top | total, each a multiple of 64 bytes
   size_t keys_size = size_t(kKeyTile) * words, values_size = size_t(kPairs) * state.dims;
-  size_t acc_size = size_t(state.rows) * state.dims, queries_size = (size_t(state.rows) * words + 15) / 16 * 16;
+  size_t acc_size = rows_held * state.dims, queries_size = (rows_held * words + 15) / 16 * 16;
   uint32_t* keys = (uint32_t*)scratch.get(4 * (keys_size + values_size + acc_size + queries_size + 2 * size_t(state.rows + kLanes)));
   uint32_t* values = keys + keys_size;
   state.acc = (float*)(values + values_size);
@@ -156,13 +176,13 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
   for (int r = 0; r < state.rows + kLanes; ++r) state.top[r] = kHidden, state.total[r] = 0;
 
   for (int t = 0; t < tiling.tiles; ++t) {
-    uint32_t rows[kMaxTile * kMaxHeadDim];
+    uint32_t rows[Tiles::kRows * kMaxHeadDim];
     for (int m = 0; m < tiling.size(t); ++m) {
       int r = tiling.start(t) + m;
       const Value* q = (const Value*)op.x + ((int64_t{token} + r / group) * op.num_heads + head * group + r % group) * d;
       __builtin_memcpy(rows + m * words, q, size_t(words) * 4);
     }
-    interleave(rows, words, tiling.size(t), words, queries + int64_t{tiling.start(t)} * words);
+    Tiles::pack(rows, tiling.size(t), words, queries + int64_t{tiling.start(t)} * words);
   }
   int low = op.window > 0 ? max_int(0, position - op.window + 1) : 0, end = position + count;
   for (int begin = low / kKeyTile * kKeyTile; begin < end; begin += kKeyTile) {
@@ -172,13 +192,23 @@ static void attend_queries(const Job& job, int s, int part, int head, Scratch& s
       int row = tiling.start(t), rows = tiling.size(t);
       if (begin > state.position(row + rows - 1)) continue;  // all of it lies in the future
       if (op.window > 0 && begin + kKeyTile <= state.position(row) - op.window + 1) continue;  // or too far back
-      attend_tile<Cache>(op, state, row, rows, queries + int64_t{row} * words, begin, keys, values);
+      attend_tile<Cache, Tiles>(op, state, row, rows, queries + int64_t{row} * words, begin, keys, values);
     }
   }
   for (int r = 0; r < state.rows; ++r) {
     int64_t at = ((int64_t{token} + r / group) * op.num_heads + head * group + r % group) * d;
     divide_row(state.acc + int64_t{r} * state.dims, state.total[r], d, (float*)op.y + at);
   }
+}
+
+template <class Cache>
+static void attend_prompt(const Job& job, int s, int part, int head, Scratch& scratch) {
+#if KVIK_HAS_AMX
+  if constexpr (Cache::kPerWord == 2)
+    if (WideTiles::take(job.op->head_dim / Cache::kPerWord))
+      return attend_queries<Cache, WideTiles>(job, s, part, head, scratch);
+#endif
+  attend_queries<Cache, NarrowTiles>(job, s, part, head, scratch);
 }
 
 static int sequence_of(const Job& job, int item) {  // the last one that starts at or before the item
@@ -205,9 +235,9 @@ static void attention(const Job& job, int item, Scratch& scratch) {
   } else {
     part = plan.parts - 1 - part;  // the longest first
     if (op.k_scales)
-      bf16 ? attend_queries<Int8Cache<Bf16Cache>>(job, s, part, head, scratch)
-           : attend_queries<Int8Cache<Fp32Cache>>(job, s, part, head, scratch);
+      bf16 ? attend_prompt<Int8Cache<Bf16Cache>>(job, s, part, head, scratch)
+           : attend_prompt<Int8Cache<Fp32Cache>>(job, s, part, head, scratch);
     else
-      bf16 ? attend_queries<Bf16Cache>(job, s, part, head, scratch) : attend_queries<Fp32Cache>(job, s, part, head, scratch);
+      bf16 ? attend_prompt<Bf16Cache>(job, s, part, head, scratch) : attend_prompt<Fp32Cache>(job, s, part, head, scratch);
   }
 }

@@ -199,7 +199,7 @@ static void multiply(int64_t products) {
   opaque(chains);
 }
 
-static void peak(int format, int64_t products) {
+static void peak(int format, int64_t products, Scratch&) {
   if (format == KVIK_FP32) multiply<Fp32Dot>(products);
   else if (format == KVIK_BF16) multiply<Bf16Dot>(products);
   else multiply<Int8Dot>(products);

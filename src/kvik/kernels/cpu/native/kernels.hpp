@@ -31,13 +31,14 @@ class Scratch {
   Scratch& operator=(const Scratch&) = delete;
   ~Scratch();
   void* get(size_t bytes);
+  int tile_rows = 0;  // of the tile registers as this thread has set them up; 0: not at all
 
  private:
   void* data_ = nullptr;
   size_t size_ = 0;
 };
 
-// Rows of activations cut into tiles of nearly equal size, at most kMaxTile.
+// Rows of activations cut into tiles: of nearly equal size, at most kMaxTile, or of a given size but the last.
 struct Tiling {
   int rows = 0, tiles = 0, base = 0, extra = 0;
   static KVIK_INLINE Tiling of(int rows) {
@@ -47,8 +48,16 @@ struct Tiling {
     if (t.tiles) t.base = rows / t.tiles, t.extra = rows % t.tiles;
     return t;
   }
+  static KVIK_INLINE Tiling whole(int rows, int size) {
+    Tiling t;
+    t.rows = rows, t.tiles = (rows + size - 1) / size, t.base = size;
+    return t;
+  }
   KVIK_INLINE int start(int tile) const { return tile * base + (tile < extra ? tile : extra); }
-  KVIK_INLINE int size(int tile) const { return base + (tile < extra ? 1 : 0); }
+  KVIK_INLINE int size(int tile) const {
+    int full = base + (tile < extra ? 1 : 0), left = rows - start(tile);
+    return full < left ? full : left;
+  }
 };
 
 // How the queries of one sequence are split into items: chunks of context for one query, tiles of queries for several.
@@ -78,11 +87,13 @@ using ItemFn = void (*)(const Job& job, int item, Scratch& scratch);
 struct Kernels {
   ItemFn embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax;
   void (*read)(const void* data, int64_t bytes);
-  void (*peak)(int format, int64_t products);
+  void (*peak)(int format, int64_t products, Scratch& scratch);
+  int (*rows_at_once)(const KvikLinear& w);  // rows of a tile of activations: kMaxTile, or more
+  void (*leave)(Scratch& scratch);           // before a thread sleeps or does something else
 };
 
-// Levels, lowest first. A build for another architecture has the generic one only.
-enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kNumIsas = 5 };
+// Levels, lowest first; each also has what the lower ones have. A build for another architecture has the generic one only.
+enum Isa : int { kGeneric = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Vnni = 3, kAvx512Bf16 = 4, kAmx = 5, kNumIsas = 6 };
 const Kernels& kernels_generic();
 #if defined(__x86_64__) || defined(_M_X64)
 #define KVIK_X86 1
@@ -90,6 +101,7 @@ const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_vnni();
 const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_amx();
 #endif
 const Kernels& kernels_for(int isa);
 

@@ -3,6 +3,9 @@
 //
 //     packed tile    words [words][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32     (the last two: int8, int4)
 
+static int few_rows(const KvikLinear&) { return kMaxTile; }
+static void stay(Scratch&) {}
+
 struct Add {
   inline F operator()(F a, F b) const { return add(a, b); }
 };
@@ -18,6 +21,19 @@ static void interleave(const uint32_t* src, int64_t src_stride, int rows, int wo
                 words - k < kLanes ? words - k : kLanes);
 }
 
+// 1 / sqrt(mean(x^2) + eps)
+static float rms_inverse(const float* x, float eps, int n) {
+  int whole = n / kLanes * kLanes, i = 0;
+  F squares[4] = {setf(0), setf(0), setf(0), setf(0)};
+  while (i < whole)
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j, i += kLanes)
+      if (i < whole) squares[j] = fma(loadf(x + i), loadf(x + i), squares[j]);
+  float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
+  for (i = whole; i < n; ++i) total += x[i] * x[i];
+  return 1.0f / __builtin_sqrtf(total / float(n) + eps);
+}
+
 // out[0, n) = x * weight / sqrt(mean(x^2) + eps), or x where weight is null; zeros up to `padded`, a multiple of 16.
 static void normalise(const float* x, const float* weight, float eps, int n, int padded, float* out) {
   int whole = n / kLanes * kLanes, i = 0;
@@ -25,17 +41,9 @@ static void normalise(const float* x, const float* weight, float eps, int n, int
     for (; i < whole; i += kLanes) storef(out + i, loadf(x + i));
     for (; i < n; ++i) out[i] = x[i];
   } else {
-    F squares[4] = {setf(0), setf(0), setf(0), setf(0)};
-    while (i < whole)
-#pragma GCC unroll 4
-      for (int j = 0; j < 4; ++j, i += kLanes)
-        if (i < whole) squares[j] = fma(loadf(x + i), loadf(x + i), squares[j]);
-    i = whole;
-    float total = sum(add(add(squares[0], squares[1]), add(squares[2], squares[3])));
-    for (; i < n; ++i) total += x[i] * x[i];
-    float inverse = 1.0f / __builtin_sqrtf(total / float(n) + eps);
+    float inverse = rms_inverse(x, eps, n);
     F factor = setf(inverse);
-    for (i = 0; i < whole; i += kLanes) storef(out + i, mul(mul(loadf(x + i), factor), loadf(weight + i)));
+    for (; i < whole; i += kLanes) storef(out + i, mul(mul(loadf(x + i), factor), loadf(weight + i)));
     for (; i < n; ++i) out[i] = x[i] * inverse * weight[i];
   }
   for (; i < padded; ++i) out[i] = 0;
@@ -145,7 +153,7 @@ static inline F exp_f(F x) {  // relative error below 2e-7; 0 below -87
   return mul(p, as_float(shift_left<23>(addi(n, seti(127)))));
 }
 
-static inline F silu(F x) { return divide(x, add(setf(1.0f), exp_f(sub(setf(0.0f), x)))); }
+static inline F silu(F x) { return mul(x, reciprocal(add(setf(1.0f), exp_f(sub(setf(0.0f), x))))); }
 
 // Writes `values` [n valid of 32] to y, adding the residual if there is one.
 static inline void emit(const float* values, int n, const float* residual, float* y) {

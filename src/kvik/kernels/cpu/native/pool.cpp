@@ -9,6 +9,7 @@
 #if defined(__linux__)
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #endif
 
 namespace kvik {
@@ -16,8 +17,10 @@ namespace {
 
 constexpr uint64_t kIndexOne = uint64_t{1} << 20, kFieldMask = kIndexOne - 1;
 constexpr int kMaxItems = 1 << 20;
+constexpr size_t kHugePage = 2 << 20;
 constexpr int kSpins = 2000;        // pauses before a waiting worker starts to yield its core
-constexpr int64_t kTileBytes = 4 << 20;  // of packed activations that one item goes through
+constexpr int64_t kTileBytes = 4 << 20;  // of packed activations that one item goes through, several tiles on a panel
+constexpr int64_t kWideBytes = 1 << 20;  // the same where tiles are larger and products so fast that only L2 keeps up
 constexpr int kItemsPerWorker = 6;  // of a large matrix product, so that the last ones finish together
 
 inline void pause() {
@@ -42,8 +45,12 @@ Scratch::~Scratch() { std::free(data_); }
 void* Scratch::get(size_t bytes) {
   if (bytes > size_) {
     std::free(data_);
-    size_ = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-    if (posix_memalign(&data_, 4096, size_) != 0) throw std::bad_alloc();
+    size_t page = bytes < kHugePage ? 4096 : kHugePage;
+    size_ = (bytes + bytes / 4 + page - 1) / page * page;
+    if (posix_memalign(&data_, page, size_) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+    if (page == kHugePage) madvise(data_, size_, MADV_HUGEPAGE);  // walks of small pages would cost more than the data
+#endif
   }
   return data_;
 }
@@ -95,6 +102,7 @@ void Pool::run(const KvikOp* ops, int num_ops, const KvikStep* step) {
   stage_begin_ = profiling_ ? now_ns() : 0;
   advance(workers_[0].scratch);
   work(0);
+  kernels_.leave(workers_[0].scratch);
 #if defined(__linux__)
   if (pinned) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
 #endif
@@ -118,7 +126,7 @@ void Pool::work(int worker) {
     for (int item; (item = take(phase, worker)) >= 0; ++done) execute(item, scratch);
     if (done && remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) {
       advance(scratch);
-    } else if (!wait(phase)) {
+    } else if (!wait(phase, scratch)) {
       return;
     }
   }
@@ -224,10 +232,11 @@ bool Pool::next_stage() {
 
 int Pool::plan_prepare(const KvikOp& op) {
   const KvikLinear& w = *op.linear;
-  job_.tiling = Tiling::of(job_.rows);
+  int most = kernels_.rows_at_once(w);
+  job_.tiling = most > kMaxTile ? Tiling::whole(job_.rows, most) : Tiling::of(job_.rows);
   // A tile holds the words of its rows and, for int8 and int4, a scale and a sum per row and group.
   int groups = w.format == KVIK_INT8 ? 1 : w.format == KVIK_INT4 ? w.blocks : 0;
-  job_.tile_bytes = (int64_t{4} * kMaxTile * (w.words + 2 * groups) + 63) / 64 * 64;
+  job_.tile_bytes = (int64_t{4} * most * (w.words + 2 * groups) + 63) / 64 * 64;
   job_.activations = static_cast<uint8_t*>(activations_.get(size_t(job_.tile_bytes) * job_.tiling.tiles));
   return job_.tiling.tiles;
 }
@@ -236,9 +245,10 @@ int Pool::plan_gemm(const KvikOp& op) {
   // An item is one panel and all rows: the panel stays in the second-level cache while the tiles stream by from the
   // third. Rows are cut where that cache would not hold them, or to have enough items; 4 tiles stay on a panel.
   int panels = op.linear->panels, tiles = job_.tiling.tiles, cuts = 1;
+  int64_t limit = kernels_.rows_at_once(*op.linear) > kMaxTile ? kWideBytes : kTileBytes;
   if (tiles == 0) return 0;
   while (panels * cuts < kItemsPerWorker * threads_ && tiles / (cuts + 1) >= 4) ++cuts;
-  while (job_.tile_bytes * ((tiles + cuts - 1) / cuts) > kTileBytes && tiles / (cuts + 1) >= 4) ++cuts;
+  while (job_.tile_bytes * ((tiles + cuts - 1) / cuts) > limit && tiles / (cuts + 1) >= 4) ++cuts;
   job_.tiles_per_item = (tiles + cuts - 1) / cuts;
   return panels * ((tiles + job_.tiles_per_item - 1) / job_.tiles_per_item);
 }
@@ -303,13 +313,13 @@ void Pool::execute(int item, Scratch& scratch) {
       int64_t begin = int64_t{item} << 17, left = op.width - begin;
       return kernels_.read(static_cast<const uint8_t*>(op.x) + begin, left < (1 << 17) ? left : (1 << 17));
     }
-    case KVIK_PEAK: return kernels_.peak(op.type, op.width);
+    case KVIK_PEAK: return kernels_.peak(op.type, op.width, scratch);
     default: std::abort();
   }
 }
 
 // Until the stage `phase` is over. False when a worker is to end.
-bool Pool::wait(uint64_t phase) {
+bool Pool::wait(uint64_t phase, Scratch& scratch) {
   int64_t idle_since = 0;
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
     if (spins < kSpins) {
@@ -325,6 +335,7 @@ bool Pool::wait(uint64_t phase) {
       int64_t time = now_ns();
       if (idle_since == 0) idle_since = time;
       if (time - idle_since > spin_ns_) {
+        kernels_.leave(scratch);
         std::unique_lock<std::mutex> lock(sleep_mutex_);
         sleeping_.fetch_add(1);
         sleep_.wait(lock, [&] { return phase_.load() != phase || stop_.load(); });

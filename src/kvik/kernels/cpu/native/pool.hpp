@@ -46,7 +46,7 @@ class Pool {
   int plan_attention(const KvikOp& op);
   bool is_tiny() const;
   void publish(int items);
-  bool wait(uint64_t phase);
+  bool wait(uint64_t phase, Scratch& scratch);
   void pin(int worker) const;
 
   const int threads_;
