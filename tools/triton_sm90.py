@@ -100,7 +100,7 @@ def _describe(label: str, name: str, files: dict[str, Path], cubin: bytes) -> Co
         metadata["num_warps"],
         next((unit for unit in ("wgmma", "mma") if f"{unit}." in ptx), "none"),
         ptx.count("griddepcontrol.wait"),
-        early.count("cp.async."),
+        early.count("cp.async.") - early.count("cp.async.bulk.prefetch"),
         early.count("ld.global"),
     )
 

@@ -68,18 +68,26 @@ def attention() -> None:
         dtype = name.split()[-1] if name.split()[-1] in ("fp16", "fp32") else "bf16"
         tiles = attention_tiles(dim, itemsize=4 if dtype == "fp32" else 2, deterministic=exact)
         types |= dict.fromkeys(["q", "out"], f"*{dtype}")
+
+        def tiles_of(
+            keys: int, tma: bool, cache: str = dtype, width: int = triton.next_power_of_2(dim)
+        ) -> dict[str, str]:
+            return dict.fromkeys(["k", "v"], f"tensordesc<{cache}[{keys}, {width}]>" if tma else f"*{cache}")
+
         both = {
             "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
             "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": tiles.block_n, "PDL": True,
         }  # fmt: skip
         chunks = {"CHUNK": tiles.chunk, "SHORT_LEN": tiles.short_len, "SHORT_CHUNK": tiles.short_chunk}
         rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
-        constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows} | chunks
+        tma = dtype != "fp32" and block % tiles.decode_n == 0
+        constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows, "TMA": tma} | chunks
         stages = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages, "launch_pdl": 1}
-        compile_kernel(f"decode {name}", _decode, types, constants, **stages)
-        constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows}
+        compile_kernel(f"decode {name}", _decode, types | tiles_of(tiles.decode_n, tma), constants, **stages)
+        tma = dtype != "fp32" and block % tiles.block_n == 0
+        constants = both | {"CHUNK": tiles.chunk if exact else 0, "BLOCK_M": tiles.prefill_rows, "TMA": tma}
         stages = {"num_warps": tiles.prefill_warps, "num_stages": tiles.prefill_stages, "launch_pdl": 1}
-        compile_kernel(f"prefill {name}", _prefill, types, constants, **stages)
+        compile_kernel(f"prefill {name}", _prefill, types | tiles_of(tiles.block_n, tma), constants, **stages)
     types = {**types, "decode_items": "*i32", "prefill_items": "*i32", "num_seqs": "i32"}
     constants = {
         "MAX_QUERIES": 1,

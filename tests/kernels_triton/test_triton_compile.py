@@ -12,9 +12,8 @@ import pytest
 
 pytest.importorskip("triton")
 
-LIMITED = 128  # registers of prefill's threads: some spill outside of the loop, and two programs fit where one did
 SPILLS = {
-    "decode 256 exact", "prefill 64 fp32",  # head size 256 in deterministic mode; products of tf32 parts
+    "prefill 64 fp32",  # products of tf32 parts
     "decode 8B speculating", "decode 0.6B blocks of 1",  # a single warp's registers are for one query, whole blocks
 }  # fmt: skip
 
@@ -28,9 +27,7 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
     assert run.returncode == 0, run.stderr
     found = {kernel["name"]: kernel for kernel in map(json.loads, run.stdout.splitlines())}
     assert found
-    spilling = {name for name, kernel in found.items() if kernel["spilled"] and kernel["registers"] > LIMITED}
-    assert spilling <= SPILLS
-    assert all(kernel["spilled"] < 400 for name, kernel in found.items() if name not in SPILLS)
+    assert {name for name, kernel in found.items() if kernel["spilled"]} <= SPILLS
     assert all(kernel["shared"] <= 227 * 1024 for kernel in found.values())
     for name in {name.split(maxsplit=1)[1] for name in found if name.endswith("exact")}:
-        assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] == "wgmma"
+        assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] != ""

@@ -59,7 +59,7 @@ def test_candidates_are_varied_and_possible(model: str, limits: tune.Limits) -> 
     for case in tune.decoder_cases(*SIZES[model], "bfloat16", (*BATCHES, 256, 512)):
         plans = tune.candidates(case, limits)
         assert plans[0] == tune.BLAS
-        assert len(plans) == len(set(plans)) < 100
+        assert len(plans) == len(set(plans)) < 120
         assert {plan.path for plan in plans} >= ({"gemv"} if case.num_tokens <= 4 else set())
         assert {plan.path for plan in plans} <= {"blas", "skinny", *(["gemv"] if case.num_tokens <= 4 else [])}
         assert case.num_tokens <= tune.MAX_TOKENS or plans == [tune.BLAS]
@@ -70,7 +70,8 @@ def test_candidates_are_varied_and_possible(model: str, limits: tune.Limits) -> 
                 assert held <= limits.shared_bytes
                 assert plan.split_k * plan.block_k <= case.k
         if model != "demo" and case.num_tokens <= tune.MAX_TOKENS:
-            assert {plan.block_n for plan in plans if plan.path == "skinny"} >= {64, 128}
+            sizes = {plan.block_n for plan in plans if plan.path == "skinny"}
+            assert sizes == ({32, 64} if rows == 2 else {64, 128})
 
 
 def test_what_is_shipped_as_fastest_is_among_the_candidates(tmp_path: Path) -> None:

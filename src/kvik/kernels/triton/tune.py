@@ -44,7 +44,7 @@ BLAS = Plan(path="blas")
 MAX_TOKENS = 256
 """Above, no candidate but the library is worth timing."""
 
-_PREFETCHED = 2048  # columns of a program, up to which all of them are asked for before the predecessor has ended
+_PREFETCHED = 1024  # columns of a program, up to which all of them may be asked for before the predecessor has ended
 _SWEPT_BYTES = 256 << 20  # several times the L2 cache of any GPU
 _CANNOT_RUN = (OutOfResources, PTXASError)  # a plan on this GPU: more registers or shared memory than it has
 _MAX_COPIES = 128  # of weights so small that a whole model of them stays in that cache
@@ -136,7 +136,8 @@ def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:
         stages = min(most_stages, limits.shared_bytes // (block_k * (rows * block_n + block_t) * size))
         fills = 3 * programs >= limits.multiprocessors and (split_k == 1 or programs <= 4 * limits.multiprocessors)
         if fills and stages >= 2 and block_k <= span:
-            for tma in (False, True) if size == 2 else (False,):
+            fetched = {0, span // block_k if span <= _PREFETCHED else 2}
+            for tma, prefetch in itertools.product((False, True) if size == 2 else (False,), sorted(fetched)):
                 yield Plan(
                     path="skinny",
                     block_n=block_n,
@@ -145,7 +146,7 @@ def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:
                     split_k=split_k,
                     num_warps=8 if block_n == 128 else 4,
                     num_stages=stages,
-                    prefetch=-(-span // block_k) if span <= _PREFETCHED else 0,
+                    prefetch=prefetch,
                     tma=tma,
                 )
 
