@@ -86,7 +86,8 @@ class TritonAttention:
         return attention_tiles(self.limits.head_dim, num_seqs, itemsize=itemsize, deterministic=deterministic)
 
     def prepare(self, batch: ForwardBatch, *, any_mix: bool = False) -> None:
-        """Build the work lists of a step. `forward` does it for a batch that it has not seen just before.
+        """Build the work lists of a step, before the model computes it. `forward` does it for a batch that it has not
+        seen just before, and then overlaps no kernels.
 
         Whoever captures a graph calls it inside the capture, so that a replay builds the lists from its own lengths.
         A replay runs the kernels that the captured batch needed; those of both kinds of sequences with `any_mix`, for
@@ -112,6 +113,9 @@ class TritonAttention:
         self._prepared = batch
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
+        pdl = (
+            self._pdl and batch is self._prepared
+        )  # decoding reads the work list before it waits for what comes before
         if batch is not self._prepared:
             self.prepare(batch)
         q = q.contiguous()
@@ -121,7 +125,7 @@ class TritonAttention:
                 q, kv.k, kv.v, out, parts=self._parts, stats=self._stats, arrivals=self._arrivals,
                 items=self._decode_items, counts=self._counts, query_starts=batch.query_starts,
                 block_tables=batch.block_tables, scale=scale, window=window,
-                max_queries=self.limits.max_queries, tiles=self._tiles, pdl=self._pdl, tma=self._tma,
+                max_queries=self.limits.max_queries, tiles=self._tiles, pdl=pdl, tma=self._tma,
             )  # fmt: skip
         if self._prefills:
             prefill_attention(

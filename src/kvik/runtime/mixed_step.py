@@ -121,6 +121,7 @@ class MixedStep:
             seq_lens_host=tuple(parts.ends.tolist()),
             rope_lens=lens[0] if lens else None,
         )
+        self._attention.prepare(batch)
         return self._model.forward(batch, self._kv_pool.layers)
 
     def _compute(self, packed: Tensor, size: int) -> Tensor:

@@ -147,9 +147,8 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
     for start in tl.range(first, stop, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
         held = dims[None, :] < HEAD_DIM
-        if (
-            MASKED
-        ):  # what lies past the end may be NaN, which a weight of 0 does not cancel; with TMA, values are finite
+        # What lies past the end may be NaN, which a weight of 0 does not cancel. With TMA, values there are finite.
+        if MASKED:
             held = held & (keys < end)[:, None]
         key_tile = _tile(k, blocks, start, head, block_rows, held, MASKED, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
                          BLOCK_D)  # fmt: skip
@@ -181,7 +180,8 @@ def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor
     """Query rows against the keys [lo, hi) that any of them sees; lo is a multiple of BLOCK_N.
 
     q: [rows, BLOCK_D]; positions: [rows], of which the lowest is `first_position` and the highest `end - 1`.
-    k, v: the sequence's key/value head in block 0; table: its block table; scale: of the scores, times log2(e).
+    k, v: of the layer, as `tile_source` gives them; head: of keys and values; table: the sequence's block table;
+    block_rows: rows from block to block; scale: of the scores, times log2(e).
     ONE_LOOP masks every tile rather than those that need it in a second loop, whose first tile would be waited for.
     Returns the maximum of the unscaled scores [rows], the sum of weights [rows] and acc [rows, BLOCK_D], in fp32.
     """

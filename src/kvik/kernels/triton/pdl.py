@@ -3,7 +3,9 @@
 Three rules keep it right. Every kernel launched this way calls `wait_for_inputs` once, before it reads anything that
 another kernel of the step wrote and before it writes anything; otherwise its successor, which waits for it, could
 overtake *its* predecessor. The call stands outside every software-pipelined loop (triton-lang/triton#11905). Before
-it, only weights are read. With PDL false both functions are nothing, which is what older GPUs and the interpreter need.
+it, a kernel reads weights, and what is complete before a kernel of the step that is launched without overlap: the work
+list of attention, which the gather of RoPE's angles separates from the layers. With PDL false both functions are
+nothing, which is what older GPUs and the interpreter need.
 """
 
 from __future__ import annotations
