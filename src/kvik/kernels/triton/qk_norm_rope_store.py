@@ -51,33 +51,27 @@ def _store_halves(places: tl.tensor, a: tl.tensor, b: tl.tensor, mask: tl.tensor
 
 
 @triton.jit
+def _load_halves(
+    qkv: tl.tensor, bias: tl.tensor, place: tl.tensor, column: tl.tensor, ok: tl.tensor, stride: tl.tensor,
+    like: tl.tensor, HALF: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
+    """Both halves of each head at `place` of qkv; with PARTS of the sum of parts `stride` apart, in `like`'s dtype."""
+    if PARTS > 0:
+        a = add_parts(qkv + place, stride, bias, column, ok, PARTS, BIAS).to(like.dtype.element_ty)
+        b = add_parts(qkv + place + HALF, stride, bias, column + HALF, ok, PARTS, BIAS).to(like.dtype.element_ty)
+    else:
+        a, b = tl.load(qkv + place, mask=ok, other=0.0), tl.load(qkv + place + HALF, mask=ok, other=0.0)
+    return a, b
+
+
+@triton.jit
 def _rope_kernel(
-    qkv: tl.tensor,
-    bias: tl.tensor,
-    cos: tl.tensor,
-    sin: tl.tensor,
-    slots: tl.tensor,
-    k_cache: tl.tensor,
-    v_cache: tl.tensor,
-    q_norm: tl.tensor,
-    k_norm: tl.tensor,
-    q_out: tl.tensor,
-    k_block_stride: int,
-    v_block_stride: int,
-    angle_stride: int,
-    eps: float,
-    Q_HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    HALF: tl.constexpr,
-    HALF_PADDED: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    Q_NORM: tl.constexpr,
-    K_NORM: tl.constexpr,
-    PARTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
+    qkv: tl.tensor, bias: tl.tensor, cos: tl.tensor, sin: tl.tensor, slots: tl.tensor, k_cache: tl.tensor,
+    v_cache: tl.tensor, q_norm: tl.tensor, k_norm: tl.tensor, q_out: tl.tensor, k_block_stride: int,
+    v_block_stride: int, angle_stride: int, eps: float, Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_H: tl.constexpr,
+    Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
     """BLOCK_H of the heads of one token, each as two tiles [BLOCK_H, HALF_PADDED]: keys and values in turn, then
     queries. With PARTS, qkv is [PARTS, num_tokens, HEADS * 2 * HALF] fp32, to which bias is added with BIAS."""
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
@@ -93,13 +87,10 @@ def _rope_kernel(
 
     token = tl.program_id(0).to(tl.int64)
     column = heads[:, None] * (2 * HALF) + i[None, :]
-    source = qkv + token * (HEADS * 2 * HALF) + column
-    if PARTS > 0:
-        stride = tl.num_programs(0).to(tl.int64) * (HEADS * 2 * HALF)
-        raw_a = add_parts(source, stride, bias, column, ok, PARTS, BIAS).to(q_out.dtype.element_ty)
-        raw_b = add_parts(source + HALF, stride, bias, HALF + column, ok, PARTS, BIAS).to(q_out.dtype.element_ty)
-    else:
-        raw_a, raw_b = tl.load(source, mask=ok, other=0.0), tl.load(source + HALF, mask=ok, other=0.0)
+    row = HEADS * 2 * HALF
+    raw_a, raw_b = _load_halves(
+        qkv, bias, token * row + column, column, ok, tl.num_programs(0).to(tl.int64) * row, q_out, HALF, PARTS, BIAS
+    )
     a, b = raw_a, raw_b
     if Q_NORM or K_NORM:
         wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)

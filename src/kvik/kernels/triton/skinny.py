@@ -45,26 +45,11 @@ def _weight_tile(
 
 @triton.jit(do_not_specialize=["m"])  # one compilation for every number of tokens
 def _skinny_kernel(
-    x: tl.tensor,
-    weight: tl.tensor,
-    weight_tiles: tl.tensor,
-    bias: tl.tensor,
-    residual: tl.tensor,
-    out: tl.tensor,
-    m: int,
-    n: int,
-    K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PREFETCH: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    SWIGLU: tl.constexpr,
-    TMA: tl.constexpr,
-    PDL: tl.constexpr,
-) -> None:
+    x: tl.tensor, weight: tl.tensor, weight_tiles: tl.tensor, bias: tl.tensor, residual: tl.tensor, out: tl.tensor,
+    m: int, n: int, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT_K: tl.constexpr, PREFETCH: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, SWIGLU: tl.constexpr,
+    TMA: tl.constexpr, PDL: tl.constexpr,
+) -> None:  # fmt: skip
     """x [m, K], weight [n, K] ([2 * n, K] with SWIGLU), out [m, n], or parts [SPLIT_K, m, n] fp32 with SPLIT_K > 1.
     x and weight_tiles are descriptors with TMA. Programs: token blocks (fastest, so that they share a weight tile in
     L2), row blocks, parts of K."""
