@@ -69,6 +69,8 @@ def test_what_decides_the_bits_of_a_deterministic_plan_does_not_depend_on_the_nu
         plans = {table.plan(dataclasses.replace(case, num_tokens=m), deterministic=True) for m in TOKENS}
         assert {plan.path for plan in plans} == {"skinny"}
         assert len({plan.split_k for plan in plans}) == 1
+        # Where one part of K ends is a multiple of the step.
+        assert len({plan.block_k for plan in plans}) == 1 or {plan.split_k for plan in plans} == {1}
         # wgmma, whose sums do not depend on the tile, needs 64 weight rows; else the tile is the same for all
         assert len(plans) == 1 or min(plan.block_n for plan in plans) >= 64
 

@@ -153,7 +153,7 @@ static inline F exp_f(F x) {  // relative error below 2e-7; 0 below -87
   return mul(p, as_float(shift_left<23>(addi(n, seti(127)))));
 }
 
-static inline F silu(F x) { return mul(x, reciprocal(add(setf(1.0f), exp_f(sub(setf(0.0f), x))))); }
+static inline F silu(F x) { return quotient(x, add(setf(1.0f), exp_f(sub(setf(0.0f), x)))); }
 
 // Writes `values` [n valid of 32] to y, adding the residual if there is one.
 static inline void emit(const float* values, int n, const float* residual, float* y) {

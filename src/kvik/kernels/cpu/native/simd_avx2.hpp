@@ -13,7 +13,7 @@ static inline F add(F a, F b) { return _mm256_add_ps(a, b); }
 static inline F sub(F a, F b) { return _mm256_sub_ps(a, b); }
 static inline F mul(F a, F b) { return _mm256_mul_ps(a, b); }
 static inline F divide(F a, F b) { return _mm256_div_ps(a, b); }
-static inline F reciprocal(F a) { return divide(setf(1.0f), a); }
+static inline F quotient(F a, F b) { return divide(a, b); }
 static inline F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static inline F maxf(F a, F b) { return _mm256_max_ps(a, b); }
 static inline F minf(F a, F b) { return _mm256_min_ps(a, b); }

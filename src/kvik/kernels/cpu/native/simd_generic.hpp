@@ -13,7 +13,7 @@ static inline F add(F a, F b) { return a + b; }
 static inline F sub(F a, F b) { return a - b; }
 static inline F mul(F a, F b) { return a * b; }
 static inline F divide(F a, F b) { return a / b; }
-static inline F reciprocal(F a) { return divide(setf(1.0f), a); }
+static inline F quotient(F a, F b) { return divide(a, b); }
 static inline F fma(F a, F b, F c) { return a * b + c; }
 static inline I loadw(const void* p) { I x; __builtin_memcpy(&x, p, 16); return x; }
 static inline void storew(void* p, I x) { __builtin_memcpy(p, &x, 16); }
