@@ -94,7 +94,7 @@ class Paged:
             query_starts=torch.tensor(starts, dtype=torch.int32),
             seq_lens=torch.tensor(lens, dtype=torch.int32),
             block_tables=torch.tensor([range(7 * i, 7 * i + 7) for i in work], dtype=torch.int32),
-            logit_indices=torch.tensor(starts[1:]) - 1,
+            logit_indices=None if starts[-1] == len(work) else torch.tensor(starts[1:]) - 1,
             query_starts_host=tuple(starts),
             seq_lens_host=tuple(lens),
             rope_lens=torch.tensor(positions) + 1,

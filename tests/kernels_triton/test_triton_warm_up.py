@@ -22,6 +22,7 @@ from kvik.kernels.triton.compile_only import has_nvidia_driver
 from kvik.models.registry import build_spec
 from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.kernel_compiler import CompileJob, KernelCompiler
+from kvik.runtime.mixed_step import graph_size, graph_sizes
 from kvik.runtime.warm_up import warm_up, warm_up_plans
 
 CONFIG: dict[str, Any] = {
@@ -158,3 +159,18 @@ def test_an_engine_finds_all_its_kernels_compiled(device: torch.device, tmp_path
     found = json.loads(file.read_text())["kernels"]
     assert found["start"]["compiled"] == [] and found["start"]["loaded"] > 30
     assert found["first_request"] == {"compiled": [], "loaded": 0}
+
+
+def test_graphs_of_steps_with_prompts_pad_little_where_it_costs() -> None:
+    for budget in (5, 300, 2048, 8192, 10000):
+        sizes = graph_sizes(budget)
+        assert list(sizes) == sorted(set(sizes)) and sizes[-1] == budget
+        assert graph_size(budget, sizes) == budget
+        assert graph_size(budget + 1, sizes) is None
+        for num_tokens in range(1, budget + 1):
+            size = graph_size(num_tokens, sizes)
+            if size is None:
+                assert num_tokens > 2048
+            else:
+                assert num_tokens <= size <= max(16, 2 * num_tokens)
+                assert size <= 2048 or 7 * size <= 8 * num_tokens

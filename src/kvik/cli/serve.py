@@ -81,6 +81,7 @@ def _server_flags(args: argparse.Namespace) -> dict[tuple[str, str], Setting]:
 
 
 def _usable_cores() -> int:
+    """As `runtime.platform.usable_cores`, without torch: this process computes nothing."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from kvik.config import SchedulerConfig
 from kvik.core.plan import Chunk, RowInit, StepPlan
+from kvik.kernels.triton.dispatch import BUCKETS
 from kvik.runtime.decode_step import buckets
 from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.mixed_step import graph_sizes
@@ -41,7 +42,7 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
         yield StepPlan(0, (), (), tuple(range(count)), ())
     yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
-    for num_tokens in graph_sizes(budget):
+    for num_tokens in sorted({*graph_sizes(budget), *(count for count in BUCKETS if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
         lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
