@@ -4,8 +4,8 @@ slots of the paged cache, with Qwen3's RMSNorm of each head before it: one pass 
 (a, b) = (x[i], x[i + D/2]) becomes (a cos - b sin, b cos + a sin); every product is rounded, as in transformers.
 
 Values in the cache are finite, whatever a model gives: attention multiplies what lies in a block behind a sequence's
-end by 0, which must be 0, whoever wrote there before. A token with a value that is not finite gets a key of NaN
-instead, so that the sequence itself stays as broken as it is.
+end by 0, which must be 0, whoever wrote there before. A head of a token with a value that is not finite gets a key of
+NaN instead, so that the sequence itself stays as broken as it is.
 """
 
 from __future__ import annotations
@@ -28,13 +28,22 @@ def _rounded_product(a: tl.tensor, b: tl.tensor) -> tl.tensor:
 
 
 @triton.jit
-def _normed_where(
-    chosen: tl.tensor, a: tl.tensor, b: tl.tensor, rstd: tl.tensor, weight: tl.tensor, i: tl.tensor, HALF: tl.constexpr
+def _normed(
+    a: tl.tensor, b: tl.tensor, weight: tl.tensor, i: tl.tensor, eps: float, HALF: tl.constexpr
 ) -> tuple[tl.tensor, tl.tensor]:
-    """Both halves of each head, normalised with weight [2 * HALF] where `chosen`."""
+    """Both halves of each head, normalised with weight [2 * HALF]."""
+    wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
+    rstd = tl.rsqrt(tl.sum(wide_a * wide_a + wide_b * wide_b, axis=1) / (2 * HALF) + eps)[:, None]
     gain_a = tl.load(weight + i, mask=i < HALF, other=0.0)[None, :]
     gain_b = tl.load(weight + HALF + i, mask=i < HALF, other=0.0)[None, :]
-    return tl.where(chosen, normalized(a, rstd, gain_a), a), tl.where(chosen, normalized(b, rstd, gain_b), b)
+    return normalized(a, rstd, gain_a), normalized(b, rstd, gain_b)
+
+
+@triton.jit
+def _turned(a: tl.tensor, b: tl.tensor, cos: tl.tensor, sin: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+    """Both halves of each head, rotated."""
+    turned_a = (_rounded_product(a, cos) - _rounded_product(b, sin)).to(a.dtype)
+    return turned_a, (_rounded_product(b, cos) + _rounded_product(a, sin)).to(a.dtype)
 
 
 @triton.jit
@@ -52,11 +61,14 @@ def _store_halves(places: tl.tensor, a: tl.tensor, b: tl.tensor, mask: tl.tensor
 
 @triton.jit
 def _load_halves(
-    qkv: tl.tensor, bias: tl.tensor, place: tl.tensor, column: tl.tensor, ok: tl.tensor, stride: tl.tensor,
-    like: tl.tensor, HALF: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
+    qkv: tl.tensor, bias: tl.tensor, token: tl.tensor, heads: tl.tensor, i: tl.tensor, ok: tl.tensor, like: tl.tensor,
+    HEADS: tl.constexpr, HALF: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr,
 ) -> tuple[tl.tensor, tl.tensor]:  # fmt: skip
-    """Both halves of each head at `place` of qkv; with PARTS of the sum of parts `stride` apart, in `like`'s dtype."""
+    """Both halves of each of `heads` of a token; with PARTS of the sum of parts, in `like`'s dtype."""
+    column = heads[:, None] * (2 * HALF) + i[None, :]
+    place = token * (HEADS * 2 * HALF) + column
     if PARTS > 0:
+        stride = tl.num_programs(0).to(tl.int64) * (HEADS * 2 * HALF)
         a = add_parts(qkv + place, stride, bias, column, ok, PARTS, BIAS).to(like.dtype.element_ty)
         b = add_parts(qkv + place + HALF, stride, bias, column + HALF, ok, PARTS, BIAS).to(like.dtype.element_ty)
     else:
@@ -72,54 +84,48 @@ def _rope_kernel(
     BLOCK_SIZE: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, BLOCK_H: tl.constexpr,
     Q_NORM: tl.constexpr, K_NORM: tl.constexpr, PARTS: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ) -> None:  # fmt: skip
-    """BLOCK_H of the heads of one token, each as two tiles [BLOCK_H, HALF_PADDED]: keys and values in turn, then
-    queries. With PARTS, qkv is [PARTS, num_tokens, HEADS * 2 * HALF] fp32, to which bias is added with BIAS."""
+    """BLOCK_H query heads of a token, or as many keys and their values, each as two tiles [BLOCK_H, HALF_PADDED].
+    With PARTS, qkv is [PARTS, num_tokens, HEADS * 2 * HALF] fp32, to which bias is added with BIAS."""
     HEADS: tl.constexpr = Q_HEADS + 2 * KV_HEADS
-    index = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
-    heads = tl.where(index < 2 * KV_HEADS, Q_HEADS + index // 2 + index % 2 * KV_HEADS, index - 2 * KV_HEADS)
+    Q_PROGRAMS: tl.constexpr = (Q_HEADS + BLOCK_H - 1) // BLOCK_H
     i = tl.arange(0, HALF_PADDED)
-    half_ok = i < HALF
-    is_q, is_k = (heads < Q_HEADS)[:, None], ((heads >= Q_HEADS) & (heads < Q_HEADS + KV_HEADS))[:, None]
-    is_v = (heads >= Q_HEADS + KV_HEADS)[:, None]
-    ok = (index < HEADS)[:, None] & half_ok[None, :]
     start_dependents(PDL)
     wait_for_inputs(PDL)
 
     token = tl.program_id(0).to(tl.int64)
-    column = heads[:, None] * (2 * HALF) + i[None, :]
-    row = HEADS * 2 * HALF
-    raw_a, raw_b = _load_halves(
-        qkv, bias, token * row + column, column, ok, tl.num_programs(0).to(tl.int64) * row, q_out, HALF, PARTS, BIAS
-    )
-    a, b = raw_a, raw_b
-    if Q_NORM or K_NORM:
-        wide_a, wide_b = a.to(tl.float32), b.to(tl.float32)
-        squares = tl.sum(wide_a * wide_a + wide_b * wide_b, axis=1)
-        rstd = tl.rsqrt(squares / (2 * HALF) + eps)[:, None]
-    if Q_NORM:
-        a, b = _normed_where(is_q, a, b, rstd, q_norm, i, HALF)
-    if K_NORM:
-        a, b = _normed_where(is_k, a, b, rstd, k_norm, i, HALF)
-    c = tl.load(cos + token * angle_stride + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
-    s = tl.load(sin + token * angle_stride + i, mask=half_ok, other=0.0).to(raw_a.dtype).to(tl.float32)[None, :]
-    fine_a, fine_b = _is_finite(raw_a), _is_finite(raw_b)
-    broken = tl.max(tl.max((is_v & ~(fine_a & fine_b)).to(tl.int32), axis=1), axis=0) > 0
-    turned_a = (_rounded_product(a, c) - _rounded_product(b, s)).to(raw_a.dtype)
-    turned_b = (_rounded_product(b, c) + _rounded_product(a, s)).to(raw_a.dtype)
-
-    key_a = tl.where(broken, float("nan"), turned_a.to(tl.float32))
-    value_a = tl.where(fine_a, raw_a.to(tl.float32), 0.0)
-    value_b = tl.where(fine_b, raw_b.to(tl.float32), 0.0)
-
-    q_places = q_out + (token * Q_HEADS + heads[:, None]) * (2 * HALF) + i[None, :]
-    _store_halves(q_places, turned_a, turned_b, is_q & ok, HALF)
-    slot = tl.load(slots + token).to(tl.int64)
-    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    written = (slot >= 0) & ok
-    kv_head = tl.where(is_v, heads[:, None] - Q_HEADS - KV_HEADS, heads[:, None] - Q_HEADS)
-    within = (kv_head * BLOCK_SIZE + offset) * (2 * HALF) + i[None, :]
-    _store_halves(k_cache + block * k_block_stride + within, key_a, turned_b, is_k & written, HALF)
-    _store_halves(v_cache + block * v_block_stride + within, value_a, value_b, is_v & written, HALF)
+    dtype = q_out.dtype.element_ty
+    c = tl.load(cos + token * angle_stride + i, mask=i < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
+    s = tl.load(sin + token * angle_stride + i, mask=i < HALF, other=0.0).to(dtype).to(tl.float32)[None, :]
+    if tl.program_id(1) < Q_PROGRAMS:
+        heads = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+        ok = (heads < Q_HEADS)[:, None] & (i < HALF)[None, :]
+        a, b = _load_halves(qkv, bias, token, heads, i, ok, q_out, HEADS, HALF, PARTS, BIAS)
+        if Q_NORM:
+            a, b = _normed(a, b, q_norm, i, eps, HALF)
+        a, b = _turned(a, b, c, s)
+        places = q_out + (token * Q_HEADS + heads[:, None]) * (2 * HALF) + i[None, :]
+        _store_halves(places, a, b, ok, HALF)
+    else:
+        slot = tl.load(slots + token).to(tl.int64)
+        heads = (tl.program_id(1) - Q_PROGRAMS) * BLOCK_H + tl.arange(0, BLOCK_H)
+        ok = (heads < KV_HEADS)[:, None] & (i < HALF)[None, :]
+        a, b = _load_halves(qkv, bias, token, Q_HEADS + heads, i, ok, q_out, HEADS, HALF, PARTS, BIAS)
+        value_a, value_b = _load_halves(
+            qkv, bias, token, Q_HEADS + KV_HEADS + heads, i, ok, q_out, HEADS, HALF, PARTS, BIAS
+        )
+        if K_NORM:
+            a, b = _normed(a, b, k_norm, i, eps, HALF)
+        a, b = _turned(a, b, c, s)
+        fine_a, fine_b = _is_finite(value_a), _is_finite(value_b)
+        broken = tl.max((~(fine_a & fine_b)).to(tl.int32), axis=1) > 0
+        key_a = tl.where(broken[:, None], float("nan"), a.to(tl.float32))
+        ok &= slot >= 0
+        block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
+        within = (heads[:, None] * BLOCK_SIZE + offset) * (2 * HALF) + i[None, :]
+        _store_halves(k_cache + block * k_block_stride + within, key_a, b, ok, HALF)
+        finite_a = tl.where(fine_a, value_a.to(tl.float32), 0.0)
+        finite_b = tl.where(fine_b, value_b.to(tl.float32), 0.0)
+        _store_halves(v_cache + block * v_block_stride + within, finite_a, finite_b, ok, HALF)
 
 
 def qk_norm_rope_store(
@@ -142,14 +148,14 @@ def qk_norm_rope_store(
 
     A negative slot writes nothing to the cache: the token is padding. Blocks of the caches and rows of cos and sin may
     lie apart (`stride(0)` is free), everything else is contiguous; num_tokens is not 0. plan.block is a number of
-    heads, at least 2.
+    heads.
     qkv may be the parts of a projection with a split K, [num_parts, num_tokens, ...] fp32, to which `bias` is added.
     """
     num_kv_heads, block_size, head_dim = k_cache.shape[1:]
-    (num_tokens, num_heads), block_h = out.shape[:2], max(plan.block, 2)  # a key and its value stay together
+    num_tokens, num_heads = out.shape[:2]
     assert cos.stride() == sin.stride() and cos.stride(1) == 1
     assert k_cache[0].is_contiguous() and v_cache[0].is_contiguous() and head_dim % 2 == 0
-    _rope_kernel[(num_tokens, triton.cdiv(num_heads + 2 * num_kv_heads, block_h))](
+    _rope_kernel[(num_tokens, triton.cdiv(num_heads, plan.block) + triton.cdiv(num_kv_heads, plan.block))](
         qkv,
         bias,
         cos,
@@ -169,7 +175,7 @@ def qk_norm_rope_store(
         BLOCK_SIZE=block_size,
         HALF=head_dim // 2,
         HALF_PADDED=triton.next_power_of_2(head_dim // 2),
-        BLOCK_H=block_h,
+        BLOCK_H=plan.block,
         Q_NORM=q_norm is not None,
         K_NORM=k_norm is not None,
         PARTS=len(qkv) if qkv.dim() == 3 else 0,
