@@ -145,12 +145,14 @@ def state() -> None:
     from kvik.kernels.triton import block_copy
     from kvik.kernels.triton import state as kernels
 
-    ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "seq_lens", "out_tables", "pairs"]
+    ints = ["rows", "tokens", "token_ids", "num_tokens", "tables", "seq_lens", "out_tables", "pairs", "host", "turn"]
     longs = ["input_ids", "positions", "slots", "addresses"]
-    scalars = dict.fromkeys(["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words", "stride"], "i32")
+    scalars = dict.fromkeys(
+        ["num_rows", "width", "max_blocks", "out_blocks", "dummy_slot", "words", "stride", "host_width"], "i32"
+    )
     types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars}
     compile_kernel("inputs", kernels._inputs, types, {"BLOCK_SIZE": 64, "BLOCK": kernels.BLOCK}, num_warps=1)
-    compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK}, num_warps=4)
+    compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK, "TURNS": 32}, num_warps=4)
     compile_kernel("copy blocks", block_copy._copy, types, {"BLOCK": block_copy.WORDS}, num_warps=4)
 
 

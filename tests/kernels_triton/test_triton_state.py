@@ -24,6 +24,8 @@ class Table:
 
         self.state = {"token_ids": ints(6, 40), "block_table": ints(6, 3)}
         self.state["num_tokens"] = torch.tensor([1, 15, 16, 17, 39, 40], dtype=torch.int32, device=device)
+        self.host = torch.full((2, 300), -7, dtype=torch.int32, device=device)
+        self.turn = torch.zeros(1, dtype=torch.int32, device=device)
         self.device = device
 
     def inputs(self, rows: list[int], num_blocks: int = 3) -> DecodeInputs:
@@ -37,7 +39,10 @@ class Table:
 
     def append(self, rows: list[int], tokens: list[int]) -> None:
         on_device = (torch.tensor(v, dtype=torch.int32, device=self.device) for v in (rows, tokens))
-        append_tokens(*on_device, token_ids=self.state["token_ids"], num_tokens=self.state["num_tokens"])
+        append_tokens(
+            *on_device, token_ids=self.state["token_ids"], num_tokens=self.state["num_tokens"],
+            host=self.host, turn=self.turn,
+        )  # fmt: skip
 
 
 def check(table: Table, out: DecodeInputs, rows: list[int]) -> None:
@@ -85,6 +90,16 @@ def test_padding_failed_rows_and_full_rows(device: torch.device) -> None:
     assert out.seq_lens.tolist() == [0, 0, 40, 0]
     assert out.block_tables[:2].tolist() == [[0, 0, 0]] * 2
     check(table, table.inputs([4]), [4])
+
+
+def test_tokens_go_to_the_host_turn_by_turn(device: torch.device) -> None:
+    table = Table(device)
+    table.append([-1, 0, 4], [3, -2, 4])
+    assert table.host[:, :6].tolist() == [[-1, -2, 4, -7, -7, -7], [-7] * 6]
+    table.append([3], [8])
+    assert (table.host[1, :6].tolist(), table.turn.item()) == ([8] + [-7] * 5, 0)
+    table.append([1], [9])
+    assert (table.host[:, 0].tolist(), table.turn.item()) == ([9, 8], 1)
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])

@@ -153,7 +153,7 @@ def test_public_names_resolve() -> None:
 
 
 def test_the_word_cuda_stays_in_its_rooms() -> None:
-    rooms = {"config", "runtime.platform", "runtime.graphs", "runtime.gpu_runner"}
+    rooms = {"config", "runtime.platform", "runtime.graphs", "runtime.gpu_runner", "runtime.token_ring"}
     outside = [
         _name(path)
         for path in MODULES

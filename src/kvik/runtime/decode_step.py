@@ -8,7 +8,7 @@ While the batch stays the same, a step is one graph launch and copies nothing to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,28 +102,26 @@ class DecodeStep:
         self._buckets: dict[int, _Bucket] = {}
         self._graphs: dict[tuple[int, SamplerPath], Graph] = {}
 
-    def run(self, rows: list[int], path: SamplerPath) -> Tensor:
-        """Decode one token of each table row: int32 [len(rows)], valid until the next step."""
+    def run(self, rows: list[int], path: SamplerPath) -> Callable[[], list[int]]:
+        """Decode one token of each table row: a function that waits for them."""
         size = next(size for size in self._sizes if size >= len(rows))
         bucket = self._buckets.get(size)
         if bucket is None:
             bucket = self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
         bucket.fill(rows)
-        if self._pool is None:
-            return self._compute(bucket, path)[: len(rows)]
         graph = self._graphs.get((size, path))
         if graph is None:
-            tokens = self._compute(bucket, path)[: len(rows)].clone()  # also compiles what the capture will launch
+            self._compute(bucket, path)  # also compiles what a capture will launch
+        else:
+            graph.replay()
+        tokens = self._table.results.take(len(rows))
+        if graph is None and self._pool is not None:
             self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
-            return tokens
-        graph.replay()
-        return self._work.tokens[: len(rows)]
+        return tokens
 
-    def _compute(self, bucket: _Bucket, path: SamplerPath) -> Tensor:
+    def _compute(self, bucket: _Bucket, path: SamplerPath) -> None:
         self._table.decode_inputs(bucket.rows, bucket.inputs)
         self._attention.prepare(bucket.batch)
         hidden = self._model.forward(bucket.batch, self._kv_pool.layers)
         logits = self._model.ops.linear(hidden, self._model.weights.lm_head)  # [num_rows, vocab_size]
-        tokens = path.sample(logits, bucket.rows, self._table.fields, self._work)
-        self._table.append(bucket.rows, tokens)
-        return tokens
+        self._table.append(bucket.rows, path.sample(logits, bucket.rows, self._table.fields, self._work))

@@ -17,6 +17,7 @@ from torch import Tensor
 from kvik.core.plan import RowInit, StepPlan
 from kvik.kernels.triton.sampling_table import LISTS, MASK, PENALTIES, SamplingTable
 from kvik.kernels.triton.state import DecodeInputs, append_tokens, decode_inputs
+from kvik.runtime.token_ring import TokenRing
 from kvik.sampling.row import RowSampling
 
 __all__ = ["NO_SLOT", "DeviceTable", "upload", "upload_parts"]
@@ -53,6 +54,7 @@ class DeviceTable:
         self.fields = SamplingTable.zeros(max_num_seqs, max_model_len, vocab_size, device)
         max_blocks = -(-max_model_len // block_size)
         self.block_table = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=device)
+        self.results = TokenRing(max_num_seqs, device)
         self.device = device
         self._block_size = block_size
         self.num_prompt = np.zeros(max_num_seqs, dtype=np.int64)
@@ -98,8 +100,11 @@ class DeviceTable:
         )  # fmt: skip
 
     def append(self, rows: Tensor, tokens: Tensor) -> None:
-        """Append what was sampled to `rows` [num_rows] int32, -1 for padding."""
-        append_tokens(rows, tokens, token_ids=self.fields.token_ids, num_tokens=self.fields.num_tokens)
+        """Append what was sampled to `rows` [num_rows] int32, -1 for padding, and send it to the host."""
+        append_tokens(
+            rows, tokens, token_ids=self.fields.token_ids, num_tokens=self.fields.num_tokens,
+            host=self.results.host, turn=self.results.turn,
+        )  # fmt: skip
 
     def _join(self, inits: Sequence[RowInit]) -> None:
         states = [RowSampling.from_init(init, self._vocab_size) for init in inits]

@@ -1,6 +1,6 @@
 """Runs step plans on a GPU without waiting for them: upload what changed, launch, hand back a promise of the result.
 
-    plan ──► table diff ──► decode step (a graph, if all rows decode) ─┬─► tokens ──► pinned memory, event
+    plan ──► table diff ──► decode step (a graph, if all rows decode) ─┬─► tokens ──► `TokenRing`
                        └──► mixed step (prompts, or rows that need     ┘
                             the host)
 
@@ -39,20 +39,11 @@ EDITS, TOP_K, TOP_P, MIN_P, HOST, LOGPROBS, MIXED = (1 << bit for bit in range(7
 
 
 @dataclass(slots=True)
-class _Staging:
-    """Where the tokens of a step come to on the host."""
-
-    tokens: Tensor  # [max_num_seqs] int32, pinned
-    ready: torch.cuda.Event
-
-
-@dataclass(slots=True)
 class _Step:
     """What a launched step will give: tokens of its decodes, then of the chunks that sample."""
 
     rows: Sequence[int]
-    tokens: Tensor  # [len(rows)] int32 on the host, valid once its staging is ready
-    staging: _Staging | None = None
+    tokens: Callable[[], list[int]] = list  # of each of them, once they are there
     errors: dict[int, str] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompts: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
@@ -86,7 +77,6 @@ class GpuRunner:
         self._tracer = tracer
         self._needs = np.zeros(len(table.num_tokens), dtype=np.uint8)  # bits, by table row
         self._decode_rows = _DecodeRows(())
-        self._staging: list[_Staging] = []  # those that no step uses
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -107,7 +97,7 @@ class GpuRunner:
             if plan.chunks or needs & MIXED:
                 step = self._mixed(plan.chunks, decodes)
             else:
-                step = self._finish(self._decode.run(decodes.rows, _path(needs)), decodes.rows)
+                step = _Step(decodes.rows, self._decode.run(decodes.rows, _path(needs)))
                 self._table.num_tokens[decodes.index] += 1
         return lambda: self._collect(plan, step)
 
@@ -116,6 +106,7 @@ class GpuRunner:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._work.counts.zero_()
+        self._table.results.reset()
 
     def _row_needs(self, row: int) -> int:
         """The bits of a row that joins."""
@@ -133,7 +124,7 @@ class GpuRunner:
         pooled = [i for i, row in enumerate(rows) if self._prompts.is_pooled(row)]
         embeddings = {rows[i]: self._prompts.embedding(rows[i], hidden[i]) for i in pooled}
         if not rows:
-            return _Step(rows, torch.empty(0, dtype=torch.int32), prompts=prompts)
+            return _Step(rows, prompts=prompts)
         index = np.array(rows, dtype=np.int64)
         needs = self._needs[index]
         logits = self._model.ops.linear(hidden[: len(rows)], self._model.weights.lm_head)  # [rows, vocab_size]
@@ -142,7 +133,7 @@ class GpuRunner:
         errors = self._sample_on_host(rows, np.flatnonzero(needs & HOST).tolist(), logits, tokens)
         self._table.append(on_device, tokens)
         self._table.num_tokens[index] += 1
-        step = self._finish(tokens, rows)
+        step = _Step(rows, self._table.results.take(len(rows)))
         step.logprobs = self._logprobs(rows, np.flatnonzero(needs & LOGPROBS).tolist(), logits, tokens)
         step.errors, step.prompts, step.embeddings = errors, prompts, embeddings
         return step
@@ -193,27 +184,9 @@ class GpuRunner:
         num_top = self._table.sampling(part.row).params.prompt_logprobs or 0
         return self._prompts.take(part, hidden, next_ids, num_top, self._model.logits)
 
-    def _finish(self, tokens: Tensor, rows: Sequence[int]) -> _Step:
-        """Have the tokens copied to the host."""
-        if self._device.type != "cuda":
-            return _Step(rows, tokens.clone())
-        staging = self._staging.pop() if self._staging else self._new_staging()
-        host = staging.tokens[: len(rows)]
-        host.copy_(tokens, non_blocking=True)
-        staging.ready.record()
-        return _Step(rows, host, staging)
-
-    def _new_staging(self) -> _Staging:
-        tokens = torch.empty(len(self._needs), dtype=torch.int32, pin_memory=True)
-        return _Staging(tokens, torch.cuda.Event())  # type: ignore[no-untyped-call]
-
     def _collect(self, plan: StepPlan, step: _Step) -> StepResult:
         """Wait for a step's tokens, and put what there is beside them."""
-        if step.staging is not None:
-            step.staging.ready.synchronize()
-        tokens: list[int] = step.tokens.tolist()
-        if step.staging is not None:
-            self._staging.append(step.staging)
+        tokens = step.tokens()
         sampled = dict(zip(step.rows, tokens, strict=True)) if plan.chunks else {}
         rows = [_row_result(chunk.row, step, sampled.get(chunk.row)) for chunk in plan.chunks]
         decoded = tokens[: len(plan.decodes)]

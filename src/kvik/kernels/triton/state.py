@@ -2,7 +2,7 @@
 
     rows [num_rows]      table row of each batch row, -1 for padding
     decode_inputs        num_tokens[row] = n ──► id, position n - 1, its slot, context length n, block table
-    append_tokens        token_ids[row, n] = token; num_tokens[row] = n + 1
+    append_tokens        token_ids[row, n] = token; num_tokens[row] = n + 1; host[turn, i] = token
 
 With this a step needs nothing from the host while the batch stays the same.
 """
@@ -66,15 +66,22 @@ def _inputs(rows: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, tables
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _append(rows: tl.tensor, tokens: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, num_rows: tl.tensor,
-            width: tl.tensor, BLOCK: tl.constexpr) -> None:  # fmt: skip
-    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    row = tl.load(rows + index, mask=index < num_rows, other=-1).to(tl.int64)
-    token = tl.load(tokens + index, mask=row >= 0, other=-1)
-    live = (row >= 0) & (token >= 0)  # a row without a token has failed: it stays as it is until it leaves
-    length = tl.load(num_tokens + row, mask=live, other=0)
-    tl.store(token_ids + row * width + length, token, mask=live & (length < width))
-    tl.store(num_tokens + row, length + 1, mask=live)
+def _append(rows: tl.tensor, tokens: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, host: tl.tensor,
+            turn: tl.tensor, num_rows: tl.tensor, width: tl.tensor, host_width: tl.tensor, TURNS: tl.constexpr,
+            BLOCK: tl.constexpr) -> None:  # fmt: skip
+    """One program, since the turn ends when all rows are done."""
+    now = tl.load(turn)
+    for first in range(0, num_rows, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        row = tl.load(rows + index, mask=index < num_rows, other=-1).to(tl.int64)
+        token = tl.load(tokens + index, mask=row >= 0, other=-1)
+        live = (row >= 0) & (token >= 0)  # a row without a token has failed: it stays as it is until it leaves
+        length = tl.load(num_tokens + row, mask=live, other=0)
+        tl.store(token_ids + row * width + length, token, mask=live & (length < width))
+        tl.store(num_tokens + row, length + 1, mask=live)
+        tl.store(host + now * host_width + index, token, mask=index < num_rows)
+    tl.debug_barrier()  # every thread has read the turn
+    tl.store(turn, (now + 1) % TURNS)
 
 
 def decode_inputs(
@@ -95,12 +102,16 @@ def decode_inputs(
     )  # fmt: skip
 
 
-def append_tokens(rows: Tensor, tokens: Tensor, *, token_ids: Tensor, num_tokens: Tensor) -> None:
+def append_tokens(
+    rows: Tensor, tokens: Tensor, *, token_ids: Tensor, num_tokens: Tensor, host: Tensor, turn: Tensor
+) -> None:
     """Append `tokens` [num_rows] int32, what `sample` returned, to `rows` [num_rows] int32, -1 for padding.
 
     A negative token is none. A token that has no place left is counted but not written.
+    host: [turns, >= num_rows] int32 that the device can write, where the tokens go as well; turn: [1] int32, where
+    they go, and one more afterwards.
     """
-    num_rows = rows.shape[0]
-    _append[(triton.cdiv(num_rows, BLOCK),)](
-        rows, tokens, token_ids, num_tokens, num_rows, token_ids.shape[1], BLOCK=BLOCK, num_warps=4
-    )
+    _append[(1,)](
+        rows, tokens, token_ids, num_tokens, host, turn, rows.shape[0], token_ids.shape[1], host.shape[1],
+        TURNS=len(host), BLOCK=BLOCK, num_warps=4,
+    )  # fmt: skip
