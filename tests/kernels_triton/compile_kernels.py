@@ -78,7 +78,8 @@ def attention() -> None:
             "WINDOW": window, "NUM_KV_HEADS": kv_heads, "GROUP": group, "HEAD_DIM": dim, "BLOCK_SIZE": block,
             "BLOCK_D": triton.next_power_of_2(dim), "BLOCK_N": tiles.block_n, "PDL": True,
         }  # fmt: skip
-        chunks = {"CHUNK": tiles.chunk, "SHORT_LEN": tiles.short_len, "SHORT_CHUNK": tiles.short_chunk}
+        chunks = {"CHUNK": tiles.chunk, "SHORT_LEN": tiles.short_len, "SHORT_CHUNK": tiles.short_chunk,
+                  "UNIT": tiles.unit}  # fmt: skip
         rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
         tma = dtype != "fp32" and block % tiles.decode_n == 0
         constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows, "TMA": tma} | chunks
@@ -94,6 +95,7 @@ def attention() -> None:
         "CHUNK": 512,
         "SHORT_LEN": 2048,
         "SHORT_CHUNK": 128,
+        "UNIT": 32,
         "TILE_QUERIES": 16,
         "SEQS": 256,
         "BLOCK": 64,

@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 
 SPILLS = {
     "prefill 64 fp32",  # products of tf32 parts
-    "decode 8B speculating", "decode 0.6B blocks of 1",  # a single warp's registers are for one query, whole blocks
+    # a single warp's registers are for one query, whole blocks
+    "decode 8B speculating", "decode 0.6B blocks of 1", "decode 8B blocks of 16",
 }  # fmt: skip
 
 

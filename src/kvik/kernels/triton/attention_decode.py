@@ -1,8 +1,8 @@
 """Attention of few queries per sequence over the paged cache: softmax(scale * q @ k.T) @ v.
 
-A work item is one chunk of one sequence's keys (flash-decoding, with chunks of a fixed size in place of a fixed number
-of splits, so a sequence's result does not depend on the batch). The query heads that share a key head, and the queries
-of a sequence, are the rows of one tile:
+A work item is one chunk of one sequence's keys (flash-decoding, with chunks whose size follows from the sequence alone
+in place of a number of splits, so that its result does not depend on the batch). The query heads that share a key
+head, and the queries of a sequence, are the rows of one tile:
 
     row     0      1      2      3      4   ..
     query   0      0      1      1      -         2 queries, group of 2 heads, padded to 16 rows
@@ -80,7 +80,7 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             table_stride: tl.tensor, block_rows: tl.tensor, scale: tl.tensor,
             WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr,
-            SHORT_CHUNK: tl.constexpr, BLOCK_M: tl.constexpr,
+            SHORT_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
             BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
             PDL: tl.constexpr) -> None:  # fmt: skip
     start_dependents(PDL)
@@ -96,7 +96,7 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
         if MAX_QUERIES > 1:
             num_queries = tl.load(query_starts + sequence + 1) - start
         first_position = seq_len - num_queries
-        size = chunk_of(seq_len, CHUNK, SHORT_LEN, SHORT_CHUNK)
+        size = chunk_of(seq_len, CHUNK, SHORT_LEN, SHORT_CHUNK, UNIT)
         first_chunk = 0
         if WINDOW > 0:
             first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // size
@@ -154,7 +154,7 @@ def decode_attention(
         scale * LOG2_E,
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
-        BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
+        UNIT=tiles.unit, BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
         BLOCK_D=block_d, BLOCK_N=tiles.decode_n, TMA=tma, PDL=pdl,
         num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

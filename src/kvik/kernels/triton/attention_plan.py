@@ -25,9 +25,15 @@ ITEM = tl.constexpr(ITEM_SIZE)
 
 
 @triton.jit
-def chunk_of(seq_len: tl.tensor, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr) -> tl.tensor:
-    """Keys of a work item of a sequence, which depends on its length only."""
-    return tl.where(seq_len <= SHORT_LEN, SHORT_CHUNK, CHUNK)
+def chunk_of(seq_len: tl.tensor, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr,
+             UNIT: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Keys of a work item of a sequence, which depends on its length only: with UNIT, a multiple of it, as even as
+    possible and nearest to CHUNK, since to merge a small rest costs more than to read it in the same item."""
+    size = seq_len * 0 + CHUNK
+    if UNIT > 0:
+        count = tl.maximum((seq_len + CHUNK // 2) // CHUNK, 1)
+        size = tl.maximum(tl.cdiv(tl.cdiv(seq_len, count), UNIT), 1) * UNIT
+    return tl.where(seq_len <= SHORT_LEN, SHORT_CHUNK, size)
 
 
 @triton.jit
@@ -45,14 +51,14 @@ def _write(items: tl.tensor, start: tl.tensor, count: tl.tensor, sequence: tl.te
 @triton.jit(do_not_specialize=["num_seqs"])
 def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor, prefill_items: tl.tensor,
           counts: tl.tensor, num_seqs: tl.tensor, MAX_QUERIES: tl.constexpr, CHUNK: tl.constexpr,
-          SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr, TILE_QUERIES: tl.constexpr, SEQS: tl.constexpr,
-          BLOCK: tl.constexpr) -> None:  # fmt: skip
+          SHORT_LEN: tl.constexpr, SHORT_CHUNK: tl.constexpr, UNIT: tl.constexpr, TILE_QUERIES: tl.constexpr,
+          SEQS: tl.constexpr, BLOCK: tl.constexpr) -> None:  # fmt: skip
     sequence = tl.program_id(0)
     ids = tl.arange(0, SEQS)
     held = ids < num_seqs
     queries = tl.load(query_starts + ids + 1, mask=held, other=0) - tl.load(query_starts + ids, mask=held, other=0)
     lens = tl.load(seq_lens + ids, mask=held, other=0)
-    chunks = tl.maximum(tl.cdiv(lens, chunk_of(lens, CHUNK, SHORT_LEN, SHORT_CHUNK)), 1)
+    chunks = tl.maximum(tl.cdiv(lens, chunk_of(lens, CHUNK, SHORT_LEN, SHORT_CHUNK, UNIT)), 1)
     chunks = tl.where((queries > 0) & (queries <= MAX_QUERIES), chunks, 0)
     tiles = tl.where(queries > MAX_QUERIES, tl.cdiv(queries, TILE_QUERIES), 0)
     before, mine = ids < sequence, ids == sequence
@@ -80,6 +86,6 @@ def plan_attention(
     _plan[(num_seqs,)](
         query_starts, seq_lens, decode_items, prefill_items, counts, num_seqs,
         MAX_QUERIES=max_queries, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
-        TILE_QUERIES=tile_queries, SEQS=triton.next_power_of_2(max_seqs),
+        UNIT=tiles.unit, TILE_QUERIES=tile_queries, SEQS=triton.next_power_of_2(max_seqs),
         BLOCK=WRITE, num_warps=1,
     )  # fmt: skip

@@ -29,6 +29,7 @@ class AttentionTiles:
     block_n: int = 64  # keys per tile of the prefill kernel
     decode_n: int = 64  # and of the decode kernel
     chunk: int = 512  # keys per work item of the decode kernel; a multiple of decode_n
+    even: bool = False  # rather about so many, and all chunks of a sequence alike: a small rest costs a merge
     short_len: int = 0  # up to this context a sequence is cut more finely, so that few sequences fill the GPU:
     short_chunk: int = 128  # keys per work item then
     decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
@@ -40,9 +41,14 @@ class AttentionTiles:
     prefill_stages: int = 3
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
 
+    @property
+    def unit(self) -> int:
+        """Of what chunks are multiples where their size depends on the sequence's length, else 0."""
+        return self.decode_n if self.even else 0
+
     def __post_init__(self) -> None:
         assert self.chunk % self.decode_n == self.short_chunk % self.decode_n == 0, "a chunk is cut inside a tile"
-        assert not self.merge_chunks or self.decode_n == self.block_n, "both kernels must add up alike"
+        assert not self.merge_chunks or (self.decode_n == self.block_n and not self.even), "both kernels add up alike"
 
 
 def attention_tiles(
@@ -65,15 +71,16 @@ def attention_tiles(
 
 
 _PADDED = AttentionTiles()
-_MANY = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
-_FEW = ((16, replace(_MANY, short_len=1024, short_chunk=64, decode_stages=4)),)
+_SINGLE = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
+_MANY = replace(_SINGLE, chunk=1024, even=True)
+_FEW = ((16, replace(_SINGLE, short_len=1024, short_chunk=64, decode_stages=4)), (48, _SINGLE))
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
 _HUGE = replace(_LARGE, block_n=32, decode_n=32, decode_stages=1, prefill_stages=1)
 # Single warps on tiles of 16 rows in both kernels: prefill pays for it, decode, where the time goes, does not.
-_EXACT = replace(_MANY, block_n=32, prefill_rows=16, prefill_warps=1, merge_chunks=True)
+_EXACT = replace(_SINGLE, block_n=32, prefill_rows=16, prefill_warps=1, merge_chunks=True)
 # These have no room in one warp. wgmma in both; the running sum beside that of a chunk takes registers of its own.
 _EXACT_LARGE = replace(_EXACT, decode_rows=64, decode_warps=8, decode_stages=2, prefill_rows=64, prefill_warps=8,
                        prefill_stages=2)  # fmt: skip

@@ -22,7 +22,7 @@ from kvik.log import logger
 
 __all__ = ["BUCKETS", "Case", "Norm", "Plan", "RowPlan", "Rule", "Table", "cache_path", "load_table", "save_measured"]
 
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+BUCKETS = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that have a plan of their own; others take the next larger one, and more than these the last."""
 
 _HERE = Path(__file__).parent
