@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import psutil
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from compile_job import JOB
 from test_triton_runner import cpu_runner, gpu_runner, run, settings, tokens
 
 from kvik.config import SchedulerConfig
 from kvik.kernels.triton.compile_only import has_nvidia_driver
-from kvik.models.registry import build_spec
 from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.kernel_compiler import CompileJob, KernelCompiler
 from kvik.runtime.mixed_step import graph_size, graph_sizes
 from kvik.runtime.warm_up import warm_up, warm_up_plans
-
-CONFIG: dict[str, Any] = {
-    "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
-    "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
-    "max_position_embeddings": 128, "rope_theta": 1e4, "tie_word_embeddings": True,
-}  # fmt: skip
-JOB = CompileJob(
-    spec=build_spec(CONFIG), dtype=torch.bfloat16, gpu="NVIDIA H200", capability=(9, 0), deterministic=False,
-    settings=SchedulerConfig(block_size=16, num_blocks=1, max_num_seqs=2, max_num_batched_tokens=4, max_model_len=64),
-)  # fmt: skip
 
 
 @pytest.fixture
@@ -84,71 +77,75 @@ def test_no_step_launches_a_kernel_that_warming_up_did_not(model: str, cache: Pa
     assert not kernels(cache)
 
 
-def test_a_job_survives_json_and_its_mark_depends_on_it(cache: Path) -> None:
-    assert CompileJob.from_json(JOB.to_json()) == JOB
+def test_the_mark_of_a_job_depends_on_it(cache: Path) -> None:
     assert JOB.mark.parent == cache
-    assert JOB.mark == CompileJob.from_json(JOB.to_json()).mark
+    assert JOB.mark == replace(JOB).mark
     others = [replace(JOB, dtype=torch.float16), replace(JOB, capability=(8, 0)), replace(JOB, gpu="x")]
     assert len({JOB.mark, *(other.mark for other in others)}) == 4
 
 
 def test_processes_share_the_kernels_and_leave_none_out(cache: Path) -> None:
-    with KernelCompiler(JOB, 2) as compiler:
-        assert compiler._folder is not None
-        folder = Path(compiler._folder.name)
-        compiler.wait()
-        claims = list((folder / "claims").iterdir())
-        assert not any(log.read_text() for log in folder.glob("log-*"))
-    assert not folder.exists()
-    found = kernels(cache)
-    assert len(claims) == len(found) + has_nvidia_driver()
-    (cache / "job").mkdir()
-    (cache / "job" / "claims").mkdir()
-    (cache / "job" / "job.json").write_text(JOB.to_json())
-    code = (
-        "import sys, json; from pathlib import Path; from triton import knobs; hits = [];"
-        "knobs.compilation.listener = lambda *, cache_hit, **_: hits.append(cache_hit);"
-        "from kvik.runtime.kernel_compiler import main; main(Path(sys.argv[1])); print(json.dumps(hits))"
-    )
-    again = subprocess.run([sys.executable, "-c", code, str(cache / "job")], capture_output=True, text=True, check=True)
-    assert json.loads(again.stdout) == [True] * len(found)
+    command = [sys.executable, str(Path(__file__).with_name("compile_job.py")), str(cache)]
+    first, second = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    assert first["log"] == second["log"] == ""
+    assert first["claims"] == second["claims"] == len(first["written"]) + has_nvidia_driver()
+    assert len(first["written"]) > 20
+    assert first["written"] == second["written"]  # the second time all were found
+    assert not first["left"]
 
 
 def test_a_marked_job_starts_no_processes(cache: Path) -> None:
     with KernelCompiler(JOB, 1) as alone:
-        assert not alone._processes
+        assert alone._process is None
         alone.leave_mark()
     with KernelCompiler(JOB, 2) as compiler:
-        assert not compiler._processes
+        assert compiler._process is None
         compiler.wait()
     assert [file.name for file in cache.iterdir()] == [JOB.mark.name]
 
 
-@pytest.mark.parametrize(
-    ("executable", "reason"), [("/bin/false", "2 of 2 processes"), ("/no/such/python", "by 0 processes")]
-)
 def test_processes_that_die_are_only_a_warning(
-    executable: str, reason: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(sys, "executable", executable)
+    def fail(self: CompileJob) -> None:
+        raise RuntimeError("no such shape")
+
+    monkeypatch.setattr(CompileJob, "meta_runner", fail)
     with caplog.at_level(logging.WARNING, "kvik"), KernelCompiler(JOB, 2) as compiler:
         compiler.wait()
-    assert reason in caplog.text
+    assert "they said: RuntimeError: no such shape" in caplog.text
     assert not kernels(cache)
+
+
+def test_a_process_that_cannot_start_is_only_a_warning(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> int:
+        raise BlockingIOError("too many processes")
+
+    monkeypatch.setattr("os.fork", fail)
+    with caplog.at_level(logging.WARNING, "kvik"), KernelCompiler(JOB, 2) as compiler:
+        compiler.wait()
+    assert "no process for it: too many processes" in caplog.text
 
 
 def test_processes_that_hang_are_ended(
     cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    sleeper = tmp_path / "python"
-    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
-    sleeper.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(sleeper))
+    def hang(runner: GpuRunner, config: SchedulerConfig) -> None:
+        (tmp_path / str(os.getpid())).touch()
+        if len(list(tmp_path.iterdir())) > 2:  # the cache, and two processes
+            time.sleep(600)
+
+    monkeypatch.setattr("kvik.runtime.kernel_compiler.warm_up", hang)
     with caplog.at_level(logging.WARNING, "kvik"), KernelCompiler(JOB, 2) as compiler:
-        processes = list(compiler._processes)
+        while len(processes := [int(file.name) for file in tmp_path.iterdir() if file.name != "cache"]) < 2:
+            time.sleep(0.01)
         compiler.wait(0.1)
     assert "takes longer than 0.1 s" in caplog.text
-    assert all(process.poll() is not None for process in processes)
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            assert psutil.Process(process).status() == psutil.STATUS_ZOMBIE
 
 
 @pytest.mark.parametrize("device", [pytest.param("cuda", marks=pytest.mark.gpu)], indirect=True)

@@ -1,7 +1,8 @@
 """Compiling an engine's kernels while its weights load: processes that fill Triton's cache and never touch the GPU.
 
-Processes, because Triton's front end holds Python's lock. Each runs all of `kvik.runtime.warm_up` on torch's meta
-device and compiles a kernel only if it is the first to claim it, by creating a file of its name:
+Processes, because Triton's front end holds Python's lock; forked, because to import torch takes longer than a kernel.
+Each runs `kvik.runtime.warm_up` on torch's meta device and compiles a kernel only if it is the first to claim it, by
+creating a file of its name:
 
     process 1   kernel a ■■■■■■   kernel c ■■■       kernel d ■■■■
     process 2   (a is claimed) kernel b ■■■■■■■■■■   (c, d are claimed) kernel e ■■
@@ -14,23 +15,25 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
+import multiprocessing
 import os
-import subprocess
+import signal
 import sys
 import tempfile
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
 
 import torch
+import triton
+from triton.compiler.compiler import make_backend
+from triton.runtime.cache import triton_key
 
 from kvik.config import SchedulerConfig
-from kvik.kernels.triton.compile_only import compile_shared
+from kvik.kernels.triton.compile_only import StandInDriver, compile_only, compile_shared, keep_out_dynamo
 from kvik.kernels.triton.dispatch import load_table
 from kvik.kernels.triton.ops import TritonOps
-from kvik.layers.rope import RopeSpec, RopeTable
+from kvik.layers.rope import RopeTable
 from kvik.log import logger
 from kvik.models.decoder import Decoder
 from kvik.models.loader import build_weights
@@ -40,10 +43,10 @@ from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.warm_up import warm_up
 
-__all__ = ["CompileJob", "KernelCompiler", "main"]
+__all__ = ["CompileJob", "KernelCompiler"]
 
 MAX_PROCESSES = 16
-"""Each takes about 400 MB while it runs."""
+"""Each takes about 100 MB of its own while it runs, beside 300 that they share."""
 
 LONGEST_WAIT = 120.0
 """Seconds that a start waits for the processes, once nothing else is left to do."""
@@ -63,30 +66,10 @@ class CompileJob:
     capability: tuple[int, int]
     deterministic: bool
 
-    def to_json(self) -> str:
-        """Every field, in plain values."""
-        return json.dumps(asdict(self) | {"dtype": str(self.dtype).removeprefix("torch.")}, sort_keys=True)
-
-    @classmethod
-    def from_json(cls, text: str) -> CompileJob:
-        """What `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(text)
-        spec = fields["spec"] | {
-            "rope": RopeSpec(**fields["spec"]["rope"]),
-            "windows": tuple(fields["spec"]["windows"]),
-        }
-        return cls(
-            spec=DecoderSpec(**spec), settings=SchedulerConfig(**fields["settings"]),
-            dtype=getattr(torch, fields["dtype"]), gpu=fields["gpu"], capability=tuple(fields["capability"]),
-            deterministic=fields["deterministic"],
-        )  # fmt: skip
-
     @property
     def mark(self) -> Path:
         """The file in Triton's cache that says that all kernels of this job are there."""
-        import triton
-
-        digest = hashlib.sha256(f"{triton.__version__} {self.to_json()} {load_table(self.gpu)}".encode())
+        digest = hashlib.sha256(f"{triton.__version__} {self} {load_table(self.gpu)}".encode())
         root = Path(__file__).parents[1]
         for folder in _SOURCES:
             for file in sorted((root / folder).rglob("*.py")):
@@ -94,8 +77,11 @@ class CompileJob:
         return Path(triton.knobs.cache.dir) / f"kvik-{digest.hexdigest()[:32]}"
 
     def meta_runner(self) -> GpuRunner:
-        """The runner of such an engine on the meta device, where tensors have no memory."""
-        spec, settings, meta = self.spec, self.settings, torch.device("meta")
+        """The runner of such an engine on the meta device, where tensors have no memory, with few layers: two of each
+        kind launch every kernel there is, the first and one that follows another."""
+        kept = [window for i, window in enumerate(self.spec.windows) if self.spec.windows[:i].count(window) < 2]
+        spec = replace(self.spec, num_layers=len(kept), windows=tuple(kept))
+        settings, meta = self.settings, torch.device("meta")
         pdl = self.capability >= _HOPPER
         num_seqs, max_len = settings.max_num_seqs, settings.max_model_len
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)
@@ -110,47 +96,37 @@ class CompileJob:
 
 
 class KernelCompiler:
-    """The processes that compile a job's kernels, and the folder where they find the job and their claims.
+    """The processes that compile a job's kernels, and the folder of their claims.
 
     Starts at most `num_processes` of them, none where the job's mark says that there is nothing to do. To be closed.
     """
 
     def __init__(self, job: CompileJob, num_processes: int) -> None:
         self._job = job
-        self._processes: list[subprocess.Popen[bytes]] = []
+        self._process: BaseProcess | None = None  # the first one, which forks into the others
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if num_processes > 1 and not job.mark.exists():
             try:
                 self._folder = tempfile.TemporaryDirectory(prefix="kvik-kernels-")
-                self._start(Path(self._folder.name), min(num_processes, MAX_PROCESSES))
-            except OSError as error:
-                logger.warning("kernels are compiled by %d processes, no more start: %s", len(self._processes), error)
-
-    def _start(self, folder: Path, count: int) -> None:
-        (folder / "claims").mkdir()
-        (folder / "job.json").write_text(self._job.to_json())
-        command = [sys.executable, "-m", "kvik.runtime.kernel_compiler", str(folder)]
-        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        for index in range(count):
-            with (folder / f"log-{index}").open("wb") as log:
-                process = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-            self._processes.append(process)
+                arguments = job, Path(self._folder.name), min(num_processes, MAX_PROCESSES)
+                process = multiprocessing.get_context("fork").Process(target=_run, args=arguments, daemon=True)
+                process.start()
+                self._process = process
+            except (OSError, AssertionError) as error:  # no memory; or this process is a daemon itself
+                logger.warning("kernels are compiled when they are first launched: no process for it: %s", error)
 
     def wait(self, seconds: float = LONGEST_WAIT) -> None:
         """Return when all processes have ended; those that have not after `seconds` are ended."""
-        deadline, failed = time.monotonic() + seconds, []
-        for index, process in enumerate(self._processes):
-            try:
-                if process.wait(max(0.0, deadline - time.monotonic())):
-                    failed.append(index)
-            except subprocess.TimeoutExpired:
-                logger.warning("compiling kernels takes longer than %g s; the engine does the rest itself", seconds)
-                break
-        if failed:
+        if self._process is None:
+            return
+        self._process.join(seconds)
+        if self._process.is_alive():
+            logger.warning("compiling kernels takes longer than %g s; the engine does the rest itself", seconds)
+        elif self._process.exitcode:
             logger.warning(
-                "%d of %d processes that compile kernels failed, and the engine compiles what is missing; one said: %s",
-                len(failed), len(self._processes), self._last_words(failed[0]),
-            )  # fmt: skip
+                "processes that compile kernels failed, and the engine compiles what is missing; they said: %s",
+                self._last_words(),
+            )
         self._stop()
 
     def leave_mark(self) -> None:
@@ -164,16 +140,19 @@ class KernelCompiler:
         if self._folder is not None:
             self._folder.cleanup()
 
-    def _last_words(self, index: int) -> str:
+    def _last_words(self) -> str:
         assert self._folder is not None
-        lines = Path(self._folder.name, f"log-{index}").read_text(errors="replace").strip().splitlines()
+        lines = Path(self._folder.name, "log").read_text(errors="replace").strip().splitlines()
         return lines[-1] if lines else "nothing"
 
     def _stop(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._processes.clear()
+        if self._process is not None:
+            assert self._process.pid is not None
+            with contextlib.suppress(ProcessLookupError):  # its group, which is empty if all have ended
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.kill()  # if it has no group yet
+            self._process.join()
+            self._process = None
 
     def __enter__(self) -> KernelCompiler:
         return self
@@ -182,13 +161,35 @@ class KernelCompiler:
         self.close()
 
 
-def main(folder: Path) -> None:
-    """What one process does: compile the kernels of the job in `folder` that no other has claimed."""
+def _run(job: CompileJob, folder: Path, num_processes: int) -> None:
+    """What the first process does, in a group of its own, with a log."""
+    os.setsid()
+    with (folder / "log").open("wb") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+    sys.stdout = sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115 - until the process ends
+    (folder / "claims").mkdir()
+    sys.exit(_compile(job, folder / "claims", num_processes) > 0)
+
+
+def _compile(job: CompileJob, claims: Path, num_processes: int) -> int:
+    """Fork into `num_processes`, each of which compiles the kernels that no other has claimed.
+
+    Returns how many others failed, in the first process, and 0 in the others.
+    """
     torch.set_num_threads(1)
-    job = CompileJob.from_json((folder / "job.json").read_text())
-    compile_shared(job.capability, folder / "claims")
-    warm_up(job.meta_runner(), job.settings)
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    keep_out_dynamo()
+    runner = job.meta_runner()
+    driver = StandInDriver(job.capability)
+    compile_only(driver, lambda kernel: False)
+    warm_up(runner, job.settings)  # hashes the sources of all kernels, in the order of launches
+    make_backend(driver.get_current_target()).hash()  # and Triton itself
+    triton_key()
+    others: list[int] = []
+    while len(others) < num_processes - 1 and (pid := os.fork()):
+        others.append(pid)
+    if len(others) < num_processes - 1:
+        others.clear()
+    compile_shared(job.capability, claims)
+    warm_up(runner, job.settings)
+    return sum(os.waitpid(pid, 0)[1] != 0 for pid in others)

@@ -9,13 +9,22 @@ from __future__ import annotations
 import hashlib
 import os
 import subprocess
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["StandInDriver", "compile_only", "compile_shared", "compute_capability", "has_nvidia_driver"]
+__all__ = [
+    "StandInDriver",
+    "compile_only",
+    "compile_shared",
+    "compute_capability",
+    "has_nvidia_driver",
+    "keep_out_dynamo",
+]
 
 _SHARED_MEMORY = 227 * 1024  # bytes that one program may have on Hopper, the most of all GPUs
 
@@ -67,6 +76,16 @@ class StandInDriver:
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:
         self._on_binary(binary)
         return 1, 1, 0, 0, 1024
+
+
+def keep_out_dynamo() -> None:
+    """Keep torch's compiler out of this process, for good.
+
+    The first operators on the meta device import it, which takes two seconds, to have themselves left alone by it.
+    """
+    stand_in = types.ModuleType("torch._dynamo")
+    stand_in.disable = lambda function, *_, **__: function  # type: ignore[attr-defined]
+    torch._dynamo = sys.modules["torch._dynamo"] = stand_in
 
 
 def compile_only(driver: StandInDriver, wanted: Callable[[str], bool] = lambda kernel: True) -> None:
