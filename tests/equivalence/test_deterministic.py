@@ -30,7 +30,9 @@ def differences(folder: Path, *, deterministic: bool, **options: Any) -> list[st
         context = engine.resolved.scheduler.max_model_len
         requests = draw_requests(12, context // 2, 20, 16, engine.spec.vocab_size, seed=1)
         schedules = make_schedules(engine.resolved.scheduler, requests, 11, seed=1)
+        own = engine.engine
         want, *others = [run_schedule(engine, schedule, requests, seed=1) for schedule in schedules]
+        assert engine.engine is own  # whatever is measured next has the settings of the engine
         assert sum(output.metrics.num_preemptions for outputs in others for output in outputs) > 0
         found = [difference(a, b) for outputs in others for a, b in zip(outputs, want, strict=True)]
         return [text for text in found if text is not None]

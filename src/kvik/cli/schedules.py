@@ -134,14 +134,17 @@ def run_schedule(
     engine: LLMEngine, schedule: Schedule, requests: Sequence[ProbeRequest], seed: int
 ) -> list[RequestOutput]:
     """The finished output of every request, in the order of `requests`."""
-    engine.engine = Engine(Scheduler(schedule.settings), engine.engine.executor)
-    rng = random.Random(seed)
+    own, rng = engine.engine, random.Random(seed)
+    engine.engine = Engine(Scheduler(schedule.settings), own.executor)
     found: list[RequestOutput] = []
-    for _ in range(schedule.passes):
-        waiting = list(range(len(requests)))
-        if schedule.shuffled:
-            rng.shuffle(waiting)
-        found = _run_all(engine, schedule, requests, waiting, rng)
+    try:
+        for _ in range(schedule.passes):
+            waiting = list(range(len(requests)))
+            if schedule.shuffled:
+                rng.shuffle(waiting)
+            found = _run_all(engine, schedule, requests, waiting, rng)
+    finally:
+        engine.engine = own
     return found
 
 
