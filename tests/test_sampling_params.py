@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from kvik.config import EngineConfig
 from kvik.errors import KvikError, RequestError
 from kvik.sampling_params import MAX_LOGPROBS, MAX_SEED, MAX_STOP_STRINGS, SamplingParams
+from kvik.server_config import ServerConfig
 
 NAN, INF, HUGE = float("nan"), float("inf"), 10**400
 
@@ -34,6 +36,15 @@ NUMBERS: dict[str, tuple[float, float]] = {
 }
 BOOLEANS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "echo")
 OPTIONAL = ("max_tokens", "seed", "logprobs", "prompt_logprobs")
+
+
+@pytest.mark.parametrize("options", [SamplingParams, EngineConfig, ServerConfig])
+def test_defaults_need_no_check(options: type[Any]) -> None:
+    """Because they get none."""
+    for field in dataclasses.fields(options):
+        if field.default not in (dataclasses.MISSING, None) and field.metadata["parse"] is not None:
+            parsed = field.metadata["parse"](field.default)
+            assert (parsed, type(parsed)) == (field.default, type(field.default)), field.name
 
 
 def _refuse(**options: Any) -> RequestError:

@@ -47,23 +47,32 @@ def show(value: object) -> str:
 
 
 def check_fields(options: Any, fail: Callable[[str, str], Exception]) -> None:
-    """Parse and check every field of a frozen dataclass. Raises `fail(message, field name)`."""
-    for f in dataclasses.fields(options):
-        value, meta = getattr(options, f.name), f.metadata
-        kinds = [kind.strip() for kind in str(f.type).split("|")]
-        if value is None and "None" in kinds:
+    """Parse and check every field of a frozen dataclass that does not hold its default, which is as it should be.
+    Raises `fail(message, field name)`."""
+    for name, default, kinds, meta in _declared(options.__class__):
+        value = getattr(options, name)
+        if value is default or (value is None and "None" in kinds):
             continue
         if meta["parse"] is not None:
             try:
                 value = meta["parse"](value)
             except ConfigError as error:
-                raise ConfigError(f"{f.name}: {error}") from None
-            object.__setattr__(options, f.name, value)
+                raise ConfigError(f"{name}: {error}") from None
+            object.__setattr__(options, name, value)
             if value is None and "None" in kinds:
                 continue
         problem = _problem(value, kinds[0], meta)
         if problem:
-            raise fail(f"{f.name} must be {problem}, got {show(value)}", f.name)
+            raise fail(f"{name} must be {problem}, got {show(value)}", name)
+
+
+@functools.cache
+def _declared(cls: type) -> tuple[tuple[str, object, tuple[str, ...], Mapping[str, Any]], ...]:
+    """Name, default, kinds of types and metadata of every field of a dataclass."""
+    return tuple(
+        (f.name, f.default, tuple(kind.strip() for kind in str(f.type).split("|")), f.metadata)
+        for f in dataclasses.fields(cls)
+    )
 
 
 def _problem(value: object, kind: str, meta: Mapping[str, Any]) -> str | None:

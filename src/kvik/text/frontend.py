@@ -141,9 +141,9 @@ class Frontend:
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise RequestError, naming `param`, unless every id is in the vocabulary."""
         vocab_size = self._facts.vocab_size
-        bad = [token_id for token_id in token_ids if not 0 <= token_id < vocab_size]
-        if bad:
-            raise RequestError(f"{param}: token id {bad[0]} is outside the vocabulary 0..{vocab_size - 1}", param)
+        if token_ids and not 0 <= min(token_ids) <= max(token_ids) < vocab_size:
+            bad = next(token_id for token_id in token_ids if not 0 <= token_id < vocab_size)
+            raise RequestError(f"{param}: token id {bad} is outside the vocabulary 0..{vocab_size - 1}", param)
 
 
 def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
