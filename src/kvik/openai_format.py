@@ -200,8 +200,8 @@ def response_body(
     }
 
 
-def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
-    """The sum of the usages of a response's prompts."""
+def usage_body(usages: Sequence[Usage], reasoning_tokens: int | None = None) -> dict[str, Any]:
+    """The sum of the usages of a response's prompts, with how many tokens were reasoning where that is told apart."""
     prompt = sum(usage.prompt_tokens for usage in usages)
     generated = sum(usage.completion_tokens for usage in usages)
     return {
@@ -209,6 +209,7 @@ def usage_body(usages: Sequence[Usage]) -> dict[str, Any]:
         "completion_tokens": generated,
         "total_tokens": prompt + generated,
         "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        **({} if reasoning_tokens is None else {"completion_tokens_details": {"reasoning_tokens": reasoning_tokens}}),
     }
 
 

@@ -46,6 +46,16 @@ class ServerConfig:
     max_queued_tokens: int = option(2_000_000, "prompt tokens that may wait; more get a 429", low=1)
     max_n: int = option(64, "largest n, and most prompts in one request", low=1, high=1024)
     max_logit_bias: int = option(1024, "most logit_bias entries in one request", low=0)
+    tool_format: str = option(
+        "auto",
+        "how the model writes tool calls; auto looks at its chat template, none leaves calls in the content",
+        choices=("auto", "none", "hermes", "mistral", "llama"),
+    )
+    reasoning_field: str = option(
+        "reasoning_content",
+        "member of messages for what a model thinks before it answers; none leaves that in the content",
+        choices=("reasoning_content", "reasoning", "none"),
+    )
     request_timeout: float | None = option(None, "time after which a request ends with an error", above=0, high=_DAY)
     stream_interval: float = option(
         0.0, "time between two events of a stream at least; tokens in between share one", low=0, high=10.0

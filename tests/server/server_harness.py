@@ -24,6 +24,7 @@ import psutil
 from kvik.config import SchedulerConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
+from kvik.distributed.executor import Executor
 from kvik.distributed.mock import MockExecutor
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
@@ -109,13 +110,15 @@ class EngineThread:
 
 
 @contextlib.contextmanager
-def engine_thread(folder: Path, *, vocab_size: int = 384, **scheduler: Any) -> Iterator[EngineThread]:
+def engine_thread(
+    folder: Path, *, vocab_size: int = 384, executor: Executor | None = None, **scheduler: Any
+) -> Iterator[EngineThread]:
     """An engine without a model behind a real ipc socket."""
     defaults: dict[str, Any] = {
         "block_size": 16, "num_blocks": 64, "max_num_seqs": 8, "max_num_batched_tokens": 64, "max_model_len": 512,
     }  # fmt: skip
     config = SchedulerConfig(**{**defaults, **scheduler})
-    engine = Engine(Scheduler(config), MockExecutor(config.block_size, vocab_size))
+    engine = Engine(Scheduler(config), executor or MockExecutor(config.block_size, vocab_size))
     endpoint = f"ipc://{folder / 'engine'}"
     server = EngineServer(engine, endpoint, Ready(config, vocab_size, False, "none", "none", "", ""))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -73,8 +73,8 @@ TEXT_EFFECTS: dict[str, tuple[Any, dict[str, Any], Check]] = {
 }
 # Fields with tests of their own, in this folder: (field, where).
 ELSEWHERE = {
-    "messages", "prompt", "model", "stream", "stream_options", "priority", "tools", "tool_choice", "reasoning_effort",
-    "chat_template_kwargs",
+    "messages", "prompt", "model", "stream", "stream_options", "priority", "tools", "tool_choice",
+    "parallel_tool_calls", "reasoning_effort", "chat_template_kwargs",
 }  # fmt: skip
 
 

@@ -1,11 +1,13 @@
 """Streamed answers of /v1/chat/completions and /v1/completions: outputs to chunks.
 
 The chunks of a stream add up to the body of the same request without streaming, because both are made of the same
-outputs: text from the deltas, everything else from what is new since the last chunk of the choice.
+outputs: text from the deltas, through the parser that reads whole answers too, everything else from what is new since
+the last chunk of the choice.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +15,9 @@ from kvik import __version__
 from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
 from kvik.outputs import CompletionOutput
 from kvik.server.protocol import ServedRequest
-from kvik.server.streaming import DONE, event, json_text
+from kvik.server.reply_parser import Content, ReplyParser, ToolCall
+from kvik.server.reply_syntax import count_reasoning, deltas_of, finish_reason
+from kvik.server.streaming import DONE, PING, PING_INTERVAL, event, json_text
 from kvik.text.completion import Completion
 from kvik.text.output_processor import OpenRequest
 from kvik.text.tokenizer import Tokenizer
@@ -27,12 +31,16 @@ _GAP = "\0"
 class _Choice:
     """What was sent of one choice."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, parser: ReplyParser | None) -> None:
         self.num_tokens = 0
         self.begun = False
         self.ended = False
         self.legacy = LegacyLogprobs(tokenizer)
-        self.frame: tuple[bytes, bytes] | None = None
+        self.frames: dict[str, tuple[bytes, bytes]] = {}
+        self.parser = parser
+        self.num_calls = 0
+        self.num_reasoning = 0
+        self.has_answered = False
 
 
 class Chunks:
@@ -48,7 +56,12 @@ class Chunks:
         self._warnings: dict[str, Any] = {"warnings": list(served.warnings)} if served.warnings else {}
         # Whether chunks that say nothing of an end differ in their text only.
         self._same_frame = not (served.continuous_usage or served.return_token_ids or params.logprobs is not None)
-        self._choices = [_Choice(tokenizer) for _ in range(self._n * len(served.request.inputs))]
+        self._syntax = served.syntax
+        self._choices = [
+            _Choice(tokenizer, None if self._syntax is None else self._syntax.parser())
+            for _ in range(self._n * len(served.request.inputs))
+        ]
+        self._told_at = time.monotonic()
         self._head: dict[str, Any] = {
             "id": reply_id,
             "object": "chat.completion.chunk" if self._chat else "text_completion",
@@ -72,13 +85,15 @@ class Chunks:
             choice = self._choices[place * self._n + completion.index]
             if choice.ended:
                 continue
-            delta = completion.take_delta()
-            if delta:
-                data += self._text(choice, place, completion, delta)
-            if completion.finish_reason is not None:
+            delta, ended = completion.take_delta(), completion.finish_reason is not None
+            if choice.parser is not None:
+                data += self._read(choice, choice.parser, place, completion, delta, ended=ended)
+            elif delta:
+                data += self._text(choice, place, completion, "content" if self._chat else "text", delta)
+            if ended:
                 choice.ended = True
-                data += self._chunk(place, completion, "", final=True)
-        return data
+                data += self._chunk(place, completion, {}, final=True)
+        return data if data or self._syntax is None else self._sign_of_life()
 
     def last(self) -> Iterator[bytes]:
         """The usage if it was asked for, and the end mark."""
@@ -86,26 +101,61 @@ class Chunks:
             yield event({**self._head, "choices": [], "usage": self._usage()})
         yield DONE
 
-    def _text(self, choice: _Choice, place: int, completion: Completion, text: str) -> bytes:
-        """A chunk with text. All but the text is encoded once where it stays the same."""
-        if self._warnings or not self._same_frame:
-            return self._chunk(place, completion, text, final=False)
-        if choice.frame is None:
-            begin, _, end = self._chunk(place, completion, _GAP, final=False).partition(json_text(_GAP))
-            choice.frame = begin, end
-        return json_text(text).join(choice.frame)
+    def _read(
+        self, choice: _Choice, parser: ReplyParser, place: int, completion: Completion, text: str, *, ended: bool
+    ) -> bytes:
+        """The chunks of what is known now of an answer with reasoning or calls."""
+        assert self._syntax is not None
+        pieces = parser.feed(text)
+        if ended:
+            pieces += parser.finish()
+        if parser.is_reasoning:
+            choice.num_reasoning = completion.num_tokens
+        elif parser.has_reasoned and not choice.has_answered:
+            choice.has_answered = True
+            choice.num_reasoning = count_reasoning(completion.token_ids(completion.num_tokens), self._tokenizer)
+        data = b""
+        for piece in pieces:
+            if isinstance(piece, ToolCall):
+                for delta in deltas_of(piece, choice.num_calls):
+                    data += self._chunk(place, completion, delta, final=False)
+                choice.num_calls += 1
+            else:
+                name = "content" if isinstance(piece, Content) else str(self._syntax.field)
+                data += self._text(choice, place, completion, name, piece.text)
+        if data:
+            self._told_at = time.monotonic()
+        return data
 
-    def _chunk(self, place: int, completion: Completion, text: str, *, final: bool) -> bytes:
+    def _sign_of_life(self) -> bytes:
+        """A comment, where the model has been writing a call for long: nothing is told of it before its end."""
+        now = time.monotonic()
+        if now - self._told_at < PING_INTERVAL:
+            return b""
+        self._told_at = now
+        return PING
+
+    def _text(self, choice: _Choice, place: int, completion: Completion, name: str, text: str) -> bytes:
+        """A chunk with a text of this name. All but the text is encoded once where it stays the same."""
+        if self._warnings or not self._same_frame:
+            return self._chunk(place, completion, {name: text}, final=False)
+        frame = choice.frames.get(name)
+        if frame is None:
+            begin, _, end = self._chunk(place, completion, {name: _GAP}, final=False).partition(json_text(_GAP))
+            frame = choice.frames[name] = begin, end
+        return json_text(text).join(frame)
+
+    def _chunk(self, place: int, completion: Completion, new: dict[str, Any], *, final: bool) -> bytes:
         index = place * self._n + completion.index
         choice, state = self._choices[index], completion.snapshot()
         start, choice.num_tokens = choice.num_tokens, completion.num_tokens
         fields: dict[str, Any] = {"index": index}
         if self._chat:
-            fields["delta"] = {} if final else {"content": text}
+            fields["delta"] = new
         else:
-            fields["text"] = text
+            fields["text"] = new.get("text", "")
         fields["logprobs"] = self._logprobs(choice, self._requests[place], state, start)
-        fields["finish_reason"] = str(state.finish_reason) if final else None
+        fields["finish_reason"] = finish_reason(state.finish_reason, choice.num_calls) if final else None
         if final:
             fields["stop_reason"] = state.stop_reason
         if self._served.return_token_ids:
@@ -136,4 +186,6 @@ class Chunks:
         return event({**self._head, "choices": [choice], **more})
 
     def _usage(self) -> dict[str, Any]:
-        return usage_body([request.usage for request in self._requests.values()])
+        reasons = self._syntax is not None and self._syntax.field is not None
+        num_reasoning = sum(choice.num_reasoning for choice in self._choices) if reasons else None
+        return usage_body([request.usage for request in self._requests.values()], num_reasoning)

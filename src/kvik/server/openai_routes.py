@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncIterator
+from typing import Any
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.requests import Request
 
-from kvik.openai_format import response_body
+from kvik.openai_format import response_body, usage_body
+from kvik.outputs import CompletionOutput, RequestOutput
 from kvik.server.body import read_json
 from kvik.server.chunks import Chunks
 from kvik.server.engine_client import Generation
@@ -18,9 +20,11 @@ from kvik.server.errors import failure_of
 from kvik.server.openapi import operation
 from kvik.server.protocol import ServedRequest, parse
 from kvik.server.replies import json_reply
+from kvik.server.reply_syntax import ReplySyntax, count_reasoning, finish_reason, message_of
 from kvik.server.service import Service, gather
 from kvik.server.streaming import PING, PING_INTERVAL, WRITER, EventStream, Writer
 from kvik.text.output_processor import OpenRequest
+from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["router"]
 
@@ -42,10 +46,18 @@ async def completions(request: Request) -> Response:
 async def _complete(http: Request, *, chat: bool) -> Response:
     service: Service = http.app.state.service
     fields = await read_json(http)
-    served = parse(fields, chat=chat, base=service.defaults, overrides=service.overrides, config=service.config)
+    served = parse(
+        fields,
+        chat=chat,
+        base=service.defaults,
+        overrides=service.overrides,
+        config=service.config,
+        model=service.syntax,
+    )
     model = service.check_model(served.request.model)
     frontend = service.frontend
     prompts = await service.run(lambda: served.request.prompts(frontend), len(await http.body()))
+    served = served.behind(prompts, frontend.tokenizer)
     reply_id = f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex[:24]}"
     generation = await service.generate(
         http,
@@ -67,18 +79,36 @@ async def _complete(http: Request, *, chat: bool) -> Response:
     outputs = await gather(generation, http)
     body = response_body(served.request, outputs, frontend.tokenizer, model)
     body["id"] = reply_id
-    _extend(body, served, [completion.token_ids for output in outputs for completion in output.outputs])
+    completions = [completion for output in outputs for completion in output.outputs]
+    if served.syntax is not None:
+        body.update(_read(body["choices"], served.syntax, outputs, frontend.tokenizer))
+    _extend(body, served, completions)
     return json_reply(body)
 
 
-def _extend(body: dict[str, object], served: ServedRequest, token_ids: list[tuple[int, ...]]) -> None:
+def _read(
+    choices: list[dict[str, Any]], syntax: ReplySyntax, outputs: list[RequestOutput], tokenizer: Tokenizer
+) -> dict[str, Any]:
+    """Choices and usage with reasoning and calls told apart from the content."""
+    read, num_reasoning = [], 0
+    completions = [completion for output in outputs for completion in output.outputs]
+    for choice, completion in zip(choices, completions, strict=True):
+        parser = syntax.parser()
+        message = message_of([*parser.feed(completion.text), *parser.finish()], syntax.field)
+        reason = finish_reason(completion.finish_reason, parser.num_calls)
+        read.append({**choice, "message": message, "finish_reason": reason})
+        num_reasoning += count_reasoning(completion.token_ids, tokenizer) if parser.has_reasoned else 0
+    usages = [output.usage for output in outputs]
+    return {"choices": read, "usage": usage_body(usages, None if syntax.field is None else num_reasoning)}
+
+
+def _extend(body: dict[str, Any], served: ServedRequest, completions: list[CompletionOutput]) -> None:
     """Add the members that only Kvik has, where they were asked for."""
     if served.warnings:
         body["warnings"] = list(served.warnings)
-    choices = body["choices"]
-    if served.return_token_ids and isinstance(choices, list):
-        for choice, ids in zip(choices, token_ids, strict=True):
-            choice["token_ids"] = ids
+    if served.return_token_ids:
+        for choice, completion in zip(body["choices"], completions, strict=True):
+            choice["token_ids"] = completion.token_ids
 
 
 def _push(chunks: Chunks, request: OpenRequest, writer: Writer) -> bool:

@@ -49,7 +49,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "messages": {**_MESSAGES, "description": "the conversation; content is a text or a list of text parts"},
     "metadata": {**_OBJECT, "description": NO_EFFECT},
     "model": {**_TEXT, "description": "name of the served model; may be left out"},
-    "parallel_tool_calls": {**_FLAG, "description": NO_EFFECT},
+    "parallel_tool_calls": {**_FLAG, "description": "false: at most one call is given in an answer"},
     "priority": {"type": "integer", "minimum": -1000, "maximum": 1000, "description": "lower runs earlier"},
     "prompt": {
         "description": "a text, token ids, or a list of either",
@@ -72,7 +72,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     },
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "token ids"},
     "tool_choice": {"enum": ["none", "auto"], "description": "none hides the tools from the model"},
-    "tools": {"type": "array", "items": _OBJECT, "description": "shown to the model by its chat template"},
+    "tools": {"type": "array", "items": _OBJECT, "description": "functions, shown to the model by its chat template"},
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20, "description": "needs logprobs: true"},
 }
 

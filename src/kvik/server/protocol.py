@@ -8,7 +8,7 @@ every documented field against the server's behaviour. What a field means is dec
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -16,7 +16,10 @@ from kvik.errors import RequestError
 from kvik.openai_format import KNOWN_FIELDS, OpenAIRequest, parse_body
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body
+from kvik.server.reply_syntax import ModelSyntax, ReplySyntax
 from kvik.server_config import ServerConfig
+from kvik.text.frontend import ChatPrompt, Prompt
+from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "check_limits", "known_fields", "parse"]
 
@@ -50,31 +53,46 @@ REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 IGNORED = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "prompt_cache_retention", "safety_identifier",
-    "service_tier", "store", "user", "verbosity",
+    "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
+    "verbosity",
 )  # fmt: skip
 """Accepted for the sake of clients that always send them, and reported in `warnings`."""
 
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 _BOTH = ("cache_salt", "priority", "return_token_ids", "stream_options")
 OWN_FIELDS: Mapping[bool, tuple[str, ...]] = MappingProxyType(
-    {True: (*_BOTH, "tools", "tool_choice", "reasoning_effort"), False: _BOTH}
+    {True: (*_BOTH, "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"), False: _BOTH}
 )
 _CHAT_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_PRIORITY = 1000
+MAX_TOOLS = 128
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ServedRequest:
-    """A checked body: what the engine is asked, and how the answer is to be given."""
+    """A checked body: what the engine is asked, and how the answer is to be given.
+
+    `syntax` says how reasoning and calls are found in it; None: everything is content.
+    """
 
     request: OpenAIRequest
+    syntax: ReplySyntax | None = None
     include_usage: bool = False
     continuous_usage: bool = False
     return_token_ids: bool = False
     priority: int = 0
     cache_salt: str = ""
     warnings: tuple[str, ...] = ()
+
+    def behind(self, prompts: Sequence[Prompt], tokenizer: Tokenizer) -> ServedRequest:
+        """The same once prompts are made: the template may have opened the reasoning, and marks of calls must show."""
+        if self.syntax is None:
+            return self
+        (prompt,) = prompts
+        assert isinstance(prompt, ChatPrompt)
+        syntax = self.syntax.after(prompt.text)
+        params = syntax.show_marks(self.request.params, tokenizer)
+        return dataclasses.replace(self, syntax=syntax, request=dataclasses.replace(self.request, params=params))
 
 
 def known_fields(chat: bool) -> frozenset[str]:
@@ -83,7 +101,13 @@ def known_fields(chat: bool) -> frozenset[str]:
 
 
 def parse(
-    fields: Mapping[str, Any], *, chat: bool, base: SamplingParams, overrides: Mapping[str, Any], config: ServerConfig
+    fields: Mapping[str, Any],
+    *,
+    chat: bool,
+    base: SamplingParams,
+    overrides: Mapping[str, Any],
+    config: ServerConfig,
+    model: ModelSyntax,
 ) -> ServedRequest:
     """Check a body. Raises RequestError, with the field in `.param`."""
     body = Body(fields)
@@ -92,6 +116,7 @@ def parse(
     body.refuse(REFUSED)
     body.ignore(IGNORED)
     template = _template_options(body) if chat else {}
+    syntax = _syntax(body, template.get("tools", []), model) if chat else None
     stream_options = _stream_options(body)
     options: dict[str, Any] = {
         "priority": body.take("priority", int, 0),
@@ -109,6 +134,7 @@ def parse(
     warnings = body.finish(known, strict=config.strict)
     return ServedRequest(
         request=request,
+        syntax=syntax,
         include_usage=stream_options.get("include_usage", False),
         continuous_usage=stream_options.get("continuous_usage_stats", False),
         warnings=tuple(warnings),
@@ -143,13 +169,9 @@ def _drop_neutral(body: Body) -> None:
 def _template_options(body: Body) -> dict[str, Any]:
     """What the chat template gets beside the messages: tools, and the effort of reasoning."""
     options: dict[str, Any] = {}
-    choice = body.fields.pop("tool_choice", None)
-    if choice not in (None, "none", "auto"):
-        raise RequestError(f"tool_choice is not supported but for none and auto: {_STRUCTURED}", "tool_choice")
-    tools = body.take("tools", list)
-    if tools and choice != "none":
+    tools = _tools(body)
+    if tools:
         options["tools"] = tools
-        body.warnings.append("tools are shown to the model; its calls are not parsed and stay in the content")
     effort = body.take("reasoning_effort", str)
     if effort is not None:
         if effort not in _CHAT_EFFORTS:
@@ -157,6 +179,34 @@ def _template_options(body: Body) -> dict[str, Any]:
         options["chat_template_kwargs"] = {"reasoning_effort": effort}
         body.warnings.append("reasoning_effort is handed to the chat template, which may ignore it")
     return options
+
+
+def _tools(body: Body) -> list[dict[str, Any]]:
+    """The tools that the model is shown. Raises RequestError for a choice that the model would have to be forced to."""
+    choice = body.fields.pop("tool_choice", None)
+    if choice not in (None, "none", "auto"):
+        raise RequestError(f"tool_choice is not supported but for none and auto: {_STRUCTURED}", "tool_choice")
+    tools: list[Any] = body.take("tools", list, [])
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RequestError(f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
+    strict = [tool["function"].pop("strict", False) for tool in tools]  # which models have not learnt to read
+    if any(strict):
+        body.warnings.append("strict of a function has no effect: arguments are JSON, but not held to the schema")
+    return [] if choice == "none" else tools
+
+
+def _syntax(body: Body, tools: Sequence[Mapping[str, Any]], model: ModelSyntax) -> ReplySyntax | None:
+    """How the answers are read."""
+    parallel = body.take("parallel_tool_calls", bool, True)
+    if tools and model.tools is None:
+        body.warnings.append(
+            "tools are shown to the model; how it writes calls is not known (--tool-format), they stay in the content"
+        )
+    return model.of_request([tool["function"]["name"] for tool in tools], parallel=parallel)
 
 
 def _merge(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from kvik.server.engine_client import EngineClient, Generation
 from kvik.server.errors import ApiError, failure_of, not_found, unavailable
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
+from kvik.server.reply_syntax import ModelSyntax
 from kvik.server.streaming import while_connected
 from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
 from kvik.text.output_processor import OpenRequest, OutputProcessor
@@ -44,6 +45,7 @@ class Service:
         self.metrics = metrics
         self.created = int(time.time())
         self.draining = False
+        self.syntax = ModelSyntax()
         self._client: EngineClient | None = None
         self._frontend: Frontend | None = None
         self._defaults = SamplingParams()
@@ -60,6 +62,7 @@ class Service:
         ready = await self._client.wait_ready()
         frontend = await asyncio.to_thread(_load_frontend, self.settings.engine, ready)
         self._defaults = frontend.default_sampling_params
+        self.syntax = ModelSyntax.detect(frontend.chat_template.sources, self.config)
         self._client.attach(OutputProcessor(frontend.tokenizer))
         self._frontend = frontend
         gc.collect()

@@ -44,6 +44,11 @@ class ChatTemplate:
         """The text of the default template, if there is one."""
         return self._sources.get("default")
 
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The texts of all templates."""
+        return tuple(self._sources.values())
+
     def encode(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> tuple[str, list[int]]:
         """The prompt text and its token ids; the options are those of `render`. No BOS but the template's own."""
         text = self.render(messages, **options)

@@ -63,8 +63,11 @@ function article(message) {
   const own = message.role === "user";
   const body = el("div", { className: "body" });
   const foot = el("footer");
-  const node = el("article", { className: message.role, "aria-label": own ? "You" : "Answer" }, body, foot);
+  const thoughts = el("details", { className: "thoughts" }, el("summary", {}, "Reasoning"), el("p"));
+  const node = el("article", { className: message.role, "aria-label": own ? "You" : "Answer" }, thoughts, body, foot);
   message.show = () => {
+    thoughts.hidden = !message.reasoning;
+    thoughts.lastChild.textContent = message.reasoning ?? "";
     if (own) body.textContent = message.content;
     else render(body, message.content);
     node.classList.toggle("pending", message === answering?.message);
@@ -248,13 +251,15 @@ async function stream(body, message, mine) {
     if (chunk.usage) message.usage = chunk.usage;
     const choice = chunk.choices?.[0];
     if (choice?.finish_reason) message.finish = choice.finish_reason;
-    if (!choice?.delta?.content) continue;
+    const { content = "", reasoning_content, reasoning = reasoning_content ?? "" } = choice?.delta ?? {};
+    if (!content && !reasoning) continue;
     const now = performance.now();
     firstAt ||= now;
     message.first ??= (now - begin) / 1000;
     message.seconds = (now - firstAt) / 1000;
     message.tokens += 1; // of the stream's events; the usage at the end knows better
-    message.content += choice.delta.content;
+    message.content += content;
+    if (reasoning) message.reasoning = (message.reasoning ?? "") + reasoning;
     drawing ||= requestAnimationFrame(draw);
   }
   cancelAnimationFrame(drawing);

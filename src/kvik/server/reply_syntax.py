@@ -1,0 +1,121 @@
+"""How the served model writes reasoning and tool calls, and how both look in OpenAI's format.
+
+`ModelSyntax` is found out from the chat template once, `ReplySyntax` is what of it matters for one request. Everything
+else about answers is in `kvik.server.reply_parser`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kvik.outputs import FinishReason
+from kvik.sampling_params import SamplingParams
+from kvik.server.reply_parser import THINK, TOOL_FORMATS, Content, Piece, Reasoning, ReplyParser, ToolCall, ToolFormat
+from kvik.server_config import ServerConfig
+from kvik.text.tokenizer import Tokenizer
+
+__all__ = ["ModelSyntax", "ReplySyntax", "count_reasoning", "deltas_of", "finish_reason", "message_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ReplySyntax:
+    """How answers to one request are read. `names` are the offered functions, `field` is where reasoning goes."""
+
+    tools: ToolFormat | None = None
+    names: tuple[str, ...] = ()
+    field: str | None = None
+    opened: bool = False
+    max_calls: int | None = None
+
+    def after(self, prompt: str) -> ReplySyntax:
+        """The same behind a rendered prompt, which may have opened the reasoning."""
+        return dataclasses.replace(self, opened=self.field is not None and prompt.rstrip().endswith(THINK[0]))
+
+    def parser(self) -> ReplyParser:
+        """A parser for one answer."""
+        reasoning = self.field is not None
+        return ReplyParser(self.tools, self.names, reasoning=reasoning, opened=self.opened, max_calls=self.max_calls)
+
+    def show_marks(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+        """The parameters with special tokens left in the text, if calls would be without their mark otherwise."""
+        if self.tools is None or self.tools.bare:
+            return params
+        hidden = tokenizer.backend.token_to_id(self.tools.begin) in tokenizer.special_token_ids
+        return dataclasses.replace(params, skip_special_tokens=False) if hidden else params
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ModelSyntax:
+    """How the model writes calls, None if that is not known, and the name for its reasoning, None if it has none."""
+
+    tools: ToolFormat | None = None
+    field: str | None = None
+
+    @classmethod
+    def detect(cls, templates: Iterable[str], config: ServerConfig) -> ModelSyntax:
+        """What the texts of the chat templates show, as far as the operator does not say otherwise."""
+        text = "\n".join(templates)
+        wanted = config.tool_format
+        fitting = (form for form in TOOL_FORMATS if form.name == wanted or (wanted == "auto" and _fits(form, text)))
+        reasons = config.reasoning_field != "none" and THINK[1] in text
+        return cls(next(fitting, None), config.reasoning_field if reasons else None)
+
+    def of_request(self, names: Sequence[str], *, parallel: bool) -> ReplySyntax | None:
+        """How answers to a request that offers functions of these names are read; None: there is nothing to find."""
+        tools = self.tools if names else None
+        if tools is None and self.field is None:
+            return None
+        return ReplySyntax(tools, tuple(names), self.field, max_calls=None if parallel else 1)
+
+
+def _fits(form: ToolFormat, template: str) -> bool:
+    return all(sign in template for sign in form.signs) and not any(sign in template for sign in form.foreign)
+
+
+def message_of(pieces: Iterable[Piece], field: str | None) -> dict[str, Any]:
+    """The message of a whole answer; its content is null where there are calls and nothing else was said."""
+    texts: dict[type, str] = {Reasoning: "", Content: ""}
+    calls = []
+    for piece in pieces:
+        if isinstance(piece, ToolCall):
+            calls.append(piece)
+        else:
+            texts[type(piece)] += piece.text
+    message: dict[str, Any] = {"role": "assistant", "content": texts[Content], "refusal": None}
+    if field is not None:
+        message[field] = texts[Reasoning] or None
+    if calls:
+        message["content"] = texts[Content] or None
+        message["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in calls
+        ]
+    return message
+
+
+def deltas_of(call: ToolCall, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A call in a stream: what it is, then its arguments."""
+    begin = {"index": index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+    rest = {"index": index, "function": {"arguments": call.arguments}}
+    return {"tool_calls": [begin]}, {"tool_calls": [rest]}
+
+
+def finish_reason(reason: FinishReason | None, num_calls: int) -> str | None:
+    """OpenAI's word: a message with calls ends because of them, unless it was cut."""
+    if reason is FinishReason.STOP and num_calls:
+        return "tool_calls"
+    return None if reason is None else str(reason)
+
+
+def count_reasoning(token_ids: Iterable[int], tokenizer: Tokenizer) -> int:
+    """How many tokens of an answer that begins with reasoning belong to it, the end mark's included."""
+    mark, seen = THINK[1].encode(), b""
+    count = 0
+    for token_id in token_ids:
+        count += 1
+        seen = seen[-len(mark) :] + tokenizer.token_bytes(token_id)
+        if mark in seen:
+            break
+    return count

@@ -1,0 +1,169 @@
+"""The parser of answers: however a text is cut, the message is the same, whole calls are told, the rest is content."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from typing import Any
+
+import pytest
+
+from kvik.server.reply_parser import TOOL_FORMATS, Content, Piece, Reasoning, ReplyParser, ToolCall
+
+HERMES, MISTRAL, LLAMA = TOOL_FORMATS
+NAMES = ("weather", "now")
+WEATHER = '{"name": "weather", "arguments": {"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}}'
+ARGUMENTS = '{"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}'
+NOW = '{"name":"now","parameters":{}}'
+
+Message = tuple[str, str, list[tuple[str, str]]]
+
+
+def message_of(pieces: list[Piece]) -> Message:
+    """Reasoning, content, and names and arguments of the calls."""
+    return (
+        "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)),
+        "".join(piece.text for piece in pieces if isinstance(piece, Content)),
+        [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)],
+    )
+
+
+def parse(parts: list[str], *options: Any, **more: Any) -> Message:
+    parser = ReplyParser(*options, **more)
+    pieces = [piece for part in parts for piece in parser.feed(part)] + parser.finish()
+    assert parser.num_calls == sum(isinstance(piece, ToolCall) for piece in pieces)
+    return message_of(pieces)
+
+
+# text, options of the parser, reasoning, content, calls
+CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
+    "plain": (" Hello <b>\n", {}, ("", " Hello <b>\n", [])),
+    "no call": ("\n a < b <tool_cal \n", {"tools": HERMES}, ("", "\n a < b <tool_cal \n", [])),
+    "hermes": (f"<tool_call>\n{WEATHER}\n</tool_call>", {"tools": HERMES}, ("", "", [("weather", ARGUMENTS)])),
+    "text before": (
+        f"I look. \n\n<tool_call>{NOW}</tool_call>\n", {"tools": HERMES}, ("", "I look.", [("now", "{}")])
+    ),
+    "two calls": (
+        f"<tool_call>\n{WEATHER}\n</tool_call>\n<tool_call>\n{NOW}\n</tool_call>",
+        {"tools": HERMES},
+        ("", "", [("weather", ARGUMENTS), ("now", "{}")]),
+    ),
+    "one call only": (
+        f"<tool_call>{NOW}</tool_call><tool_call>{WEATHER}</tool_call>",
+        {"tools": HERMES, "max_calls": 1},
+        ("", "", [("now", "{}")]),
+    ),
+    "no end mark": (f"<tool_call>{NOW}", {"tools": HERMES}, ("", "", [("now", "{}")])),
+    "half an end mark": (f"<tool_call>{NOW}\n</tool_", {"tools": HERMES}, ("", "", [("now", "{}")])),
+    "text after": (f"<tool_call>{NOW}</tool_call>\nDone. ", {"tools": HERMES}, ("", "Done. ", [("now", "{}")])),
+    "no arguments": ('<tool_call>{"name": "now"}</tool_call>', {"tools": HERMES}, ("", "", [("now", "{}")])),
+    "arguments in a string": (
+        '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>',
+        {"tools": HERMES},
+        ("", "", [("now", '{"a": 1}')]),
+    ),
+    "mistral": (
+        f"[TOOL_CALLS] [{WEATHER}, {NOW}]", {"tools": MISTRAL}, ("", "", [("weather", ARGUMENTS), ("now", "{}")])
+    ),
+    "mistral, text before": (f"Well [TOOL_CALLS][{NOW}]", {"tools": MISTRAL}, ("", "Well", [("now", "{}")])),
+    "llama": (WEATHER, {"tools": LLAMA}, ("", "", [("weather", ARGUMENTS)])),
+    "llama, tagged": (f"\n<|python_tag|> {NOW}", {"tools": LLAMA}, ("", "", [("now", "{}")])),
+    "llama, two": (f"{NOW}; {NOW}\n", {"tools": LLAMA}, ("", "", [("now", "{}"), ("now", "{}")])),
+    "llama, text": (f"See {NOW}", {"tools": LLAMA}, ("", f"See {NOW}", [])),
+    "llama, an answer in JSON": ('{"name": "Jo", "n": 1} ', {"tools": LLAMA}, ("", '{"name": "Jo", "n": 1} ', [])),
+    "llama, a number": ("\n7 { 8", {"tools": LLAMA}, ("", "\n7 { 8", [])),
+    "thoughts": ("<think>\nI see < x.\n</think>\n\nYes.\n", {"reasoning": True}, ("I see < x.", "Yes.\n", [])),
+    "no thoughts": ("\n <thin Yes.", {"reasoning": True}, ("", "\n <thin Yes.", [])),
+    "thoughts later": ("So <think>a</think>", {"reasoning": True}, ("", "So <think>a</think>", [])),
+    "opened": ("I see.\n</think>\n\nYes.", {"reasoning": True, "opened": True}, ("I see.", "Yes.", [])),
+    "opened twice": ("<think>I see.</think>Yes.", {"reasoning": True, "opened": True}, ("I see.", "Yes.", [])),
+    "cut thoughts": ("I see \n", {"reasoning": True, "opened": True}, ("I see", "", [])),
+    "empty thoughts": ("<think>\n\n</think>\n\nYes.", {"reasoning": True}, ("", "Yes.", [])),
+    "thoughts and a call": (
+        f"<think>\nHm <tool_call>.\n</think>\n\n<tool_call>\n{NOW}\n</tool_call>",
+        {"tools": HERMES, "reasoning": True},
+        ("Hm <tool_call>.", "", [("now", "{}")]),
+    ),
+    "thoughts and a bare call": (
+        f"<think>a</think>\n\n{NOW}", {"tools": LLAMA, "reasoning": True}, ("a", "", [("now", "{}")])
+    ),
+}  # fmt: skip
+
+MALFORMED = [
+    "<tool_call>not JSON</tool_call>",
+    '<tool_call>{"name": "now", "arguments": {"a": }}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": "1}}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": 1e999}}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": [1]}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {}\n</tool_call>',
+    '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
+    '<tool_call>{"arguments": {}}</tool_call>',
+    "<tool_call>[]</tool_call>",
+    '<tool_call>{"name": "now", "argum',
+    'Look: <tool_call> \n{"a\\',
+    "<tool_call>",
+    "[TOOL_CALLS]weather {",
+    '[TOOL_CALLS] [{"name": "now"}, {"name": 1}]',
+    '{"name": "now", "parameters": 3}',
+    '{"name": "now"',
+    "<|python_tag|>print(1)",
+    "{" * 3000,
+    '<tool_call>{"name": "now", "arguments": {"a": ' + "[" * 3000 + "]" * 3000 + "}}</tool_call>",
+]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_messages(name: str) -> None:
+    text, options, expected = CASES[name]
+    options = {"names": NAMES, **options}
+    assert parse([text], **options) == expected
+    for _, arguments in expected[2]:
+        assert isinstance(json.loads(arguments), dict)
+    for at in range(len(text) + 1):
+        assert parse([text[:at], text[at:]], **options) == expected, (text[:at], text[at:])
+    assert parse(list(text), **options) == expected
+
+
+@pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
+@pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
+def test_what_is_no_call_is_content_to_the_last_character(tools: Any, text: str) -> None:
+    for parts in ([text], list(text), [text[:13], text[13:]]):
+        assert parse(parts, tools, NAMES, reasoning=True) == ("", text, [])
+
+
+@pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
+def test_any_cut_of_any_text_gives_the_same_message(tools: Any) -> None:
+    shards = [
+        "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", NOW, WEATHER, "[", "]",
+        "{", "}", '"', "\\", ";", ",", " ", "\n\n", "text", "<", "</", "é",
+    ]  # fmt: skip
+    draw = random.Random(tools.name)
+    for _ in range(1500):
+        text = "".join(draw.choices(shards, k=draw.randint(1, 12)))
+        options = {"reasoning": draw.random() < 0.5, "opened": draw.random() < 0.3}
+        whole = parse([text], tools, NAMES, **options)
+        for _ in range(3):
+            cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(1, 9)))
+            parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
+            assert parse(parts, tools, NAMES, **options) == whole, parts
+        assert parse(list(text), tools, NAMES, **options) == whole, text
+        for _, arguments in whole[2]:
+            assert isinstance(json.loads(arguments), dict)
+
+
+def test_reasoning_comes_as_it_is_written_and_a_call_when_it_is_whole() -> None:
+    parser = ReplyParser(HERMES, NAMES, reasoning=True)
+    assert parser.feed("<think>a") == [Reasoning("a")] and parser.is_reasoning
+    assert parser.feed("b ") == [Reasoning("b")]
+    assert parser.feed("c</thi") == [Reasoning(" c")]
+    assert parser.feed("nk>\n\nSo") == [Content("So")] and not parser.is_reasoning
+    assert parser.feed(f"\n<tool_call>{NOW[:-1]}") == []
+    (call,) = parser.feed("}")
+    assert isinstance(call, ToolCall) and call[1:] == ("now", "{}") and call.id.startswith("call_")
+
+
+def test_ids_of_mistral_are_nine_letters_and_digits() -> None:
+    found = ReplyParser(MISTRAL).feed(f"[TOOL_CALLS][{NOW}, {NOW}]")
+    ids = {piece.id for piece in found if isinstance(piece, ToolCall)}
+    assert len(ids) == 2 and all(len(call_id) == 9 and call_id.isalnum() for call_id in ids)

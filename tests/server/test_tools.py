@@ -1,0 +1,244 @@
+"""Tool calls and reasoning over HTTP, with the official client: streams say what whole answers say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from chat_templates import TEMPLATES
+from openai import OpenAI
+from scripted_server import Scripted, scripted_server
+
+from kvik.server.reply_parser import TOOL_FORMATS
+from kvik.server.reply_syntax import ModelSyntax
+from kvik.server_config import ServerConfig
+
+USER: Any = [{"role": "user", "content": "What's the weather in Zürich?"}]
+TOOLS: Any = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
+    for name in ("weather", "now")
+]
+ARGUMENTS = '{"city": "Zürich", "days": [1, 2]}'
+CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
+NOW = '{"name": "now", "arguments": {}}'
+ONE = f"<tool_call>\n{CALL}\n</tool_call>"
+TWO = f"{ONE}\n<tool_call>\n{NOW}\n</tool_call>"
+OPENING = TEMPLATES["chatml"].replace("assistant\\n' }}", "assistant\\n<think>\\n' }}") + "{# </think> #}"
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scripted]:
+    """A model that writes calls as Hermes does and may reason first."""
+    with scripted_server(tmp_path_factory.mktemp("qwen"), TEMPLATES["qwen"]) as server:
+        yield server
+
+
+def client_of(server: Scripted) -> OpenAI:
+    return OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+def whole_and_streamed(server: Scripted, **options: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The first choice's message, with the finish reason and usage, once whole and once put together from a stream."""
+    options = {"model": "tiny", "messages": USER, **options}
+    with client_of(server) as client:
+        answer = client.chat.completions.create(**options)
+        stream = client.chat.completions.create(**options, stream=True, stream_options={"include_usage": True})
+        whole = {**answer.choices[0].message.model_dump(), "reason": answer.choices[0].finish_reason}
+        whole["usage"] = usage_of(answer)
+        return whole, joined(list(stream))
+
+
+def usage_of(answer: Any) -> dict[str, Any]:
+    """The usage, but for how much of the prompt was cached: the second request finds what the first one left."""
+    usage: dict[str, Any] = answer.usage.model_dump(exclude={"prompt_tokens_details"})
+    return usage
+
+
+def joined(chunks: list[Any]) -> dict[str, Any]:
+    """A stream of one choice as a message. What a client may rely on in the order of deltas is checked here."""
+    found: dict[str, Any] = {"content": "", "tool_calls": []}
+    for chunk in chunks:
+        if chunk.usage:
+            found["usage"] = usage_of(chunk)
+        for choice in chunk.choices:
+            assert "reason" not in found, "the finish reason is in the last chunk"
+            delta = choice.delta.model_dump(exclude_none=True)
+            for name in ("reasoning", "reasoning_content"):
+                if name in delta:
+                    assert not found["content"] and not found["tool_calls"], "reasoning comes first"
+                    found[name] = found.get(name, "") + delta[name]
+            found["content"] += delta.get("content", "")
+            for call in delta.get("tool_calls", []):
+                if "id" in call:
+                    assert call["index"] == len(found["tool_calls"]) and call["type"] == "function"
+                    assert call["function"]["name"] and call["function"]["arguments"] == ""
+                    found["tool_calls"].append(call)
+                else:
+                    found["tool_calls"][call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+            if choice.finish_reason:
+                assert not delta
+                found["reason"] = choice.finish_reason
+    return found
+
+
+def calls_of(message: dict[str, Any]) -> list[tuple[str, str]]:
+    calls = message["tool_calls"] or []
+    assert len({call["id"] for call in calls}) == len(calls) and all(call["type"] == "function" for call in calls)
+    return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "content", "calls", "reason"),
+    [
+        (ONE, {}, None, [("weather", ARGUMENTS)], "tool_calls"),
+        (TWO, {}, None, [("weather", ARGUMENTS), ("now", "{}")], "tool_calls"),
+        (TWO, {"parallel_tool_calls": False}, None, [("weather", ARGUMENTS)], "tool_calls"),
+        (f"Let me see.\n{ONE}", {}, "Let me see.", [("weather", ARGUMENTS)], "tool_calls"),
+        (" No call, < no <tool. ", {}, " No call, < no <tool. ", [], "stop"),
+        (f"<tool_call>{CALL[:-1]}</tool_call>", {}, f"<tool_call>{CALL[:-1]}</tool_call>", [], "stop"),
+        (ONE, {"tool_choice": "none"}, ONE, [], "stop"),
+        (ONE, {"tools": []}, ONE, [], "stop"),
+        (f"{ONE}\nMore text", {"stop": ["More"]}, None, [("weather", ARGUMENTS)], "tool_calls"),
+    ],
+)  # fmt: skip
+def test_calls(
+    qwen: Scripted, text: str, options: dict[str, Any], content: str | None, calls: list[Any], reason: str
+) -> None:
+    num_tokens = qwen.say(text)
+    whole, streamed = whole_and_streamed(qwen, **{"tools": TOOLS, **options})
+    assert (whole["content"], calls_of(whole), whole["reason"]) == (content, calls, reason)
+    assert (streamed["content"], calls_of(streamed), streamed["reason"]) == (content or "", calls, reason)
+    assert whole["usage"] == streamed["usage"]
+    if "stop" not in options:
+        assert whole["usage"]["completion_tokens"] == num_tokens + 1  # and the end of the sequence
+
+
+def test_a_call_that_is_cut_is_content(qwen: Scripted) -> None:
+    qwen.say(ONE)
+    content = qwen.tokenizer.decode(qwen.executor.script[:12])
+    for message in whole_and_streamed(qwen, tools=TOOLS, max_tokens=12):
+        assert (message["content"], calls_of(message), message["reason"]) == (content, [], "length")
+        assert message["usage"]["completion_tokens"] == 12
+
+
+def test_every_choice_has_its_calls(qwen: Scripted) -> None:
+    qwen.say(ONE)
+    with client_of(qwen) as client:
+        answer = client.chat.completions.create(model="tiny", messages=USER, tools=TOOLS, n=2)
+    assert [calls_of(choice.message.model_dump()) for choice in answer.choices] == [[("weather", ARGUMENTS)]] * 2
+
+
+@pytest.mark.parametrize(
+    ("template", "special", "text"),
+    [
+        ("mistral", ("[TOOL_CALLS]",), f"[TOOL_CALLS] [{CALL}, {NOW}]"),
+        ("mistral", (), f"[TOOL_CALLS] [{CALL}, {NOW}]"),
+        ("llama3", ("<|python_tag|>",), f"<|python_tag|>{CALL.replace('arguments', 'parameters')}; {NOW}"),
+        ("llama3", (), f"{CALL}; {NOW}"),
+    ],
+)
+def test_other_families(tmp_path: Path, template: str, special: tuple[str, ...], text: str) -> None:
+    with scripted_server(tmp_path, TEMPLATES[template], special=special) as server:
+        server.say(text)
+        whole, streamed = whole_and_streamed(server, tools=TOOLS)
+        for message in (whole, streamed):
+            assert calls_of(message) == [("weather", ARGUMENTS), ("now", "{}")] and not message["content"]
+        server.say('{"name": "Jo", "age": 3}')
+        whole, streamed = whole_and_streamed(server, tools=TOOLS)
+        assert whole["content"] == streamed["content"] == '{"name": "Jo", "age": 3}'
+
+
+@pytest.mark.parametrize("tail", ["Sunny.", ONE, ""])
+def test_reasoning(qwen: Scripted, tail: str) -> None:
+    head = "<think>\nHm, <b> \n</think>"
+    num_reasoning = qwen.say(head)
+    qwen.say(f"{head}\n\n{tail}")
+    whole, streamed = whole_and_streamed(qwen, tools=TOOLS)
+    for message in (whole, streamed):
+        assert message["reasoning_content"] == "Hm, <b>"
+        assert (message["content"] or "", calls_of(message)) == (
+            ("", [("weather", ARGUMENTS)]) if tail == ONE else (tail, [])
+        )
+        assert message["usage"]["completion_tokens_details"]["reasoning_tokens"] == num_reasoning
+
+
+def test_reasoning_that_the_prompt_opened_and_that_is_cut(tmp_path: Path) -> None:
+    with scripted_server(tmp_path, OPENING, reasoning_field="reasoning") as server:
+        num_tokens = server.say("Hm.\n</think>\n\nSunny.")
+        whole, streamed = whole_and_streamed(server)
+        assert (whole["reasoning"], whole["content"]) == ("Hm.", "Sunny.")
+        assert (streamed["reasoning"], streamed["content"]) == ("Hm.", "Sunny.")
+        assert whole["usage"] == streamed["usage"]
+        assert 0 < whole["usage"]["completion_tokens_details"]["reasoning_tokens"] < num_tokens
+        whole, streamed = whole_and_streamed(server, max_tokens=2)
+        assert (whole["reasoning"], whole["content"], whole["reason"]) == (streamed["reasoning"], "", "length")
+        assert whole["usage"]["completion_tokens_details"]["reasoning_tokens"] == 2
+        assert whole["usage"] == streamed["usage"]
+
+
+def test_both_can_be_turned_off(tmp_path: Path) -> None:
+    text = f"<think>Hm.</think>{ONE}"
+    with scripted_server(tmp_path, TEMPLATES["qwen"], reasoning_field="none", tool_format="none") as server:
+        server.say(text)
+        whole, streamed = whole_and_streamed(server, tools=TOOLS)
+        assert whole["content"] == streamed["content"] == text and "reasoning_content" not in whole
+        assert whole["usage"]["completion_tokens_details"] is None
+        body = {"messages": USER, "tools": TOOLS}
+        warnings = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["warnings"]
+        assert any("--tool-format" in warning for warning in warnings)
+
+
+def test_what_the_server_said_can_be_sent_back(qwen: Scripted) -> None:
+    qwen.say(f"<think>Hm.</think>\n\nI look.\n{ONE}")
+    with client_of(qwen) as client:
+        message = client.chat.completions.create(model="tiny", messages=USER, tools=TOOLS).choices[0].message
+    answer = message.model_dump()
+    tool = {"role": "tool", "tool_call_id": answer["tool_calls"][0]["id"], "name": "weather", "content": "sunny"}
+    body = {"messages": [*USER, answer, tool], "tools": TOOLS}
+    prompt = httpx.post(f"{qwen.url}/apply-template", json=body).json()["prompt"]
+    for said in ("<think>\nHm.\n</think>\n\nI look.", f"{ONE}<|im_end|>", "<tool_response>\nsunny\n</tool_response>"):
+        assert said in prompt
+
+
+def test_strict_is_reported_and_not_shown_to_the_model(qwen: Scripted) -> None:
+    found = []
+    for strict in ({}, {"strict": False}, {"strict": True}):
+        nested = {"type": "function", "function": {**TOOLS[0]["function"], **strict}}
+        chat = httpx.post(f"{qwen.url}/v1/chat/completions", json={"messages": USER, "tools": [nested]}).json()
+        assert bool(chat.get("warnings")) == (strict == {"strict": True})
+        found.append(chat["usage"]["prompt_tokens"])
+    assert len(set(found)) == 1
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
+def test_what_would_need_constrained_decoding_is_refused(qwen: Scripted, choice: Any) -> None:
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": choice}
+    answer = httpx.post(f"{qwen.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "tools", [[{"type": "function"}], [3], [{"type": "function", "function": {"name": 3}}], TOOLS * 65]
+)
+def test_wrong_tools_are_refused(qwen: Scripted, tools: Any) -> None:
+    answer = httpx.post(f"{qwen.url}/v1/chat/completions", json={"messages": USER, "tools": tools})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools"
+
+
+def test_formats_are_told_from_templates_and_can_be_chosen() -> None:
+    def detected(template: str, **options: Any) -> tuple[str | None, str | None]:
+        found = ModelSyntax.detect([template], ServerConfig(**options))
+        return (None if found.tools is None else found.tools.name), found.field
+
+    assert detected(TEMPLATES["qwen"]) == ("hermes", "reasoning_content")
+    assert detected(TEMPLATES["mistral"]) == ("mistral", None)
+    assert detected(TEMPLATES["llama3"]) == ("llama", None)
+    assert detected(TEMPLATES["chatml"]) == detected("") == (None, None)
+    assert detected("<tool_call>\n<function=f>") == detected("[TOOL_CALLS]f[ARGS]") == (None, None)
+    assert detected(TEMPLATES["chatml"], tool_format="llama") == ("llama", None)
+    assert detected(TEMPLATES["qwen"], tool_format="none", reasoning_field="none") == (None, None)
+    for form in TOOL_FORMATS:
+        assert detected("", tool_format=form.name)[0] == form.name
