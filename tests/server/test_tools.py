@@ -201,22 +201,66 @@ def test_what_the_server_said_can_be_sent_back(qwen: Scripted) -> None:
     prompt = httpx.post(f"{qwen.url}/apply-template", json=body).json()["prompt"]
     for said in ("<think>\nHm.\n</think>\n\nI look.", f"{ONE}<|im_end|>", "<tool_response>\nsunny\n</tool_response>"):
         assert said in prompt
+    items = [
+        *USER,
+        {"type": "reasoning", "id": "rs_1", "summary": [], "content": [{"type": "reasoning_text", "text": "Hm."}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+        {"type": "function_call", "call_id": "call_1", "name": "weather", "arguments": ARGUMENTS},
+        {"type": "function_call_output", "call_id": "call_1", "output": "sunny"},
+    ]
+    flat = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    with client_of(qwen) as client:
+        response = client.responses.create(model="tiny", input=items, tools=flat)  # type: ignore[call-overload]
+    count = len(qwen.tokenizer.encode(prompt, add_special_tokens=False))
+    assert response.usage.input_tokens == count
+
+
+def test_responses_have_items_of_reasoning_text_and_calls(qwen: Scripted) -> None:
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    head = "<think>\nHm.\n</think>"
+    num_reasoning = qwen.say(head)
+    qwen.say(f"{head}\n\nI look.\n{TWO}")
+    options: dict[str, Any] = {"model": "tiny", "input": "Hi", "tools": flat}
+    with client_of(qwen) as client:
+        whole = client.responses.create(**options)
+        events = list(client.responses.create(**options, stream=True))
+    streamed = events[-1].response
+    for response in (whole, streamed):
+        assert [item.type for item in response.output] == ["reasoning", "message", "function_call", "function_call"]
+        reasoning, message, first, second = response.output
+        assert reasoning.content[0].text == "Hm." and message.content[0].text == response.output_text == "I look."
+        assert [(call.name, call.arguments) for call in (first, second)] == [("weather", ARGUMENTS), ("now", "{}")]
+        assert {item.status for item in response.output} == {"completed"} and first.call_id.startswith("call_")
+        assert response.usage.output_tokens_details.reasoning_tokens == num_reasoning
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    opened = [event.item.id for event in events if event.type == "response.output_item.added"]
+    closed = [event.item for event in events if event.type == "response.output_item.done"]
+    assert opened == [item.id for item in closed] and closed == streamed.output
+    for kind, item in (("reasoning_text", 0), ("output_text", 1), ("function_call_arguments", 2)):
+        deltas = [event for event in events if event.type == f"response.{kind}.delta" and event.output_index == item]
+        (done,) = [event for event in events if event.type == f"response.{kind}.done" and event.output_index == item]
+        text = done.arguments if kind == "function_call_arguments" else done.text
+        assert deltas and "".join(event.delta for event in deltas) == text
+        assert {event.item_id for event in (*deltas, done)} == {opened[item]}
 
 
 def test_strict_is_reported_and_not_shown_to_the_model(qwen: Scripted) -> None:
     found = []
     for strict in ({}, {"strict": False}, {"strict": True}):
+        flat = {"type": "function", **TOOLS[0]["function"], **strict}
         nested = {"type": "function", "function": {**TOOLS[0]["function"], **strict}}
         chat = httpx.post(f"{qwen.url}/v1/chat/completions", json={"messages": USER, "tools": [nested]}).json()
-        assert bool(chat.get("warnings")) == (strict == {"strict": True})
-        found.append(chat["usage"]["prompt_tokens"])
+        response = httpx.post(f"{qwen.url}/v1/responses", json={"input": USER, "tools": [flat]}).json()
+        assert [*map(bool, (chat.get("warnings"), response.get("warnings")))] == [strict == {"strict": True}] * 2
+        found += [chat["usage"]["prompt_tokens"], response["usage"]["input_tokens"]]
     assert len(set(found)) == 1
 
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-def test_what_would_need_constrained_decoding_is_refused(qwen: Scripted, choice: Any) -> None:
-    body = {"messages": USER, "tools": TOOLS, "tool_choice": choice}
-    answer = httpx.post(f"{qwen.url}/v1/chat/completions", json=body)
+@pytest.mark.parametrize("path", ["chat/completions", "responses"])
+def test_what_would_need_constrained_decoding_is_refused(qwen: Scripted, path: str, choice: Any) -> None:
+    body = {"messages": USER, "tools": TOOLS} if path.startswith("chat") else {"input": "Hi", "tools": []}
+    answer = httpx.post(f"{qwen.url}/v1/{path}", json={**body, "tool_choice": choice})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
 
 

@@ -124,6 +124,9 @@ _RESPONSES = (
     "top_p",
     "metadata",
     "store",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
 )
 BODIES: Mapping[str, dict[str, Any]] = {
     "chat": _body(known_fields(True) | set(IGNORED), "messages", chat=True),

@@ -21,7 +21,10 @@ from kvik.server_config import ServerConfig
 from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.tokenizer import Tokenizer
 
-__all__ = ["IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "check_limits", "known_fields", "parse"]
+__all__ = [
+    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "check_limits", "known_fields", "parse", "take_syntax",
+    "take_tools",
+]  # fmt: skip
 
 _STRUCTURED = "structured output is not part of this version"
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -116,7 +119,7 @@ def parse(
     body.refuse(REFUSED)
     body.ignore(IGNORED)
     template = _template_options(body) if chat else {}
-    syntax = _syntax(body, template.get("tools", []), model) if chat else None
+    syntax = take_syntax(body, template.get("tools", []), model) if chat else None
     stream_options = _stream_options(body)
     options: dict[str, Any] = {
         "priority": body.take("priority", int, 0),
@@ -169,7 +172,7 @@ def _drop_neutral(body: Body) -> None:
 def _template_options(body: Body) -> dict[str, Any]:
     """What the chat template gets beside the messages: tools, and the effort of reasoning."""
     options: dict[str, Any] = {}
-    tools = _tools(body)
+    tools = take_tools(body)
     if tools:
         options["tools"] = tools
     effort = body.take("reasoning_effort", str)
@@ -181,7 +184,7 @@ def _template_options(body: Body) -> dict[str, Any]:
     return options
 
 
-def _tools(body: Body) -> list[dict[str, Any]]:
+def take_tools(body: Body) -> list[dict[str, Any]]:
     """The tools that the model is shown. Raises RequestError for a choice that the model would have to be forced to."""
     choice = body.fields.pop("tool_choice", None)
     if choice not in (None, "none", "auto"):
@@ -199,7 +202,7 @@ def _tools(body: Body) -> list[dict[str, Any]]:
     return [] if choice == "none" else tools
 
 
-def _syntax(body: Body, tools: Sequence[Mapping[str, Any]], model: ModelSyntax) -> ReplySyntax | None:
+def take_syntax(body: Body, tools: Sequence[Mapping[str, Any]], model: ModelSyntax) -> ReplySyntax | None:
     """How the answers are read."""
     parallel = body.take("parallel_tool_calls", bool, True)
     if tools and model.tools is None:

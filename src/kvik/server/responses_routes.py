@@ -1,4 +1,4 @@
-"""/v1/responses: the stateless core. Input items become a conversation; the answer is one message of typed events.
+"""/v1/responses: the stateless core. Input items become a conversation; the answer is output items or typed events.
 
 What needs state or tools of the server's own (previous_response_id, background, conversations, built-in tools) is
 refused by name.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -17,15 +17,18 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.requests import Request
 
-from kvik.errors import RequestError
 from kvik.outputs import FinishReason, RequestOutput
 from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import ApiError, failure_of
 from kvik.server.openapi import BODIES, operation
+from kvik.server.protocol import take_syntax, take_tools
 from kvik.server.replies import json_reply
+from kvik.server.reply_syntax import ReplySyntax, count_reasoning
+from kvik.server.responses_items import Event, OutputItems, chat_tools, messages_of
 from kvik.server.service import Service, gather
 from kvik.server.streaming import PING, PING_INTERVAL, EventStream, event
+from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["router"]
 
@@ -41,8 +44,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "previous_response_id": _STATE,
         "prompt": "prompt templates are not stored here; send input",
         "text": "only plain text can be generated",
-        "tool_choice": "tools are not part of this endpoint yet",
-        "tools": "tools are not part of this endpoint yet",
         "top_logprobs": "use /v1/chat/completions for log-probabilities",
         "truncation": "prompts are never cut; shorten the input",
     }
@@ -52,57 +53,69 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
         "background": (False,),
         "include": ([],),
         "text": ({"format": {"type": "text"}}, {}),
-        "tool_choice": ("none", "auto"),
-        "tools": ([],),
         "truncation": ("disabled",),
     }
 )
 _IGNORED = (
-    "metadata", "parallel_tool_calls", "prompt_cache_key", "reasoning", "safety_identifier", "service_tier", "store",
-    "stream_options", "user",
+    "metadata", "prompt_cache_key", "reasoning", "safety_identifier", "service_tier", "store", "stream_options", "user",
 )  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Call:
-    """What the events and the body of one response have in common."""
+class _Answer:
+    """One response while it is made: its parser, its items, and what its body says of the request."""
 
-    response_id: str
-    item_id: str
-    fields: dict[str, Any]
+    def __init__(self, response_id: str, fields: dict[str, Any], syntax: ReplySyntax, tokenizer: Tokenizer) -> None:
+        self._items = OutputItems()
+        self._response_id = response_id
+        self._fields = fields
+        self._parser = syntax.parser()
+        self._tokenizer = tokenizer
+
+    def take(self, output: RequestOutput) -> Iterator[Event]:
+        """The events of what is new in an output."""
+        pieces = self._parser.feed(output.delta)
+        if output.finished:
+            pieces += self._parser.finish()
+        for piece in pieces:
+            yield from self._items.add(piece)
+        if output.finished:
+            yield from self._items.finish("incomplete" if _is_cut(output) else "completed")
 
     def response(
         self, status: str, output: RequestOutput | None = None, error: ApiError | None = None
     ) -> dict[str, Any]:
         """The response object."""
-        cut = output is not None and output.finish_reason is FinishReason.LENGTH
+        cut = output is not None and _is_cut(output)
         return {
-            "id": self.response_id,
+            "id": self._response_id,
             "object": "response",
             "status": "incomplete" if cut else status,
             "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
             "error": None if error is None else {"code": "server_error", "message": str(error)},
-            "output": [] if output is None else [self.item(output.text, "incomplete" if cut else "completed")],
-            "usage": None if output is None else _usage(output),
+            "output": [] if output is None else self._items.items,
+            "usage": None if output is None else self._usage(output),
             "previous_response_id": None,
-            "parallel_tool_calls": True,
-            "tool_choice": "auto",
-            "tools": [],
             "truncation": "disabled",
             "text": {"format": {"type": "text"}},
             "reasoning": {"effort": None, "summary": None},
             "store": False,
-            **self.fields,
+            **self._fields,
         }
 
-    def item(self, text: str | None, status: str) -> dict[str, Any]:
-        """The one output item, a message; without text before there is any."""
-        content = [] if text is None else [_part(text)]
-        return {"type": "message", "id": self.item_id, "status": status, "role": "assistant", "content": content}
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        usage = output.usage
+        reasoning = count_reasoning(output.outputs[0].token_ids, self._tokenizer) if self._parser.has_reasoned else 0
+        return {
+            "input_tokens": usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+            "output_tokens": usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": reasoning},
+            "total_tokens": usage.total_tokens,
+        }
 
 
-def _part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _is_cut(output: RequestOutput) -> bool:
+    return output.finish_reason is FinishReason.LENGTH
 
 
 @router.post("/v1/responses", **operation("responses"))
@@ -118,7 +131,12 @@ async def responses(request: Request) -> Response:
     body.ignore(_IGNORED)
     model = service.check_model(body.take("model", str))
     instructions = body.take("instructions", str)
-    messages = _messages(body.fields.pop("input", None), instructions)
+    messages = messages_of(body.fields.pop("input", None), instructions)
+    defaults = {"tools": [], "tool_choice": "auto", "parallel_tool_calls": True}
+    given = {name: body.fields.get(name, default) for name, default in defaults.items()}
+    body.fields["tools"] = chat_tools(body.take("tools", list, []))
+    tools = take_tools(body)
+    syntax = take_syntax(body, tools, service.syntax) or ReplySyntax()
     stream = body.take("stream", bool, False)
     limit = body.take("max_output_tokens", int)
     sampling = body.take_all(("temperature", "top_p"))
@@ -133,68 +151,34 @@ async def responses(request: Request) -> Response:
         "max_output_tokens": limit,
         "temperature": params.temperature,
         "top_p": params.top_p,
+        **given,
         **({"warnings": warnings} if warnings else {}),
     }
-    call = _Call(f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}", fields)
-    frontend = service.frontend
-    prompt = await service.run(lambda: frontend.render_chat(messages), len(await request.body()))
-    generation = await service.generate(request, [prompt], params, call_id=call.response_id, stream=stream)
+    response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
+    prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools), len(await request.body()))
+    syntax = syntax.after(prompt.text)
+    params = syntax.show_marks(params, frontend.tokenizer)
+    generation = await service.generate(request, [prompt], params, call_id=response_id, stream=stream)
+    answer = _Answer(response_id, fields, syntax, frontend.tokenizer)
     if not stream:
-        outputs = await gather(generation, request)
-        return json_reply(call.response("completed", outputs[0]))
-    events = _Events(call)
+        (output,) = await gather(generation, request)
+        for _ in answer.take(output):
+            pass
+        return json_reply(answer.response("completed", output))
+    events = _Events(answer)
     return EventStream(
         events.of(generation),
         generation.close,
         patience=service.config.slow_client_timeout,
-        on_error=lambda error: events.make("response.failed", response=call.response("failed", error=error)),
+        on_error=lambda error: events.make("response.failed", response=answer.response("failed", error=error)),
     )
-
-
-def _messages(given: Any, instructions: str | None) -> list[dict[str, Any]]:
-    """Input items as chat messages. Raises RequestError for items that are not messages of text."""
-    if given is None:
-        raise RequestError("input is required", "input")
-    items = [{"role": "user", "content": given}] if isinstance(given, str) else given
-    if not isinstance(items, list):
-        raise RequestError("input must be a text or a list of messages", "input")
-    head = [] if instructions is None else [{"role": "system", "content": instructions}]
-    return head + [_message(item, place) for place, item in enumerate(items)]
-
-
-def _message(item: Any, place: int) -> dict[str, Any]:
-    if not isinstance(item, dict) or item.get("type", "message") != "message":
-        raise RequestError(f"input[{place}] is not a message; other items are not supported", "input")
-    content = item.get("content")
-    if isinstance(content, list):
-        content = [_text_part(part, place) for part in content]
-    role = item.get("role")
-    return {"role": role, "content": content}
-
-
-def _text_part(part: Any, place: int) -> dict[str, Any]:
-    kinds = ("input_text", "output_text", "text")
-    if not isinstance(part, dict) or part.get("type") not in kinds or not isinstance(part.get("text"), str):
-        raise RequestError(f"input[{place}].content may hold parts of text only", "input")
-    return {"type": "text", "text": part["text"]}
-
-
-def _usage(output: RequestOutput) -> dict[str, Any]:
-    usage = output.usage
-    return {
-        "input_tokens": usage.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-        "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
-        "total_tokens": usage.total_tokens,
-    }
 
 
 class _Events:
     """The typed events of one response, numbered."""
 
-    def __init__(self, call: _Call) -> None:
-        self._call = call
+    def __init__(self, answer: _Answer) -> None:
+        self._answer = answer
         self._number = -1
 
     def make(self, kind: str, **fields: Any) -> bytes:
@@ -204,12 +188,9 @@ class _Events:
 
     async def of(self, generation: Generation) -> AsyncIterator[bytes]:
         """The events of a stream. Raises ApiError where the engine ends the request early."""
-        call = self._call
-        where = {"item_id": call.item_id, "output_index": 0, "content_index": 0}
-        yield self.make("response.created", response=call.response("in_progress"))
-        yield self.make("response.in_progress", response=call.response("in_progress"))
-        yield self.make("response.output_item.added", output_index=0, item=call.item(None, "in_progress"))
-        yield self.make("response.content_part.added", **where, part=_part(""))
+        answer = self._answer
+        for kind in ("response.created", "response.in_progress"):
+            yield self.make(kind, response=answer.response("in_progress"))
         output: RequestOutput | None = None
         while output is None or not output.finished:
             changes = await generation.changes(PING_INTERVAL)
@@ -220,10 +201,7 @@ class _Events:
                 if error is not None:
                     raise error
                 output = request.output()
-                if output.delta:
-                    yield self.make("response.output_text.delta", **where, delta=output.delta, logprobs=[])
-        text, done = output.text, call.response("completed", output)
-        yield self.make("response.output_text.done", **where, text=text, logprobs=[])
-        yield self.make("response.content_part.done", **where, part=_part(text))
-        yield self.make("response.output_item.done", output_index=0, item=done["output"][0])
+                for kind, fields in answer.take(output):
+                    yield self.make(kind, **fields)
+        done = answer.response("completed", output)
         yield self.make(f"response.{done['status']}", response=done)
