@@ -6,6 +6,7 @@ Joins the text half (tokenizer, chat template, output processor) and the token h
 from __future__ import annotations
 
 import dataclasses
+from functools import cached_property
 from types import TracebackType
 from typing import Any
 
@@ -16,7 +17,7 @@ from kvik.metrics import EngineStats
 from kvik.models.hub import resolve_model
 from kvik.outputs import FinishReason, RequestOutput
 from kvik.sampling_params import SamplingParams
-from kvik.startup import StartupLedger, build_engine, inspect_model
+from kvik.startup import StartupLedger, build_engine, fingerprint, inspect_model
 from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
 from kvik.text.output_processor import OutputProcessor
 from kvik.tracing import NO_TRACE, NoTrace
@@ -42,6 +43,7 @@ class LLMEngine:
         self.ledger = StartupLedger()
         with self.ledger.phase("config"):
             info = inspect_model(self.config)
+        self._info = info
         self.spec = info.spec
         self.resolved = info.resolved
         with self.ledger.phase("tokenizer"):
@@ -64,6 +66,11 @@ class LLMEngine:
         self._tracer = tracer
         self._responses: dict[str, RequestOutput] = {}
         logger.info("%s", self.ledger.render())
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of what decides outputs beside the requests; the `system_fingerprint` of OpenAI's format."""
+        return fingerprint(self.config, self._info)
 
     # Requests
 

@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kvik import __version__
 from kvik.errors import KvikError, RequestError, did_you_mean
 from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs, Usage
 from kvik.sampling_params import SamplingParams
@@ -184,7 +183,7 @@ def error_body(error: KvikError) -> dict[str, Any]:
 
 
 def response_body(
-    request: OpenAIRequest, outputs: Sequence[RequestOutput], tokenizer: Tokenizer, model: str
+    request: OpenAIRequest, outputs: Sequence[RequestOutput], tokenizer: Tokenizer, model: str, fingerprint: str
 ) -> dict[str, Any]:
     """The body of a successful response: one finished output per input; choice index = input * n + completion."""
     choice = _chat_choice if request.chat else _completion_choice
@@ -196,7 +195,7 @@ def response_body(
         "model": model,
         "choices": [{"index": index, **fields} for index, fields in enumerate(choices)],
         "usage": usage_body([output.usage for output in outputs]),
-        "system_fingerprint": f"kvik-{__version__}",
+        "system_fingerprint": fingerprint,
     }
 
 

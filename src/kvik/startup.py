@@ -6,11 +6,13 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from kvik import __version__
 from kvik.attention.base import AttentionBackend
 from kvik.attention.registry import select_backend
 from kvik.config import EngineConfig, SchedulerConfig
@@ -23,7 +25,7 @@ from kvik.kernels.reference import ReferenceOps
 from kvik.layers.rope import RopeTable
 from kvik.log import logger
 from kvik.models.decoder import Decoder, DecoderWeights
-from kvik.models.hub import load_config, resolve_model
+from kvik.models.hub import folder_digest, load_config, resolve_model
 from kvik.models.loader import Pack, checkpoint_dtype, keep_plain, load_weights
 from kvik.models.registry import build_spec
 from kvik.models.spec import DecoderSpec
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
     from kvik.kernels.triton.dispatch import Case, Table
     from kvik.runtime.kernel_compiler import KernelCompiler
 
-__all__ = ["ModelInfo", "StartupLedger", "build_engine", "inspect_model", "load_decoder", "projections"]
+__all__ = ["ModelInfo", "StartupLedger", "build_engine", "fingerprint", "inspect_model", "load_decoder", "projections"]
 
 
 @dataclass(slots=True)
@@ -85,6 +87,23 @@ def inspect_model(config: EngineConfig) -> ModelInfo:
     stored = read_quantization(hf_config)
     resolved = resolve(config, spec, checkpoint_dtype(hf_config) or torch.float32, platform, stored)
     return ModelInfo(path, hf_config, spec, platform, resolved, stored)
+
+
+def fingerprint(config: EngineConfig, info: ModelInfo) -> str:
+    """A hash of what decides outputs beside the requests: code, model, numbers, kernels, device. Reads few bytes."""
+    resolved, template = info.resolved, None
+    if config.chat_template is not None:
+        from kvik.text.chat import template_text  # with jinja2, which an engine's process does without
+
+        template = template_text(config.chat_template)
+    facts = (
+        __version__, folder_digest(info.path), config.load_format, template, config.deterministic,
+        resolved.dtype, resolved.kv_dtype, resolved.weight_format, resolved.head_format, resolved.kernels,
+        config.attention_backend, info.platform.name,
+        None if config.tokenizer is None else folder_digest(resolve_model(config.tokenizer)),
+        config.seed if config.load_format == "dummy" else None,
+    )  # fmt: skip
+    return f"kvik-{__version__}-{blake2b(repr(facts).encode(), digest_size=6).hexdigest()}"
 
 
 def projections(info: ModelInfo, num_tokens: int) -> list[Case]:

@@ -13,6 +13,9 @@ from typing import Any
 
 from cli_harness import KVIK, PATIENCE, Result, start
 
+from kvik.config import EngineConfig
+from kvik.startup import fingerprint, inspect_model
+
 Kvik = Callable[..., Result]
 
 
@@ -51,6 +54,8 @@ def test_results_are_as_openai_has_them(kvik: Kvik, model: str, tmp_path: Path) 
     assert body["object"] == "text_completion" and [choice["index"] for choice in body["choices"]] == [0, 1, 2, 3]
     assert body["choices"][0]["text"] == body["choices"][1]["text"] != body["choices"][2]["text"]
     assert body["usage"]["completion_tokens"] == 16
+    config = EngineConfig(model)
+    assert body["system_fingerprint"] == fingerprint(config, inspect_model(config))
     body = found["c"]["response"]["body"]
     assert body["object"] == "chat.completion" and body["choices"][0]["message"]["role"] == "assistant"
     assert body["usage"]["completion_tokens"] <= 3

@@ -111,14 +111,15 @@ def engine(model: str) -> Iterator[LLMEngine]:
 def answer(engine: LLMEngine, request: OpenAIRequest) -> dict[str, Any]:
     ids = [engine.add_request(prompt, request.params) for prompt in request.prompts(engine)]
     outputs = engine.run_until_complete()
-    return response_body(request, [outputs[request_id] for request_id in ids], engine.tokenizer, "tiny")
+    return response_body(request, [outputs[request_id] for request_id in ids], engine.tokenizer, "tiny", "print")
 
 
 def test_completion_response(engine: LLMEngine) -> None:
     body = answer(
         engine, completion(prompt=["Once upon", [5, 6]], logprobs=2, echo=True, temperature=0, ignore_eos=True)
     )
-    assert body["id"].startswith("cmpl-") and body["object"] == "text_completion" and body["model"] == "tiny"
+    assert body["id"].startswith("cmpl-") and body["object"] == "text_completion"
+    assert body["model"] == "tiny" and body["system_fingerprint"] == "print"
     assert body["usage"] == {
         "prompt_tokens": 4, "completion_tokens": 32, "total_tokens": 36, "prompt_tokens_details": {"cached_tokens": 0},
     }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,7 +19,7 @@ from tiny_models import make_tiny
 
 from kvik.errors import ModelLoadError
 from kvik.models import hub
-from kvik.models.hub import load_config, load_generation_config, resolve_model
+from kvik.models.hub import folder_digest, load_config, load_generation_config, resolve_model
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,30 @@ def test_a_local_folder(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_model("~/tiny-qwen") == model
     assert load_config(model)["model_type"] == "qwen3"
     assert load_generation_config(model)["eos_token_id"] == 0
+
+
+@pytest.mark.parametrize("whole", [2**25, 100], ids=["whole", "sampled"])
+def test_a_digest_is_of_what_a_folder_holds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: int
+) -> None:
+    monkeypatch.setattr(hub, "_WHOLE", whole)
+    monkeypatch.setattr(hub, "_SAMPLE", 64)
+    copy = shutil.copytree(model, tmp_path / "copy")
+    digest = folder_digest(model)
+    assert folder_digest(copy) == digest
+    (copy / "README.md").write_text("not of the model")
+    assert folder_digest(copy) == digest
+    weights = copy / "model.safetensors"
+    data = weights.read_bytes()
+    for at in (0, len(data) - 1):
+        changed = bytearray(data)
+        changed[at] ^= 1
+        weights.write_bytes(changed)
+        assert folder_digest(copy) != digest
+    weights.write_bytes(data)
+    assert folder_digest(copy) == digest
+    (copy / "config.json").write_text("{}")
+    assert folder_digest(copy) != digest
 
 
 def test_a_local_folder_has_no_revisions(model: Path) -> None:

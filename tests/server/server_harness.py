@@ -120,7 +120,7 @@ def engine_thread(
     config = SchedulerConfig(**{**defaults, **scheduler})
     engine = Engine(Scheduler(config), executor or MockExecutor(config.block_size, vocab_size))
     endpoint = f"ipc://{folder / 'engine'}"
-    server = EngineServer(engine, endpoint, Ready(config, vocab_size, False, "none", "none", "", ""))
+    server = EngineServer(engine, endpoint, Ready(config, vocab_size, False, "none", "none", "", "", "kvik-test"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

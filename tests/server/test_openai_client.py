@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from openai import OpenAI
 from server_harness import Served
+
+from kvik.config import EngineConfig
+from kvik.startup import fingerprint, inspect_model
 
 CHAT = [{"role": "user", "content": "Hello there"}]
 
@@ -86,6 +90,23 @@ def test_completions_defaults_and_ids(client: OpenAI) -> None:
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 16)
     again = client.completions.create(model="tiny", prompt=[[5, 6, 7]], temperature=0, extra_body={"ignore_eos": True})
     assert again.choices[0].text == answer.choices[0].text
+
+
+def test_the_fingerprint_is_that_of_any_other_process_with_the_same_model(
+    client: OpenAI, model: str, tmp_path: Path
+) -> None:
+    config = EngineConfig(model)
+    expected = fingerprint(config, inspect_model(config))
+    answer = client.chat.completions.create(model="tiny", messages=CHAT, max_tokens=1)  # type: ignore[arg-type]
+    chunks = client.completions.create(model="tiny", prompt="x", max_tokens=1, stream=True)
+    assert {answer.system_fingerprint, *(chunk.system_fingerprint for chunk in chunks)} == {expected}
+    template = tmp_path / "template.jinja"
+    found = {expected}
+    for text in ("{{ 1 }}", "{{ 2 }}"):
+        template.write_text(text)
+        for other in (EngineConfig(model, dtype="bfloat16"), EngineConfig(model, chat_template=str(template))):
+            found.add(fingerprint(other, inspect_model(other)))
+    assert len(found) == 4
 
 
 def test_models(client: OpenAI) -> None:

@@ -33,7 +33,7 @@ def stream(text: str, *, chat: bool, **fields: Any) -> list[dict[str, Any]]:
     prompt = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     body = {**prompt, "stream": True, "n": 2, **fields}
     served = parse(body, chat=chat, base=SamplingParams(), overrides={}, config=ServerConfig(), model=ModelSyntax())
-    chunks = Chunks(served, "id", 1, 'na"me', TOKENIZER)
+    chunks = Chunks(served, "id", 1, 'na"me', "print", TOKENIZER)
     request = Request(request_id="r", prompt_token_ids=(5,), params=served.request.params, seed=1)
     processor = OutputProcessor(TOKENIZER)
     processor.add(request)
@@ -169,7 +169,7 @@ def test_steps_that_a_late_process_finds_together_become_one_event(tmp_path: Pat
     async def body() -> None:
         client = EngineClient(endpoint, max_queued_requests=8, max_queued_tokens=100)
         peer, _ = await asyncio.to_thread(router.recv_multipart)
-        router.send_multipart([peer, wire.encode(wire.Ready(config, 384, False, "", "", "", ""))])
+        router.send_multipart([peer, wire.encode(wire.Ready(config, 384, False, "", "", "", "", ""))])
         await client.wait_ready()
         client.attach(OutputProcessor(TOKENIZER))
         generation = client.open([request], [None], stream=True)

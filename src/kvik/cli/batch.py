@@ -209,7 +209,8 @@ class _Batch:
             self._results.write(job.custom_id, 500, error_body(WorkerError(errors[0])))
         else:
             self._num_done += 1
-            body = response_body(job.request, outputs, self._engine.tokenizer, self._engine.config.model)
+            engine = self._engine
+            body = response_body(job.request, outputs, engine.tokenizer, engine.config.model, engine.fingerprint)
             self._results.write(job.custom_id, 200, body)
 
     def _refuse(self, name: str | None, number: int, error: RequestError) -> None:

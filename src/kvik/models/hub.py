@@ -11,12 +11,13 @@ import importlib.resources
 import json
 import re
 from collections.abc import Callable
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
 from kvik.errors import ModelLoadError, did_you_mean
 
-__all__ = ["BUNDLED_MODELS", "load_config", "load_generation_config", "resolve_model"]
+__all__ = ["BUNDLED_MODELS", "folder_digest", "load_config", "load_generation_config", "resolve_model"]
 
 BUNDLED_MODELS = ("demo", "demo-draft")
 _TEXT_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
@@ -25,6 +26,7 @@ _BIN = ("pytorch_model*.bin",)
 _SUBFOLDERS = ("*/*",)  # patterns match whole paths: original/, onnx/ and the like are other forms of the same model
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MODELSCOPE = "modelscope:"
+_WHOLE, _SAMPLE, _NUM_SAMPLES = 2**25, 4096, 64  # of folder_digest: bytes, bytes, and how many for each large file
 
 
 def resolve_model(name: str, revision: str | None = None, *, load_format: str = "auto") -> Path:
@@ -157,3 +159,20 @@ def _modelscope(name: str, revision: str | None) -> Path:
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelLoadError(f"downloading {name!r} from ModelScope failed: {error}") from error
     return _checked_folder(path)
+
+
+def folder_digest(path: Path) -> str:
+    """A hash of a model folder: small files whole, of large ones the size and samples of 4 KiB, so that it is quick."""
+    digest = blake2b(digest_size=16)
+    patterns = (*_TEXT_FILES, "*.safetensors", "*.bin")
+    for file in sorted({found for pattern in patterns for found in path.glob(pattern)}):
+        size = file.stat().st_size
+        digest.update(f"{file.name}/{size}/".encode())
+        with file.open("rb", buffering=0) as data:
+            if size <= _WHOLE:
+                digest.update(data.readall())
+                continue
+            for number in range(_NUM_SAMPLES):
+                data.seek(number * (size - _SAMPLE) // (_NUM_SAMPLES - 1))
+                digest.update(data.read(_SAMPLE))
+    return digest.hexdigest()

@@ -11,7 +11,6 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from kvik import __version__
 from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
 from kvik.outputs import CompletionOutput
 from kvik.server.protocol import ServedRequest
@@ -46,7 +45,9 @@ class _Choice:
 class Chunks:
     """Makes the events of one stream."""
 
-    def __init__(self, served: ServedRequest, reply_id: str, created: int, model: str, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self, served: ServedRequest, reply_id: str, created: int, model: str, fingerprint: str, tokenizer: Tokenizer
+    ) -> None:
         self._served = served
         self._tokenizer = tokenizer
         self._chat = served.request.chat
@@ -67,7 +68,7 @@ class Chunks:
             "object": "chat.completion.chunk" if self._chat else "text_completion",
             "created": created,
             "model": model,
-            "system_fingerprint": f"kvik-{__version__}",
+            "system_fingerprint": fingerprint,
         }
 
     def first(self) -> Iterator[bytes]:

@@ -18,7 +18,7 @@ from kvik.log import configure
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
 from kvik.server.process import ChildSettings, read_settings, watch_parent
-from kvik.startup import StartupLedger, build_engine, inspect_model
+from kvik.startup import StartupLedger, build_engine, fingerprint, inspect_model
 
 __all__ = ["main", "start"]
 
@@ -31,6 +31,7 @@ def start(settings: ChildSettings) -> EngineServer:
     ledger = StartupLedger({"imports": time.time() - psutil.Process().create_time()})
     with ledger.phase("config"):
         info = inspect_model(settings.engine)
+        identity = fingerprint(settings.engine, info)
     engine = build_engine(settings.engine, info, ledger)
     ready = Ready(
         scheduler=info.resolved.scheduler,
@@ -40,6 +41,7 @@ def start(settings: ChildSettings) -> EngineServer:
         device=info.resolved.memory.device_name,
         ledger=ledger.render(),
         memory=info.resolved.memory.render(),
+        fingerprint=identity,
     )
     return EngineServer(engine, settings.endpoint, ready)
 

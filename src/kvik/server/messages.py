@@ -73,6 +73,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
     device: str
     ledger: str
     memory: str
+    fingerprint: str
 
 
 class Outputs(msgspec.Struct, tag="outputs", frozen=True, omit_defaults=True):

@@ -69,7 +69,7 @@ async def _complete(http: Request, *, chat: bool) -> Response:
         cache_salt=served.cache_salt,
     )
     if served.request.stream:
-        chunks = Chunks(served, reply_id, int(time.time()), model, frontend.tokenizer)
+        chunks = Chunks(served, reply_id, int(time.time()), model, service.ready.fingerprint, frontend.tokenizer)
         interval = service.config.stream_interval
         writer = http.scope.get("extensions", {}).get(WRITER)
         if writer is not None and not interval and len(prompts) == served.request.params.n == 1:
@@ -77,7 +77,7 @@ async def _complete(http: Request, *, chat: bool) -> Response:
         events = _events(generation, chunks, interval)
         return EventStream(events, generation.close, patience=service.config.slow_client_timeout)
     outputs = await gather(generation, http)
-    body = response_body(served.request, outputs, frontend.tokenizer, model)
+    body = response_body(served.request, outputs, frontend.tokenizer, model, service.ready.fingerprint)
     body["id"] = reply_id
     completions = [completion for output in outputs for completion in output.outputs]
     if served.syntax is not None:

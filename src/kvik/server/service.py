@@ -21,6 +21,7 @@ from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.engine_client import EngineClient, Generation
 from kvik.server.errors import ApiError, failure_of, not_found, unavailable
+from kvik.server.messages import Ready
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.reply_syntax import ModelSyntax
@@ -83,11 +84,12 @@ class Service:
         return self._frontend
 
     @property
-    def max_model_len(self) -> int:
+    def ready(self) -> Ready:
+        """What the engine said of itself."""
         ready = self.client.ready
         if ready is None:
             raise unavailable("the model is loading; try again soon", "loading")
-        return ready.scheduler.max_model_len
+        return ready
 
     @property
     def defaults(self) -> SamplingParams:
@@ -210,7 +212,7 @@ async def _collect(generation: Generation) -> list[RequestOutput]:
     return [found[place].output() for place in sorted(found)]
 
 
-def _load_frontend(config: EngineConfig, ready: Any) -> Frontend:
+def _load_frontend(config: EngineConfig, ready: Ready) -> Frontend:
     return Frontend.from_folder(
         Path(config.model),
         ModelFacts(ready.vocab_size, ready.rope_depends_on_length),

@@ -33,7 +33,7 @@ async def tokenize(request: Request) -> Response:
         special = body.take("add_special_tokens", bool, True)
         ids = await service.run(lambda: frontend.tokenizer.encode(text, special), len(text))
     warnings = body.finish(BODIES["tokenize"]["properties"], strict=service.config.strict)
-    return _reply({"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}, warnings)
+    return _reply({"tokens": ids, "count": len(ids), "max_model_len": service.ready.scheduler.max_model_len}, warnings)
 
 
 @router.post("/detokenize", **operation("detokenize"))
@@ -64,7 +64,7 @@ async def tokenizer_info(request: Request) -> Response:
             "eos_token_ids": tokenizer.eos_token_ids,
             "chat_template": frontend.chat_template.source,
             "vocab_size": tokenizer.vocab_size,
-            "model_max_length": service.max_model_len,
+            "model_max_length": service.ready.scheduler.max_model_len,
         }
     )
 

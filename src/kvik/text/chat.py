@@ -19,7 +19,7 @@ from kvik.text.messages import add_text, check_messages, check_plain, join_parts
 from kvik.text.template_env import make_environment
 from kvik.text.tokenizer import Tokenizer
 
-__all__ = ["ChatTemplate"]
+__all__ = ["ChatTemplate", "template_text"]
 
 _RESERVED = frozenset({
     "add_generation_prompt", "chat_template", "continue_final_message", "conversation", "documents", "messages",
@@ -34,7 +34,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, template: str | Path | None = None) -> None:
         self._tokenizer = tokenizer
-        self._sources = tokenizer.chat_templates if template is None else {"default": _template_text(template)}
+        self._sources = tokenizer.chat_templates if template is None else {"default": template_text(template)}
         self._environment = make_environment()
         self._compile = functools.cache(self._environment.from_string)
         self._parts_taken: dict[str, bool] = {}
@@ -138,7 +138,7 @@ def _as_system(message: dict[str, Any]) -> dict[str, Any]:
     return {**message, "role": "system"} if message["role"] == "developer" else message
 
 
-def _template_text(template: str | Path) -> str:
+def template_text(template: str | Path) -> str:
     """A template given as text (it has a tag or an expression) or as a path."""
     if isinstance(template, str) and ("{%" in template or "{{" in template):
         return template
