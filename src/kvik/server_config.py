@@ -43,6 +43,7 @@ class ServerConfig:
         8 * 2**20, "largest request body, such as 8MiB", low=1024, high=2**31, parse=parse_bytes
     )
     max_queued_requests: int = option(1024, "sequences that may wait for a first token; more get a 429", low=1)
+    max_requests_per_key: int | None = option(None, "requests that one API key may have open; more get a 429", low=1)
     max_queued_tokens: int = option(2_000_000, "prompt tokens that may wait; more get a 429", low=1)
     max_n: int = option(64, "largest n, and most prompts in one request", low=1, high=1024)
     max_logit_bias: int = option(1024, "most logit_bias entries in one request", low=0)
@@ -75,6 +76,8 @@ class ServerConfig:
             raise ConfigError("ssl_certfile and ssl_keyfile belong together; give both or none")
         if any(not key.strip() for key in self.api_key):
             raise ConfigError("api_key is empty; leave it out to serve without keys")
+        if self.max_requests_per_key and not (self.api_key or self.api_key_file):
+            raise ConfigError("max_requests_per_key needs keys to count for: give --api-key or --api-key-file")
         if not (self.is_loopback or self.api_key or self.api_key_file or self.allow_unauthenticated):
             raise ConfigError(
                 f"host {self.host} can be reached by others and there is no API key: give --api-key or --api-key-file,"

@@ -9,12 +9,15 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
-from server_harness import KEY, Served, serve
+from chat_templates import TEMPLATES
+from scripted_server import scripted_server
+from server_harness import KEY, Served, serve, wait_until
 
 from kvik.config import EngineConfig
 from kvik.server.app import make_routes
@@ -130,6 +133,7 @@ def test_cors_where_configured(strict: httpx.Client) -> None:
     [
         (["--host", "0.0.0.0"], "--allow-unauthenticated"),
         (["--api-key-file", "/no/such/file"], "cannot read api_key_file"),
+        (["--max-requests-per-key", "2"], "--api-key"),
         (["--ssl-certfile", "a.pem"], "belong together"),
         (["--prot", "1"], "--port"),
         (["--temperature", "9"], "temperature"),
@@ -149,6 +153,36 @@ def test_metrics_of_all_processes_are_added_up(guarded: Served) -> None:
         )
         assert answer.status_code == 200
     assert guarded.metric("vllm:request_success_total") - before == 12
+
+
+def test_a_key_may_have_so_many_requests_open(tmp_path: Path) -> None:
+    with scripted_server(tmp_path, TEMPLATES["chatml"], api_key=("a", "b"), max_requests_per_key=2) as server:
+        server.say("x" * 100)
+        body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True}
+
+        def post(key: str) -> httpx.Response:
+            headers = {"authorization": f"Bearer {key}"}
+            return httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+
+        hold = threading.Event()
+        run = server.executor._run_chunk
+        server.executor._run_chunk = lambda chunk: hold.wait(30) and run(chunk)  # type: ignore[assignment, method-assign]
+        threads = [threading.Thread(target=post, args=("a",)) for _ in range(2)]
+        try:
+            for thread in threads:
+                thread.start()
+            wait_until(lambda: server.service.num_open == 2)
+            refused = post("a")
+            assert refused.status_code == 429 and refused.headers["retry-after"] == "1"
+            assert refused.json()["error"]["code"] == "too_many_requests"
+            headers = {"authorization": "Bearer a"}
+            assert httpx.get(f"{server.url}/v1/models", headers=headers).status_code == 200
+        finally:
+            hold.set()
+        assert post("b").status_code == 200
+        for thread in threads:
+            thread.join(30)
+        wait_until(lambda: post("a").status_code == 200)
 
 
 @pytest.mark.skipif(shutil.which("openssl") is None, reason="needs openssl to make a certificate")

@@ -53,11 +53,13 @@ def make_routes(service: Service) -> FastAPI:
 def make_app(service: Service) -> ASGIApp:
     """The application as it is served."""
     config = service.config
+    per_key = config.max_requests_per_key
     app: ASGIApp = Gate(
         make_routes(service),
         public=PUBLIC | ASSETS,
         api_keys=service.settings.api_keys,
         max_body_bytes=config.max_body_bytes,
+        max_requests_per_key=None if per_key is None else -(-per_key // config.num_http),
         on_response=service.metrics.responded,
     )
     if config.cors_origins:

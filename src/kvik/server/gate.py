@@ -2,17 +2,19 @@
 
 Default-deny: without a key only the paths in `public` answer, whatever routes exist further in. Keys are compared in
 constant time. The key's fingerprint becomes the salt of the prefix cache, so that one key's prompts cannot be felt
-through another key's timings.
+through another key's timings. One key may have so many requests open at a time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import re
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 from starlette.datastructures import Headers, MutableHeaders
@@ -51,12 +53,15 @@ class Gate:
         public: frozenset[str],
         api_keys: Sequence[str],
         max_body_bytes: int,
+        max_requests_per_key: int | None,
         on_response: Callable[[str, str, int, float], None],
     ) -> None:
         self._app = app
         self._public = public
         self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
         self._max_body_bytes = max_body_bytes
+        self._max_requests_per_key = max_requests_per_key
+        self._num_open: Counter[str] = Counter()
         self._on_response = on_response
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -72,7 +77,8 @@ class Gate:
             if exchange.announced > self._max_body_bytes:
                 raise BodyTooLarge(self._max_body_bytes)
             scope.setdefault("state", {}).update(salt=salt, request_id=exchange.request_id)
-            await self._app(scope, exchange.receive, exchange.send)
+            with self._counted(salt if scope["method"] == "POST" else ""):
+                await self._app(scope, exchange.receive, exchange.send)
         except ApiError as error:
             await exchange.refuse(error)
         finally:
@@ -92,6 +98,22 @@ class Gate:
         if path in self._public:
             return ""
         raise ApiError(401, "a valid API key is needed: send 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+    @contextlib.contextmanager
+    def _counted(self, salt: str) -> Iterator[None]:
+        """Count a request of the key with this salt while it is open. Raises ApiError (429) for one too many."""
+        limit = self._max_requests_per_key
+        if not salt or limit is None:
+            yield
+            return
+        if self._num_open[salt] >= limit:
+            message = f"this API key has {limit} requests open here, and may not have more; wait for one to end"
+            raise ApiError(429, message, code="too_many_requests", retry_after=1)
+        self._num_open[salt] += 1
+        try:
+            yield
+        finally:
+            self._num_open[salt] -= 1
 
 
 class _Exchange:
