@@ -27,6 +27,10 @@ _PART = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 _KINDS: Mapping[type, str] = {bool: "true or false", int: "integer", float: "number", str: "text", Pair: "`ID=BIAS`"}
 _HUGE = 2**31 - 1
 _PLURALS: Mapping[type, str] = {int: "integers", str: "texts", Pair: "`ID=BIAS`"}
+_PYTHON_ONLY = {
+    "logits_processors": "callables",
+    "structured_outputs": "a dict, or `StructuredOutputsParams`",
+}
 _COLUMNS = ("option", "value", "default", "meaning", "flag", "variable")
 
 
@@ -42,14 +46,12 @@ def _table(table: Table[Any]) -> str:
         option = table.options.get(field.name)
         default = _default(field.default, table.none_word)
         place = ("Python only", "Python only") if option is None else (f"`{option.flag}`", f"`{option.variable}`")
-        value = _value(option) + _bounds(field.metadata)
+        value = _PYTHON_ONLY[field.name] if option is None else _value(option) + _bounds(field.metadata)
         rows.append((f"`{field.name}`", value, default, str(field.metadata["help"]), *place))
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)
 
 
-def _value(option: Option | None) -> str:
-    if option is None:
-        return "callables"
+def _value(option: Option) -> str:
     if option.choices:
         return ", ".join(f"`{choice}`" for choice in option.choices)
     kind = "size in bytes" if option.parse is parse_bytes else _KINDS[option.kind]

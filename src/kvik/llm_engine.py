@@ -61,7 +61,7 @@ class LLMEngine:
         self.default_sampling_params = self.frontend.default_sampling_params
         self.make_request = self.frontend.make_request
         self.render_chat = self.frontend.render_chat
-        self.engine = build_engine(self.config, info, self.ledger, tracer)
+        self.engine = build_engine(self.config, info, self.ledger, self.frontend.grammars, tracer)
         self._processor = OutputProcessor(self.tokenizer)
         self._tracer = tracer
         self._responses: dict[str, RequestOutput] = {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from kvik.errors import RequestError
 from kvik.fields import check_fields, option, show, strict
 
-__all__ = ["MAX_STOP_LENGTH", "MAX_STOP_STRINGS", "LogitsProcessor", "SamplingParams"]
+__all__ = ["MAX_STOP_LENGTH", "MAX_STOP_STRINGS", "LogitsProcessor", "SamplingParams", "StructuredOutputsParams"]
 
 LogitsProcessor = Callable[[list[int], Any], Any]
 """`processor(token_ids, logits) -> logits`: prompt and output ids so far, and float32 logits of shape [vocab_size]."""
@@ -19,6 +20,11 @@ MAX_SEED = 2**63 - 1
 MAX_STOP_STRINGS = 64
 MAX_STOP_LENGTH = 1024
 MAX_LOGPROBS = 128
+MAX_STRUCTURE = 65536
+"""Characters of a schema, grammar or list of choices."""
+MAX_REGEX = 4096
+MAX_DEPTH = 64
+MAX_CHOICES = 1024
 
 
 def _items(value: Any, name: str, what: str) -> tuple[Any, ...]:
@@ -92,6 +98,103 @@ def _top_k(value: Any) -> Any:
     return 0 if isinstance(value, int) and value == -1 else value
 
 
+def _schema(value: Any) -> str:
+    """A JSON schema as JSON text. Refuses what is none, and one that is nested too deep."""
+    try:
+        schema = json.loads(value) if isinstance(value, str) else value
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json must be a JSON schema, as an object or as JSON text: {error}", "json") from None
+    if not isinstance(schema, Mapping):
+        raise RequestError(f"json must be a JSON schema, which is an object, got {show(schema)}", "json")
+    depth, level = 0, list[Any]([schema])
+    while level:
+        depth += 1
+        if depth > MAX_DEPTH:
+            raise RequestError(f"json has a schema nested more than {MAX_DEPTH} levels deep", "json")
+        inner = [item for node in level for item in (node.values() if isinstance(node, Mapping) else node)]
+        level = [item for item in inner if isinstance(item, (Mapping, list, tuple))]
+    return _short("json", MAX_STRUCTURE)(text)
+
+
+def _short(name: str, limit: int) -> Callable[[Any], str]:
+    def parse(value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise RequestError(f"{name} must be a non-empty string, got {show(value)}", name)
+        if len(value) > limit:
+            raise RequestError(f"{name} has {len(value)} characters; at most {limit} are allowed", name)
+        return value
+
+    return parse
+
+
+def _choice(value: Any) -> tuple[str, ...]:
+    items = _items(value, "choice", "strings")
+    if not items or not all(isinstance(item, str) and item for item in items):
+        raise RequestError(f"choice must be a list of non-empty strings, got {show(value)}", "choice")
+    length = sum(map(len, items))
+    if len(items) > MAX_CHOICES or length > MAX_STRUCTURE:
+        raise RequestError(
+            f"choice has {len(items)} strings of {length} characters together; at most {MAX_CHOICES} of"
+            f" {MAX_STRUCTURE} are allowed",
+            "choice",
+        )
+    return items
+
+
+_LATER = "is not supported; describe the whole text with json, regex, choice or grammar"
+
+
+@strict(RequestError, hints={"structural_tag": f"structural_tag {_LATER}"})
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputsParams:
+    """What the generated text has to be: exactly one of the fields. Raises RequestError, with the field in `.param`.
+
+    The text begins with the first generated token, and ends, with an end-of-sequence token, only where it is complete.
+    JSON may have a space, or a line break and an indentation, between its tokens.
+    """
+
+    json: str | None = option(None, "the text is JSON after this schema, a dict or JSON text", parse=_schema)
+    regex: str | None = option(None, "the whole text matches this regular expression", parse=_short("regex", MAX_REGEX))
+    choice: tuple[str, ...] | None = option(None, "the text is one of these strings", parse=_choice)
+    grammar: str | None = option(
+        None,
+        "the text follows this grammar, in Lark's syntax or llama.cpp's GBNF",
+        parse=_short("grammar", MAX_STRUCTURE),
+    )
+    json_object: bool | None = option(None, "the text is some JSON object")
+
+    def __post_init__(self) -> None:
+        check_fields(self, RequestError)
+        if len(self._given) != 1:
+            names = ", ".join(f.name for f in dataclasses.fields(self))
+            given = f"got {' and '.join(self._given)}" if self._given else "got none"
+            raise RequestError(f"give exactly one of {names}; {given}", "structured_outputs")
+
+    @property
+    def _given(self) -> list[str]:
+        names = [f.name for f in dataclasses.fields(self)]
+        return [name for name in names if getattr(self, name) not in (None, False)]
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that was given."""
+        return self._given[0]
+
+
+def _structured(value: Any) -> StructuredOutputsParams:
+    name = "structured_outputs"
+    if isinstance(value, StructuredOutputsParams):
+        return value
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise RequestError(f"{name} must be StructuredOutputsParams or a dict of its fields, got {show(value)}", name)
+    try:
+        return StructuredOutputsParams(**value)
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}", name) from None
+
+
+_ALIASES = {"max_new_tokens": "max_tokens", "stop_strings": "stop", "guided_decoding": "structured_outputs"}
 _HINTS = {
     "do_sample": "use temperature=0 for greedy decoding, temperature > 0 to sample",
     "max_length": "use max_tokens, which counts generated tokens only",
@@ -101,7 +204,7 @@ _HINTS = {
 }
 
 
-@strict(RequestError, aliases={"max_new_tokens": "max_tokens", "stop_strings": "stop"}, hints=_HINTS)
+@strict(RequestError, aliases=_ALIASES, hints=_HINTS)
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """Sampling settings of one request. Raises RequestError, with the field in `.param`, for a value out of range."""
@@ -147,6 +250,9 @@ class SamplingParams:
     logits_processors: tuple[LogitsProcessor, ...] = option(
         (), "Python callables (token_ids, logits) -> logits, offline only", parse=_processors
     )
+    structured_outputs: StructuredOutputsParams | None = option(  # noqa: RUF009  its type is frozen
+        None, "what the text has to be: JSON after a schema, a regular expression, ...", parse=_structured
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
@@ -154,6 +260,9 @@ class SamplingParams:
             raise RequestError(f"min_tokens {self.min_tokens} is more than max_tokens {self.max_tokens}", "min_tokens")
         if self.allowed_token_ids == ():
             raise RequestError("allowed_token_ids is empty: no token could be generated", "allowed_token_ids")
+        for name in ("ignore_eos", "min_tokens"):
+            if self.structured_outputs is not None and getattr(self, name):
+                raise RequestError(f"{name} contradicts structured_outputs, which says where the text ends", name)
 
     @property
     def greedy(self) -> bool:

@@ -38,6 +38,7 @@ from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
 from kvik.runtime.platform import Platform, select_platform, usable_cores
 from kvik.runtime.request_table import RequestTable
+from kvik.structured.grammars import Grammars
 from kvik.tracing import NO_TRACE, NoTrace, TracedCalls
 
 if TYPE_CHECKING:
@@ -117,7 +118,9 @@ def projections(info: ModelInfo, num_tokens: int) -> list[Case]:
     return block * spec.num_layers + [head]
 
 
-def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, tracer: NoTrace = NO_TRACE) -> Engine:
+def build_engine(
+    config: EngineConfig, info: ModelInfo, ledger: StartupLedger, grammars: Grammars, tracer: NoTrace = NO_TRACE
+) -> Engine:
     """Load the weights, allocate the KV cache, and join scheduler and runner."""
     settings, device = info.resolved.scheduler, info.platform.device
     for note in info.resolved.notes:
@@ -128,7 +131,7 @@ def build_engine(config: EngineConfig, info: ModelInfo, ledger: StartupLedger, t
             model = load_decoder(config, info)
         with ledger.phase("KV cache"):
             pool = KVPool(info.spec, settings.num_blocks, settings.block_size, info.resolved.kv_dtype, device)
-            runner = _runner(config, info, model, pool, tracer)
+            runner = _runner(config, info, model, pool, grammars, tracer)
         if compiler is not None:
             with ledger.phase("kernels"):
                 compiler.wait()
@@ -166,8 +169,9 @@ def _warm_up(runner: Runner, settings: SchedulerConfig) -> None:
 
 
 def _runner(
-    config: EngineConfig, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool, tracer: NoTrace
-) -> Runner:
+    config: EngineConfig, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool, grammars: Grammars,
+    tracer: NoTrace,
+) -> Runner:  # fmt: skip
     settings, device = info.resolved.scheduler, info.platform.device
     if info.resolved.kernels == "triton":
         from kvik.runtime.gpu import build_gpu_runner
@@ -175,10 +179,10 @@ def _runner(
         assert isinstance(model, Decoder)
         return build_gpu_runner(
             model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=not config.enforce_eager,
-            tracer=tracer,
+            tracer=tracer, grammars=grammars,
         )  # fmt: skip
     table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
-    return ModelRunner(model, pool, table, tracer)
+    return ModelRunner(model, pool, table, tracer, grammars)
 
 
 def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecoder:

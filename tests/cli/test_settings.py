@@ -28,7 +28,7 @@ def sampling(environ: dict[str, str]) -> SamplingParams:
 def test_every_field_of_text_form_has_an_option() -> None:
     assert list(ENGINE.options) == [f.name for f in dataclasses.fields(EngineConfig)]
     left_out = {f.name for f in dataclasses.fields(SamplingParams)} - set(SAMPLING.options)
-    assert left_out == {"logits_processors"}
+    assert left_out == {"logits_processors", "structured_outputs"}
     flags = [option.flag for table in TABLES.values() for option in table.options.values()]
     assert len(set(flags)) == len(flags)
     assert SAMPLING.options["seed"].flag == "--seed" and ENGINE.options["seed"].flag == "--engine-seed"

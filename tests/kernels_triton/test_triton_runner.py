@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -31,6 +32,7 @@ from kvik.runtime.mixed_step import MixedStep, _Captured
 from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.request_table import RequestTable
 from kvik.sampling_params import SamplingParams
+from kvik.structured.grammars import Grammars, TokenBytes
 
 ROWS, LENGTH, BLOCK = 4, 64, 16
 ASKED: list[dict[str, Any]] = [
@@ -45,7 +47,7 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-def gpu_runner(device: torch.device, settings: SchedulerConfig) -> Runner:
+def gpu_runner(device: torch.device, settings: SchedulerConfig, grammars: Grammars | None = None) -> Runner:
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
     attention = gpu_attention(
         spec,
@@ -60,15 +62,16 @@ def gpu_runner(device: torch.device, settings: SchedulerConfig) -> Runner:
         spec, weights, RopeTable(spec.rope, LENGTH, device), TritonOps(device, table=TABLE), attention
     )  # fmt: skip
     pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
-    return build_gpu_runner(decoder, pool, settings.max_num_seqs, LENGTH, use_graphs=device.type == "cuda")
+    use_graphs = device.type == "cuda"
+    return build_gpu_runner(decoder, pool, settings.max_num_seqs, LENGTH, use_graphs=use_graphs, grammars=grammars)
 
 
-def cpu_runner(settings: SchedulerConfig) -> Runner:
+def cpu_runner(settings: SchedulerConfig, grammars: Grammars | None = None) -> Runner:
     device = torch.device("cpu")
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
     decoder = Decoder(spec, weights, RopeTable(spec.rope, LENGTH, device), ReferenceOps(), ReferenceAttention())
     pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
-    return ModelRunner(decoder, pool, RequestTable(ROWS, LENGTH, BLOCK, device))
+    return ModelRunner(decoder, pool, RequestTable(ROWS, LENGTH, BLOCK, device), grammars=grammars)
 
 
 def settings(**changes: Any) -> SchedulerConfig:
@@ -121,6 +124,54 @@ def test_the_engine_gives_the_same_tokens(changes: dict[str, Any], device: torch
         for ours, theirs in zip(mine.logprobs, reference.logprobs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=1e-4)
             assert [token for token, _ in ours.top] == [token for token, _ in theirs.top]
+
+
+LETTERS = [b"", *(bytes([value]) for value in range(32, 122)), b"ab", b"abc", b"bc", b"", b""]  # of the 96 ids
+EOS = 94
+STRUCTURED: list[dict[str, Any]] = [
+    {"temperature": 0.0, "structured_outputs": {"regex": "(ab|c){3,5}!"}},
+    {"temperature": 1.0, "structured_outputs": {"choice": ["abcabc", "abca", "bc"]}, "n": 2},
+    {"temperature": 0.0},
+    {"temperature": 1.0, "structured_outputs": {"regex": "[0-9]{4}"}, "allowed_token_ids": [17, 18, 20, EOS]},
+    {"temperature": 1.0, "structured_outputs": {"regex": "[x-z]{3}"}, "top_k": 2, "logprobs": 1},
+    {
+        "temperature": 0.7,
+        "structured_outputs": {"regex": "[xy]{3}"},
+        "logits_processors": [lambda ids, x: x - x.mean()],
+    },
+    {"temperature": 0.0, "structured_outputs": {"regex": "[0-9]{4}"}, "allowed_token_ids": [17, 40]},
+    {"temperature": 0.9, "top_p": 0.8},
+]
+
+
+@pytest.mark.parametrize("changes", [{"run_ahead": 1}, {"num_blocks": 5, "run_ahead": 2}], ids=str)
+def test_rows_that_follow_grammars(changes: dict[str, Any], device: torch.device) -> None:
+    pytest.importorskip("llguidance", reason="llguidance is not installed")
+    grammars, found = Grammars(lambda: TokenBytes(LETTERS, (EOS,), (EOS,))), []
+    ahead = settings(**changes)
+    for config, runner in (
+        (ahead, gpu_runner(device, ahead, grammars)),
+        (settings(), cpu_runner(settings(), grammars)),
+    ):
+        engine = Engine(Scheduler(config), UniprocExecutor(runner))
+        for i, asked in enumerate(STRUCTURED):
+            params = SamplingParams(max_tokens=12, **asked)
+            prompt = tuple((11 * i + 7 * p) % 90 + 3 for p in range(3 + 5 * i % 20))
+            ids = {"request_id": str(i), "prompt_token_ids": prompt, "eos_token_ids": (EOS,)}
+            engine.add(Request(params=params, seed=100 + i, **ids))
+        outputs: dict[tuple[str, int], list[SequenceOutput]] = {}
+        while engine.has_unfinished():
+            for output in engine.step():
+                outputs.setdefault((output.request_id, output.index), []).append(output)
+        found.append(outputs)
+    assert tokens(found[0]) == tokens(found[1])
+    ends = {key: (str(outputs[-1].finish_reason), outputs[-1].error) for key, outputs in found[0].items()}
+    assert ends == {key: (str(outputs[-1].finish_reason), outputs[-1].error) for key, outputs in found[1].items()}
+    texts = {key: b"".join(LETTERS[token_id] for token_id in ids) for key, ids in tokens(found[0]).items()}
+    assert ends["6", 0][0] == "error" and texts["6", 0] == b"0000"
+    patterns = {"0": b"(ab|c){3,5}!", "1": b"abcabc|abca|bc", "3": b"[013]{4}", "4": b"[x-z]{3}", "5": b"[xy]{3}"}
+    for (name, _), text in texts.items():
+        assert name not in patterns or (re.fullmatch(patterns[name], text) and ends[name, 0] == ("stop", None)), text
 
 
 class _Recomputed:

@@ -31,6 +31,7 @@ LAYERS = [
     {"models", "quantization"},
     {"layers"},
     {"attention", "sampling"},
+    {"structured"},
     {"kernels"},
 ]
 # core/ may be imported by everything above distributed/; below it only the plan and the request are known.
@@ -51,6 +52,7 @@ CORE_IS_FOR = {"cli", "server", "settings", "llm", "async_llm", "llm_engine", "s
 SHARED_CORE = {"core.plan", "core.request"}
 NO_TORCH = {
     "core",
+    "structured",
     "text",
     "config",
     "errors",

@@ -19,6 +19,7 @@ from kvik.kernels.triton.sampling_table import LISTS, MASK, PENALTIES, SamplingT
 from kvik.kernels.triton.state import DecodeInputs, append_tokens, decode_inputs
 from kvik.runtime.token_ring import TokenRing
 from kvik.sampling.row import RowSampling
+from kvik.structured.grammars import Grammars
 
 __all__ = ["NO_SLOT", "DeviceTable", "upload", "upload_parts"]
 
@@ -49,8 +50,9 @@ class DeviceTable:
     """Rows of `max_num_seqs` sequences of up to `max_model_len` tokens."""
 
     def __init__(
-        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device
-    ) -> None:
+        self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device,
+        grammars: Grammars | None = None,
+    ) -> None:  # fmt: skip
         self.fields = SamplingTable.zeros(max_num_seqs, max_model_len, vocab_size, device)
         max_blocks = -(-max_model_len // block_size)
         self.block_table = torch.zeros((max_num_seqs, max_blocks), dtype=torch.int32, device=device)
@@ -62,6 +64,7 @@ class DeviceTable:
         self._num_blocks = [0] * max_num_seqs
         self._sampling: list[RowSampling | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
+        self.grammars = grammars
 
     def apply(self, plan: StepPlan) -> None:
         """Take in the rows and blocks that a plan adds."""
@@ -107,7 +110,7 @@ class DeviceTable:
         )  # fmt: skip
 
     def _join(self, inits: Sequence[RowInit]) -> None:
-        states = [RowSampling.from_init(init, self._vocab_size) for init in inits]
+        states = [RowSampling.from_init(init, self._vocab_size, grammars=self.grammars) for init in inits]
         for init, state in zip(inits, states, strict=True):
             self._sampling[init.row], self._num_blocks[init.row] = state, 0
             self.num_prompt[init.row], self.num_tokens[init.row] = init.num_prompt_tokens, len(init.token_ids)
@@ -147,9 +150,26 @@ class DeviceTable:
                 field.index_copy_(0, rows, upload(np.stack(values), self.device))
         masked = [(init.row, state.allowed_ids) for init, state in joined if state.allowed_ids is not None]
         if masked:
-            rows = upload([row for row, _ in masked], self.device)
-            words = np.stack([_bits(ids, fields.allowed.shape[1]) for _, ids in masked])
-            fields.allowed.index_copy_(0, rows, upload(words, self.device))
+            self.allow([row for row, _ in masked], np.stack([_bits(ids, self.num_words) for _, ids in masked]))
+
+    @property
+    def num_words(self) -> int:
+        """Words of 32 bits in a mask of allowed tokens."""
+        return self.fields.allowed.shape[1]
+
+    def constrain(self, rows: Sequence[int]) -> None:
+        """Let rows with a matcher draw what it allows next."""
+        assert self.grammars is not None
+        states = [self.sampling(row) for row in rows]
+        words = self.grammars.masks([state.matcher for state in states if state.matcher is not None])
+        for i, state in enumerate(states):
+            if state.allowed_ids is not None:
+                words[i] &= _bits(state.allowed_ids, self.num_words)
+        self.allow(rows, words)
+
+    def allow(self, rows: Sequence[int], words: np.ndarray) -> None:
+        """Set which tokens rows may draw: `words` [len(rows), num_words] int32, as `SamplingTable.allowed`."""
+        self.fields.allowed.index_copy_(0, upload(rows, self.device), upload(words, self.device))
 
     def _add_blocks(self, new_blocks: Sequence[tuple[int, tuple[int, ...]]]) -> None:
         width = self.block_table.shape[1]
@@ -196,7 +216,8 @@ def _edits(state: RowSampling) -> int:
     params = state.params
     penalised = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty) != (1.0, 0.0, 0.0)
     lists = state.bias_ids is not None or params.min_tokens > 0 or bool(_words(state))
-    return PENALTIES * penalised + MASK * (state.allowed_ids is not None) + LISTS * lists
+    masked = state.allowed_ids is not None or state.matcher is not None
+    return PENALTIES * penalised + MASK * masked + LISTS * lists
 
 
 def _ints(init: RowInit, state: RowSampling) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.graphs import GraphPool
 from kvik.runtime.kv_pool import KVPool
 from kvik.runtime.mixed_step import MixedStep
+from kvik.structured.grammars import Grammars
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_bytes"]
@@ -37,11 +38,12 @@ def gpu_attention(
 
 
 def build_gpu_runner(
-    model: Decoder, pool: KVPool, num_seqs: int, max_model_len: int, *, use_graphs: bool, tracer: NoTrace = NO_TRACE
-) -> GpuRunner:
+    model: Decoder, pool: KVPool, num_seqs: int, max_model_len: int, *, use_graphs: bool, tracer: NoTrace = NO_TRACE,
+    grammars: Grammars | None = None,
+) -> GpuRunner:  # fmt: skip
     """A runner of `model`, which computes with `TritonOps` and `gpu_attention`, over the cache in `pool`."""
     vocab_size, device = model.spec.vocab_size, pool.layers[0].k.device
-    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device)
+    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars)
     work = SamplingWorkspace(num_seqs, vocab_size, device)
     assert isinstance(model.attention, TritonAttention)
     graphs = GraphPool() if use_graphs else None

@@ -5,7 +5,9 @@
                             the host)
 
 Token ids never leave the device between steps: the next step reads what this one appended, so the host may be steps
-ahead. What a row is given depends on the row alone; which of the paths its batch takes does not.
+ahead. Rows that follow a grammar are the exception: the host waits for their tokens of the step before, and makes their
+masks, while the device computes the layers of this one. What a row is given depends on the row alone; which of the
+paths its batch takes does not.
 """
 
 from __future__ import annotations
@@ -29,13 +31,15 @@ from kvik.runtime.mixed_step import MixedParts, MixedStep
 from kvik.runtime.prompt_outputs import PromptOutputs
 from kvik.sampling.logprobs import prompt_logprobs
 from kvik.sampling.sampler import ALL_MASKED, NOT_FINITE, Sampler
+from kvik.structured.grammars import Matcher
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["GpuRunner"]
 
 
-EDITS, TOP_K, TOP_P, MIN_P, HOST, LOGPROBS, MIXED = (1 << bit for bit in range(7))
-"""What a row needs, as bits: the sampler's passes; the host for its token; more than a token; a mixed step."""
+EDITS, TOP_K, TOP_P, MIN_P, HOST, LOGPROBS, MIXED, MATCHED = (1 << bit for bit in range(8))
+"""What a row needs, as bits: the sampler's passes; the host for its token; more than a token; a mixed step; a mask for
+each token."""
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class _Step:
 
     rows: Sequence[int]
     tokens: Callable[[], list[int]] = list  # of each of them, once they are there
+    matched: list[tuple[int, Matcher]] = field(default_factory=list)  # places in `tokens` that matchers wait for
     errors: dict[int, str] = field(default_factory=dict)
     logprobs: dict[int, TokenLogprobs] = field(default_factory=dict)
     prompts: dict[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
@@ -77,6 +82,7 @@ class GpuRunner:
         self._tracer = tracer
         self._needs = np.zeros(len(table.num_tokens), dtype=np.uint8)  # bits, by table row
         self._decode_rows = _DecodeRows(())
+        self._unread: list[_Step] = []  # launched, and matchers wait for their tokens
 
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
@@ -107,14 +113,16 @@ class GpuRunner:
             torch.cuda.synchronize(self._device)
         self._work.counts.zero_()
         self._table.results.reset()
+        self._unread.clear()
 
     def _row_needs(self, row: int) -> int:
         """The bits of a row that joins."""
         state = self._table.sampling(row)
         path, on_host, logprobs = SamplerPath.of([state]), self._table.on_host(row), state.params.logprobs is not None
-        mixed = on_host or logprobs or self._model.spec.rope.depends_on_length
+        matched = state.matcher is not None and not on_host  # the host's sampler masks for itself
+        mixed = on_host or logprobs or matched or self._model.spec.rope.depends_on_length
         passes = EDITS * path.edits | TOP_K * path.top_k | TOP_P * path.top_p | MIN_P * path.min_p
-        return passes | HOST * on_host | LOGPROBS * logprobs | MIXED * mixed
+        return passes | HOST * on_host | LOGPROBS * logprobs | MIXED * mixed | MATCHED * matched
 
     def _mixed(self, chunks: Sequence[Chunk], decodes: _DecodeRows) -> _Step:
         rows = [*decodes.rows, *(chunk.row for chunk in chunks if chunk.sample)]
@@ -127,15 +135,20 @@ class GpuRunner:
             return _Step(rows, prompts=prompts)
         index = np.array(rows, dtype=np.int64)
         needs = self._needs[index]
+        matched = self._constrain(rows, np.flatnonzero(needs & MATCHED).tolist())
         logits = self._model.ops.linear(hidden[: len(rows)], self._model.weights.lm_head)  # [rows, vocab_size]
         on_device = upload(index.astype(np.int32), self._device)
         tokens = _path(int(np.bitwise_or.reduce(needs))).sample(logits, on_device, self._table.fields, self._work)
         errors = self._sample_on_host(rows, np.flatnonzero(needs & HOST).tolist(), logits, tokens)
+        errors.update((rows[i], matcher.error) for i, matcher in matched if matcher.error)
         self._table.append(on_device, tokens)
         self._table.num_tokens[index] += 1
         step = _Step(rows, self._table.results.take(len(rows)))
         step.logprobs = self._logprobs(rows, np.flatnonzero(needs & LOGPROBS).tolist(), logits, tokens)
         step.errors, step.prompts, step.embeddings = errors, prompts, embeddings
+        if matched:
+            step.matched = matched
+            self._unread.append(step)
         return step
 
     def _parts(self, chunks: Sequence[Chunk], decodes: _DecodeRows) -> tuple[MixedParts, tuple[PromptRows, ...]]:
@@ -160,6 +173,22 @@ class GpuRunner:
             rope_lens=lens,
         )
         return parts, prompt_rows
+
+    def _constrain(self, rows: Sequence[int], wanted: Sequence[int]) -> list[tuple[int, Matcher]]:
+        """Have the rows at the places `wanted` draw what their grammars allow next; the places with their matchers.
+
+        What the steps before have sampled must be known for that. The layers of this step are running meanwhile.
+        """
+        if not wanted:
+            return []
+        for step in self._unread:
+            if step.matched:  # not collected yet, so that its tokens are still in the ring
+                _read(step)
+        self._unread.clear()
+        with self._tracer.span("masks", rows=len(wanted)):
+            self._table.constrain([rows[i] for i in wanted])
+        found = ((i, self._table.sampling(rows[i]).matcher) for i in wanted)
+        return [(i, matcher) for i, matcher in found if matcher is not None]
 
     def _sample_on_host(self, rows: list[int], wanted: list[int], logits: Tensor, tokens: Tensor) -> dict[int, str]:
         """Replace the tokens of the rows that only the host can sample; the errors of those that failed."""
@@ -186,7 +215,7 @@ class GpuRunner:
 
     def _collect(self, plan: StepPlan, step: _Step) -> StepResult:
         """Wait for a step's tokens, and put what there is beside them."""
-        tokens = step.tokens()
+        tokens = _read(step)
         sampled = dict(zip(step.rows, tokens, strict=True)) if plan.chunks else {}
         rows = [_row_result(chunk.row, step, sampled.get(chunk.row)) for chunk in plan.chunks]
         decoded = tokens[: len(plan.decodes)]
@@ -197,6 +226,16 @@ class GpuRunner:
                     extras.append(_row_result(row, step, decoded[i]))
                     decoded[i] = -1
         return StepResult(plan.step_id, tuple(rows), tuple(decoded), tuple(extras))
+
+
+def _read(step: _Step) -> list[int]:
+    """Wait for a step's tokens, and show them to the matchers that wait for them."""
+    tokens = step.tokens()
+    for i, matcher in step.matched:
+        if tokens[i] >= 0:
+            matcher.advance((tokens[i],))
+    step.matched = []
+    return tokens
 
 
 def _path(needs: int) -> SamplerPath:

@@ -17,6 +17,7 @@ from kvik.runtime.prompt_outputs import PromptOutputs
 from kvik.runtime.request_table import RequestTable
 from kvik.sampling.row import RowSampling
 from kvik.sampling.sampler import RowSample, Sampler
+from kvik.structured.grammars import Grammars
 from kvik.tracing import NO_TRACE, NoTrace
 
 __all__ = ["ModelRunner"]
@@ -26,14 +27,16 @@ class ModelRunner:
     """Executes plans one after the other. Not thread-safe."""
 
     def __init__(
-        self, model: Decoder | NativeDecoder, kv_pool: KVPool, table: RequestTable, tracer: NoTrace = NO_TRACE
-    ) -> None:
+        self, model: Decoder | NativeDecoder, kv_pool: KVPool, table: RequestTable, tracer: NoTrace = NO_TRACE,
+        grammars: Grammars | None = None,
+    ) -> None:  # fmt: skip
         self._model = model
         self._kv_pool = kv_pool
         self._table = table
         self._sampler = Sampler(model.spec.vocab_size)
         self._prompts = PromptOutputs()
         self._tracer = tracer
+        self._grammars = grammars
 
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Compute a step; the result is there already."""
@@ -48,7 +51,8 @@ class ModelRunner:
         """One forward pass over the plan's chunks and one sampled token for each chunk that ends its sequence."""
         with self._tracer.span("prepare"):
             for init in plan.joined:
-                self._table.join(init, RowSampling.from_init(init, self._model.spec.vocab_size))
+                state = RowSampling.from_init(init, self._model.spec.vocab_size, grammars=self._grammars)
+                self._table.join(init, state)
                 self._prompts.join(init)
             for row, block_ids in plan.new_blocks:
                 self._table.add_blocks(row, block_ids)

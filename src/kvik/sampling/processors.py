@@ -1,7 +1,8 @@
 """Logits processors: pure functions from one row of float32 logits to another, applied before temperature.
 
 Each works on a single row [vocab], so no row can see or slow a neighbour. Order, after Hugging Face `generate`:
-repetition penalty, presence and frequency penalties, logit bias, allowed ids, bad words, min_tokens, user callables.
+repetition penalty, presence and frequency penalties, logit bias, allowed ids, bad words, min_tokens, user callables;
+last what the sequence's grammar allows, so that nothing can lead out of it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ from kvik.sampling.row import RowSampling
 from kvik.sampling_params import LogitsProcessor
 
 __all__ = [
-    "add_bias", "call_user", "completing_ids", "keep_only", "mask", "output_penalties", "process", "repetition_penalty",
+    "add_bias", "call_user", "completing_ids", "keep_bits", "keep_only", "mask", "output_penalties", "process",
+    "repetition_penalty",
 ]  # fmt: skip
 
 
@@ -45,6 +48,12 @@ def add_bias(logits: Tensor, token_ids: Tensor, bias: Tensor) -> Tensor:
 def keep_only(logits: Tensor, token_ids: Tensor) -> Tensor:
     """Mask every id but `token_ids`."""
     return torch.full_like(logits, -torch.inf).scatter(0, token_ids, logits[token_ids])
+
+
+def keep_bits(logits: Tensor, words: np.ndarray) -> Tensor:
+    """Mask every id v whose bit, v % 32 of word v // 32, is not set in `words` (int32)."""
+    bits = np.unpackbits(words.view(np.uint8), count=logits.numel(), bitorder="little")
+    return logits.masked_fill(torch.from_numpy(bits == 0).to(logits.device), -torch.inf)
 
 
 def mask(logits: Tensor, token_ids: Tensor) -> Tensor:
@@ -85,6 +94,9 @@ def process(logits: Tensor, row: RowSampling, token_ids: Tensor) -> Tensor:
         history, logits = token_ids.tolist(), logits.clone()  # callables may write to what they get
         for processor in row.params.logits_processors:
             logits = call_user(processor, list(history), logits)
+    if row.matcher is not None:
+        row.matcher.advance(token_ids[row.num_prompt_tokens + row.matcher.num_tokens :].tolist())
+        logits = keep_bits(logits, row.matcher.mask())
     return logits
 
 

@@ -1,4 +1,5 @@
-"""What the sampler knows about one sequence: built once when the sequence takes a row, and immutable after that.
+"""What the sampler knows about one sequence: built once when the sequence takes a row, and immutable after that. Only
+the place of a sequence in its grammar moves on.
 
 Token ids that lie outside the vocabulary are dropped here: they can neither be drawn nor complete a bad word.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from kvik.core.plan import RowInit
 from kvik.sampling_params import SamplingParams
+from kvik.structured.grammars import Grammars, Matcher
 
 __all__ = ["RowSampling"]
 
@@ -34,15 +36,25 @@ class RowSampling:
     bias_ids: Tensor | None  # [num_biased] int64
     bias: Tensor | None  # [num_biased] float32
     bad_words: tuple[tuple[int, ...], ...]
+    matcher: Matcher | None
     edits: bool
 
     @classmethod
-    def from_init(cls, init: RowInit, vocab_size: int, device: torch.device | str = "cpu") -> RowSampling:
-        """The sampling state of a sequence that takes a row; its tensors live on `device`."""
+    def from_init(
+        cls, init: RowInit, vocab_size: int, device: torch.device | str = "cpu", grammars: Grammars | None = None
+    ) -> RowSampling:
+        """The sampling state of a sequence that takes a row; its tensors live on `device`.
+
+        `grammars` are needed for a sequence with structured outputs.
+        """
         params, allowed = init.params, init.params.allowed_token_ids
         biases = [(token, bias) for token, bias in params.logit_bias if token < vocab_size]
         words = [word for word in init.bad_words_ids if word and max(word) < vocab_size]
         banned = [word[0] for word in words if len(word) == 1]
+        matcher = None
+        if params.structured_outputs is not None:
+            assert grammars is not None, "this engine was built without grammars"
+            matcher = grammars.matcher(params.structured_outputs, init.token_ids[init.num_prompt_tokens :])
 
         def ids(values: Iterable[int]) -> Tensor:
             return torch.tensor([value for value in values if value < vocab_size], dtype=torch.int64, device=device)
@@ -57,7 +69,8 @@ class RowSampling:
             bias_ids=ids(token for token, _ in biases) if biases else None,
             bias=torch.tensor([bias for _, bias in biases], dtype=torch.float32, device=device) if biases else None,
             bad_words=tuple(word for word in words if len(word) > 1),
-            edits=_edits(params) or bool(words),
+            matcher=matcher,
+            edits=_edits(params) or bool(words) or matcher is not None,
         )
 
 

@@ -26,7 +26,9 @@ from kvik.sampling.row import RowSampling
 
 __all__ = ["ALL_MASKED", "NOT_FINITE", "RowSample", "Sampler"]
 
-ALL_MASKED = "every token is masked: allowed_token_ids, bad_words, min_tokens and processors leave none"
+ALL_MASKED = (
+    "every token is masked: allowed_token_ids, bad_words, min_tokens, processors and structured_outputs leave none"
+)
 NOT_FINITE = "the logits hold NaN or +inf: no token can be drawn from them"
 
 MANY = 4096  # candidates from which on it pays to draw the best HEAD first and to drop those that cannot win any more

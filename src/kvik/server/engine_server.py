@@ -1,6 +1,7 @@
 """The engine process's loop: messages in, steps, messages out. Token ids only; one thread owns everything.
 
 Requests of a peer (an HTTP process) that cannot be reached any more are ended, so that nothing runs for nobody.
+Grammars of requests are compiled beside the loop, by a thread of their own.
 """
 
 from __future__ import annotations
@@ -8,22 +9,28 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
 import zmq
 
 from kvik.core.engine import Engine
+from kvik.core.request import Request
 from kvik.errors import RequestError
 from kvik.log import logger
 from kvik.outputs import FinishReason, SequenceOutput
 from kvik.server import messages as wire
 from kvik.server.events import EventFeed
+from kvik.structured.grammars import Grammars
 
 __all__ = ["EngineServer"]
 
 STATUS_INTERVAL = 0.5
 """Seconds between two Status messages at most, as long as steps do not take longer."""
+
+COMPILING_INTERVAL = 0.001
+"""Seconds between two looks at grammars that are being compiled, while nothing else is to be done."""
 
 EVENTS_INTERVAL = 0.05
 SEND_LIMIT = 10_000
@@ -40,11 +47,24 @@ class _Open:
     num_left: int
 
 
-class EngineServer:
-    """Serves HTTP processes from one engine until `stop` is called."""
+@dataclass(slots=True)
+class _Compiling:
+    """A request whose grammar is being compiled, and what is to end it, if that has come already."""
 
-    def __init__(self, engine: Engine, endpoint: str, ready: wire.Ready) -> None:
+    peer: bytes
+    request: Request
+    compiled: Future[None]
+    finish: wire.Finish | None = None
+
+
+class EngineServer:
+    """Serves HTTP processes from one engine until `stop` is called. `grammars` are the engine's, where it has any."""
+
+    def __init__(self, engine: Engine, endpoint: str, ready: wire.Ready, grammars: Grammars | None = None) -> None:
         self._engine = engine
+        self._grammars = grammars
+        self._compiler = ThreadPoolExecutor(1, "kvik-grammars")
+        self._compiling: dict[str, _Compiling] = {}
         self._ready = ready
         self._context = zmq.Context()
         self._socket: zmq.Socket[bytes] = self._context.socket(zmq.ROUTER)
@@ -68,6 +88,7 @@ class EngineServer:
         """Serve. An exception of the engine ends the loop: a failure that no single request caused."""
         while not self._stopping:
             self._receive(wait=not self._engine.has_unfinished())
+            self._take_compiled()
             if self._engine.has_unfinished():
                 self._deliver(self._engine.step())
             self._report()
@@ -76,13 +97,15 @@ class EngineServer:
         """Close the socket and the engine."""
         self._socket.close()
         self._context.term()
+        self._compiler.shutdown(wait=False, cancel_futures=True)
         self._engine.close()
 
     # In
 
     def _receive(self, *, wait: bool) -> None:
-        """Obey every message that is there; with `wait`, until one comes or it is time for a Status."""
-        if wait and not self._socket.poll(int(STATUS_INTERVAL * 1000)):
+        """Obey every message that is there; with `wait`, until one comes or it is time for something else."""
+        patience = COMPILING_INTERVAL if self._compiling else STATUS_INTERVAL
+        if wait and not self._socket.poll(int(patience * 1000)):
             return
         while True:
             try:
@@ -98,7 +121,11 @@ class EngineServer:
         if isinstance(message, wire.Add):
             self._add(peer, message)
         elif isinstance(message, wire.Finish):
-            self._engine.finish(message.request_id, message.reason, message.index)
+            waiting = self._compiling.get(message.request_id)
+            if waiting is None:
+                self._engine.finish(message.request_id, message.reason, message.index)
+            else:
+                waiting.finish = message
         elif isinstance(message, wire.Watch):
             self._watch(peer, message.on)
         else:
@@ -108,12 +135,40 @@ class EngineServer:
     def _add(self, peer: bytes, message: wire.Add) -> None:
         try:
             request = wire.unpack_request(message)
+        except RequestError as error:
+            self._reject(peer, message.request_id, error)
+            return
+        wanted = request.params.structured_outputs
+        if wanted is None or self._grammars is None:
+            self._admit(peer, request)
+        else:
+            compiled = self._compiler.submit(self._grammars.compile, wanted)
+            self._compiling[request.request_id] = _Compiling(peer, request, compiled)
+
+    def _take_compiled(self) -> None:
+        """Admit the requests whose grammars are there."""
+        for waiting in [waiting for waiting in self._compiling.values() if waiting.compiled.done()]:
+            del self._compiling[waiting.request.request_id]
+            try:
+                waiting.compiled.result()
+            except RequestError as error:
+                self._reject(waiting.peer, waiting.request.request_id, error)
+                continue
+            self._admit(waiting.peer, waiting.request)
+            if waiting.finish is not None:
+                self._obey(waiting.peer, waiting.finish)
+
+    def _admit(self, peer: bytes, request: Request) -> None:
+        try:
             self._engine.add(request)
         except RequestError as error:
-            self._send(peer, wire.Rejected(message.request_id, str(error), error.param, error.code))
+            self._reject(peer, request.request_id, error)
             return
         num_prompt = len(request.prompt_token_ids)
         self._open[request.request_id] = _Open(peer, num_prompt, request.arrival_time, request.params.n)
+
+    def _reject(self, peer: bytes, request_id: str, error: RequestError) -> None:
+        self._send(peer, wire.Rejected(request_id, str(error), error.param, error.code))
 
     def _watch(self, peer: bytes, on: bool) -> None:
         if on:
@@ -186,6 +241,7 @@ class EngineServer:
         self._peers.discard(peer)
         self._watchers.discard(peer)
         self._feed.switch(bool(self._watchers))
+        self._compiling = {key: waiting for key, waiting in self._compiling.items() if waiting.peer != peer}
         for request_id in [request_id for request_id, entry in self._open.items() if entry.peer == peer]:
             del self._open[request_id]
             self._engine.finish(request_id, FinishReason.ABORT)

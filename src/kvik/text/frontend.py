@@ -19,8 +19,9 @@ from kvik.errors import RequestError
 from kvik.log import logger
 from kvik.models.hub import load_generation_config
 from kvik.sampling_params import SamplingParams
+from kvik.structured.grammars import Grammars
 from kvik.text.chat import ChatTemplate
-from kvik.text.tokenizer import Tokenizer, has_tokenizer
+from kvik.text.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["ChatPrompt", "Frontend", "Message", "ModelFacts", "Prompt", "default_sampling_params"]
 
@@ -59,11 +60,14 @@ class Frontend:
         facts: ModelFacts,
         *,
         seed: int | None = None,
+        only_checks: bool = False,
     ) -> None:
         self.tokenizer = tokenizer
         self.chat_template = chat_template
         self.default_sampling_params = default_sampling_params
         self._facts = facts
+        table = tokenizer.spelling_table if only_checks else tokenizer.byte_table
+        self.grammars = Grammars(lambda: table(facts.vocab_size))
         self._ids = itertools.count()
         self._seeds = random.Random(seed)
 
@@ -78,18 +82,18 @@ class Frontend:
         chat_template: str | None = None,
         seed: int | None = None,
         dummy: bool = False,
+        only_checks: bool = False,
     ) -> Frontend:
         """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files.
 
-        A `dummy` model, whose weights are random, may do without a tokenizer: prompts are token ids then.
+        A `dummy` model, whose weights are random, may do without a tokenizer: prompts are token ids then. A front half
+        with `only_checks` shares no process with the engine: its `grammars` tell right from wrong, and make no masks.
         """
         folder = tokenizer_folder or path
-        if dummy and not has_tokenizer(folder):
-            tokenizer = Tokenizer.of_bytes()
-        else:
-            tokenizer = Tokenizer.from_folder(folder, config=None if hf_config is None else dict(hf_config))
+        tokenizer = load_tokenizer(folder, hf_config=hf_config, dummy=dummy)
         defaults = default_sampling_params(load_generation_config(path))
-        return cls(tokenizer, ChatTemplate(tokenizer, chat_template), defaults, facts, seed=seed)
+        template = ChatTemplate(tokenizer, chat_template)
+        return cls(tokenizer, template, defaults, facts, seed=seed, only_checks=only_checks)
 
     def make_request(
         self,
@@ -106,6 +110,8 @@ class Frontend:
         self.check_ids(params.stop_token_ids, "stop_token_ids")
         self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
         self.check_ids([token_id for token_id, _ in params.logit_bias], "logit_bias")
+        if params.structured_outputs is not None:
+            self.grammars.compile(params.structured_outputs)
         if self._facts.rope_depends_on_length:
             cache_salt = f"{cache_salt}/{len(prompt_ids)}"  # keys are rotated by an angle that depends on the length
         return Request(

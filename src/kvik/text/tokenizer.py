@@ -17,10 +17,11 @@ import tokenizers
 from tokenizers import decoders, pre_tokenizers
 
 from kvik.errors import ModelLoadError, RequestError
+from kvik.structured.grammars import TokenBytes
 from kvik.text.detokenizer import Vocabulary
 from kvik.text.tokenizer_files import TokenizerFiles
 
-__all__ = ["Tokenizer", "has_tokenizer"]
+__all__ = ["Tokenizer", "has_tokenizer", "load_tokenizer"]
 
 _OLD_FILES = ("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
 
@@ -132,6 +133,21 @@ class Tokenizer:
         """The UTF-8 bytes that a token contributes inside a text; perhaps only part of a character."""
         return self.vocabulary.token_bytes(token_id)
 
+    def byte_table(self, vocab_size: int) -> TokenBytes:
+        """The bytes of the first `vocab_size` ids, which grammars are matched with."""
+        known = min(vocab_size, self.vocab_size)
+        tokens = [self.token_bytes(token_id) for token_id in range(known)] + [b""] * (vocab_size - known)
+        special, eos = ([i for i in ids if i < known] for ids in (sorted(self.special_token_ids), self.eos_token_ids))
+        return TokenBytes(tokens, special, eos)
+
+    def spelling_table(self, vocab_size: int) -> TokenBytes:
+        """A vocabulary to check grammars with, whose tables are quickly built: every byte, and the special tokens."""
+        ids = sorted({*self.special_token_ids, *self.eos_token_ids})
+        tokens = [bytes([value]) for value in range(256)] + [self.token_bytes(token_id) for token_id in ids]
+        eos = [256 + ids.index(token_id) for token_id in self.eos_token_ids]
+        padding = [b""] * (vocab_size - len(tokens))  # a grammar may name tokens by id
+        return TokenBytes(tokens + padding, range(256, len(tokens)), eos)
+
     def bad_word_ids(self, words: Iterable[str]) -> tuple[tuple[int, ...], ...]:
         """The id sequences that spell `words` at the start of a text, after a space, and inside a line."""
         words = tuple(words)
@@ -214,6 +230,13 @@ def _apply_class(backend: Any, files: TokenizerFiles) -> None:
 def has_tokenizer(path: Path) -> bool:
     """Whether a folder has any file that a tokenizer can be read from."""
     return any((path / name).is_file() for name in ("tokenizer.json", *_OLD_FILES))
+
+
+def load_tokenizer(folder: Path, *, hf_config: Mapping[str, Any] | None = None, dummy: bool = False) -> Tokenizer:
+    """The tokenizer of a local folder; bytes for a `dummy` model without one. Raises ModelLoadError."""
+    if dummy and not has_tokenizer(folder):
+        return Tokenizer.of_bytes()
+    return Tokenizer.from_folder(folder, config=None if hf_config is None else dict(hf_config))
 
 
 def _convert(path: Path) -> tuple[Any, dict[str, str]]:

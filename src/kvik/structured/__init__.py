@@ -1,0 +1,1 @@
+"""Texts that have to follow a schema, a regular expression or a grammar: which tokens may come next."""
