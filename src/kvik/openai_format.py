@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import dataclasses
+import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
@@ -16,8 +17,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from kvik.errors import KvikError, RequestError, did_you_mean
+from kvik.fields import show
 from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs, Usage
-from kvik.sampling_params import SamplingParams
+from kvik.sampling_params import SamplingParams, StructuredOutputsParams
 from kvik.settings import SAMPLING, Pair
 
 if TYPE_CHECKING:
@@ -26,19 +28,28 @@ if TYPE_CHECKING:
 
 __all__ = [
     "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "chat_logprob", "error_body", "parse_body", "response_body",
-    "usage_body",
+    "response_structure", "usage_body",
 ]  # fmt: skip
 
 COMPLETION_MAX_TOKENS = 16
 MAX_TOP_LOGPROBS = 20
 LOWEST_LOGPROB = -9999.0  # OpenAI's, since JSON has no minus infinity
 _SAMPLING = frozenset(SAMPLING.options) - {"echo", "logprobs", "prompt_logprobs"}
+_GUIDED = MappingProxyType(
+    {
+        "grammar": "grammar", "guided_choice": "choice", "guided_grammar": "grammar", "guided_json": "json",
+        "guided_regex": "regex", "json_schema": "json",
+    }
+)  # fmt: skip
+"""Names that other servers have for members of structured_outputs."""
+
+_STRUCTURED = frozenset({"response_format", "structured_outputs", *_GUIDED})
 _TEMPLATE = ("add_generation_prompt", "chat_template_kwargs", "continue_final_message")
 _BOOLEANS = ("add_generation_prompt", "continue_final_message", "echo", "stream")
 _OTHERS = MappingProxyType(
     {
-        True: frozenset({"messages", "logprobs", "top_logprobs", "max_completion_tokens", *_TEMPLATE}),
-        False: frozenset({"prompt", "logprobs", "echo"}),
+        True: frozenset({"messages", "logprobs", "top_logprobs", "max_completion_tokens", *_TEMPLATE}) | _STRUCTURED,
+        False: frozenset({"prompt", "logprobs", "echo"}) | _STRUCTURED,
     }
 )
 _DESCRIPTIVE = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
@@ -46,7 +57,6 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {
         "best_of": (1,),
         "modalities": (["text"],),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "store": (False,),
         "suffix": ("",),
@@ -65,7 +75,10 @@ KNOWN_FIELDS: Mapping[bool, frozenset[str]] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class OpenAIRequest:
-    """A checked body. `inputs` are prompts (strings or lists of token ids), or the one list of messages of a chat."""
+    """A checked body. `inputs` are prompts (strings or lists of token ids), or the one list of messages of a chat.
+
+    `structure_param` is the field that asks for structured outputs, if one does.
+    """
 
     chat: bool
     model: str | None
@@ -73,6 +86,7 @@ class OpenAIRequest:
     template_options: Mapping[str, Any]
     params: SamplingParams
     stream: bool
+    structure_param: str | None = None
 
     def prompts(self, frontend: Frontend) -> list[Prompt]:
         """What the engine is given, one item per input. Raises RequestError where the chat template refuses."""
@@ -94,6 +108,7 @@ def parse_body(
     values = {"max_tokens": None if chat else COMPLETION_MAX_TOKENS, **overrides}
     values.update((name, value) for name, value in fields.items() if name in _SAMPLING)
     values.update(_chat_values(fields) if chat else _completion_values(fields))
+    structure_param, values["structured_outputs"] = _structure(fields)
     return OpenAIRequest(
         chat=chat,
         model=fields.get("model"),
@@ -101,6 +116,7 @@ def parse_body(
         template_options={name: fields[name] for name in _TEMPLATE if name in fields},
         params=dataclasses.replace(base, **values),
         stream=fields.get("stream", False),
+        structure_param=structure_param,
     )
 
 
@@ -155,6 +171,59 @@ def _chat_values(fields: Mapping[str, Any]) -> dict[str, Any]:
             raise RequestError("max_tokens and max_completion_tokens differ; give one", "max_completion_tokens")
         values["max_tokens"] = limit
     return values
+
+
+def _structure(fields: Mapping[str, Any]) -> tuple[str | None, StructuredOutputsParams | None]:
+    """The field that says what the text has to be, and what that is."""
+    given = [name for name in fields if name in _STRUCTURED]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(sorted(given))} each say what the text has to be; give one", given[1])
+    if not given:
+        return None, None
+    name, value = given[0], fields[given[0]]
+    try:
+        if name == "response_format":
+            return name, response_structure(value)
+        if name == "structured_outputs":
+            _expect(name, isinstance(value, dict), "an object", value)
+            return name, StructuredOutputsParams(**value)
+        return name, StructuredOutputsParams(**{_GUIDED[name]: value})
+    except RequestError as error:
+        raise RequestError(f"{name}: {error}", name) from None
+
+
+def response_structure(value: Any) -> StructuredOutputsParams | None:
+    """What a `response_format` asks for, or a `text.format` of the Responses API, whose schema is not wrapped.
+
+    A schema is always followed: `strict` has nothing to add. Raises RequestError.
+    """
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind in ("text", "json_object"):
+        _members(value, "type")
+        return None if kind == "text" else StructuredOutputsParams(json_object=True)
+    if kind != "json_schema":
+        raise RequestError(f"type must be text, json_object or json_schema, got {show(kind or value)}")
+    if "json_schema" in value:
+        _members(value, "type", "json_schema")
+        value = value["json_schema"]
+        if not isinstance(value, dict):
+            raise RequestError(f"json_schema must be an object, got {show(value)}")
+    _members(value, "type", "name", "schema", "strict", "description")
+    name, schema, strict = value.get("name"), value.get("schema"), value.get("strict")
+    if not isinstance(name, str) or not re.fullmatch(r"[a-zA-Z0-9_-]{1,64}", name):
+        raise RequestError(f"name must be 1 to 64 letters, digits, _ or -, got {show(name)}")
+    if strict is not None and not isinstance(strict, bool):
+        raise RequestError(f"strict must be true or false, got {show(strict)}")
+    if not isinstance(schema, dict):
+        raise RequestError(f"schema must be a JSON schema, got {show(schema)}")
+    members: dict[str, Any] = {"json": schema}  # which takes a schema as it comes
+    return StructuredOutputsParams(**members)
+
+
+def _members(value: Mapping[str, Any], *known: str) -> None:
+    for name in value:
+        if name not in known:
+            raise RequestError(f"there is no member {show(name)} here{did_you_mean(name, known)}")
 
 
 def _inputs(fields: Mapping[str, Any], chat: bool) -> tuple[Any, ...]:

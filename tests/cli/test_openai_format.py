@@ -75,7 +75,7 @@ def test_fields_that_ask_for_nothing_are_taken() -> None:
         (False, "logit_bias", {"x": 1}), (False, "ignore_eos", "false"), (False, "temperature", "hot"),
         (False, "max_tokens", 0), (False, "n", 0), (False, "model", 5), (False, "logprobs", True),
         (False, "logits_processors", []), (False, "prompt_logprobs", 1), (False, "seed", -1), (False, "stream", 1),
-        (True, "tools", [{}]), (True, "response_format", {"type": "json_object"}), (True, "tool_choice", "auto"),
+        (True, "tools", [{}]), (True, "response_format", {"type": "yaml"}), (True, "tool_choice", "auto"),
         (True, "echo", True), (True, "prompt", "x"), (True, "logprobs", 3), (True, "top_logprobs", 2),
         (True, "modalities", ["audio"]), (True, "add_generation_prompt", "yes"), (True, "functions", []),
     ],

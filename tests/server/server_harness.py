@@ -28,6 +28,7 @@ from kvik.distributed.executor import Executor
 from kvik.distributed.mock import MockExecutor
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
+from kvik.structured.grammars import Grammars
 
 __all__ = ["KEY", "EngineThread", "Served", "engine_thread", "serve", "wait_until"]
 
@@ -111,7 +112,12 @@ class EngineThread:
 
 @contextlib.contextmanager
 def engine_thread(
-    folder: Path, *, vocab_size: int = 384, executor: Executor | None = None, **scheduler: Any
+    folder: Path,
+    *,
+    vocab_size: int = 384,
+    executor: Executor | None = None,
+    grammars: Grammars | None = None,
+    **scheduler: Any,
 ) -> Iterator[EngineThread]:
     """An engine without a model behind a real ipc socket."""
     defaults: dict[str, Any] = {
@@ -120,7 +126,8 @@ def engine_thread(
     config = SchedulerConfig(**{**defaults, **scheduler})
     engine = Engine(Scheduler(config), executor or MockExecutor(config.block_size, vocab_size))
     endpoint = f"ipc://{folder / 'engine'}"
-    server = EngineServer(engine, endpoint, Ready(config, vocab_size, False, "none", "none", "", "", "kvik-test"))
+    ready = Ready(config, vocab_size, False, "none", "none", "", "", "kvik-test")
+    server = EngineServer(engine, endpoint, ready, grammars)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     try:

@@ -67,6 +67,7 @@ async def _complete(http: Request, *, chat: bool) -> Response:
         stream=served.request.stream,
         priority=served.priority,
         cache_salt=served.cache_salt,
+        structure_param=served.request.structure_param or "structured_outputs",
     )
     if served.request.stream:
         chunks = Chunks(served, reply_id, int(time.time()), model, service.ready.fingerprint, frontend.tokenizer)

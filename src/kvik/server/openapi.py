@@ -32,6 +32,11 @@ _MESSAGES = {
         "properties": {"role": _TEXT, "content": {"anyOf": [_TEXT, {"type": "array", "items": _OBJECT}]}},
     },
 }
+_SCHEMA = {"anyOf": [_OBJECT, _TEXT]}
+_CHOICES = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1024}
+_STRUCTURES: Mapping[str, dict[str, Any]] = {
+    "choice": _CHOICES, "grammar": _TEXT, "json": _SCHEMA, "json_object": _FLAG, "regex": _TEXT,
+}  # fmt: skip
 _OTHER: Mapping[str, dict[str, Any]] = {
     "add_generation_prompt": {**_FLAG, "description": "open an assistant turn at the end of the prompt"},
     "add_special_tokens": {**_FLAG, "description": "add the tokens that the tokenizer puts around a text"},
@@ -42,6 +47,12 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "dimensions": {"type": "integer", "minimum": 1, "description": "leave it out, or give the model's own number"},
     "encoding_format": {"enum": ["float", "base64"], "description": "base64 is little-endian float32"},
     "pooling": {"enum": ["mean", "last"], "description": "mean over the tokens (default), or the last token"},
+    "grammar": {**_TEXT, "description": "the text follows this grammar, in Lark's syntax or GBNF"},
+    "guided_choice": {**_CHOICES, "description": "structured_outputs.choice"},
+    "guided_grammar": {**_TEXT, "description": "structured_outputs.grammar"},
+    "guided_json": {**_SCHEMA, "description": "structured_outputs.json"},
+    "guided_regex": {**_TEXT, "description": "structured_outputs.regex"},
+    "json_schema": {**_SCHEMA, "description": "structured_outputs.json"},
     "input": {"description": "a text, token ids, or a list of either", "anyOf": [_TEXT, {"type": "array"}]},
     "instructions": {**_TEXT, "description": "a system message before the input"},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "description": "tokens to generate at most"},
@@ -57,6 +68,12 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     },
     "prompts": {"type": "array", "items": _TEXT, "minItems": 1, "description": "texts to continue"},
     "reasoning_effort": {**_TEXT, "description": "handed to the chat template"},
+    "response_format": {
+        "type": "object",
+        "required": ["type"],
+        "properties": {"type": {"enum": ["text", "json_object", "json_schema"]}, "json_schema": _OBJECT},
+        "description": "what the answer has to be",
+    },
     "return_token_ids": {**_FLAG, "description": "add the generated token ids to each choice"},
     "store": {**_FLAG, "description": NO_EFFECT},
     "stream": {**_FLAG, "description": "send the answer as server-sent events"},
@@ -70,6 +87,15 @@ _OTHER: Mapping[str, dict[str, Any]] = {
         },
         "description": "include_usage adds a last chunk with the token counts",
     },
+    "structured_outputs": {
+        "type": "object",
+        "additionalProperties": False,
+        "minProperties": 1,
+        "maxProperties": 1,
+        "properties": _STRUCTURES,
+        "description": "what the text has to be",
+    },
+    "text": {**_OBJECT, "description": "format: text, json_object or json_schema"},
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "token ids"},
     "tool_choice": {"enum": ["none", "auto"], "description": "none hides the tools from the model"},
     "tools": {"type": "array", "items": _OBJECT, "description": "functions, shown to the model by its chat template"},
@@ -112,7 +138,7 @@ def _body(
     }
 
 
-_PLAIN = frozenset(SAMPLING.options) - {"echo", "logprobs", "prompt_logprobs"}
+_PLAIN = (frozenset(SAMPLING.options) | {"structured_outputs"}) - {"echo", "logprobs", "prompt_logprobs"}
 _TEMPLATE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 _RESPONSES = (
     "input",
@@ -127,6 +153,7 @@ _RESPONSES = (
     "tools",
     "tool_choice",
     "parallel_tool_calls",
+    "text",
 )
 BODIES: Mapping[str, dict[str, Any]] = {
     "chat": _body(known_fields(True) | set(IGNORED), "messages", chat=True),

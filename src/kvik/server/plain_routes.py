@@ -28,7 +28,7 @@ from kvik.settings import SAMPLING
 __all__ = ["router"]
 
 router = APIRouter()
-_FIELDS = frozenset(SAMPLING.options) - {"echo", "logprobs", "prompt_logprobs"}
+_FIELDS = (frozenset(SAMPLING.options) | {"structured_outputs"}) - {"echo", "logprobs", "prompt_logprobs"}
 
 
 @router.post("/generate", **operation("generate"))

@@ -26,7 +26,6 @@ __all__ = [
     "take_tools",
 ]  # fmt: skip
 
-_STRUCTURED = "structured output is not part of this version"
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "audio": "this server generates text only",
@@ -34,12 +33,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "chat_template": "templates come from the operator (--chat-template), not from requests",
         "function_call": "use tools, which the chat template shows to the model",
         "functions": "use tools, which the chat template shows to the model",
-        "grammar": _STRUCTURED,
-        "guided_choice": _STRUCTURED,
-        "guided_grammar": _STRUCTURED,
-        "guided_json": _STRUCTURED,
-        "guided_regex": _STRUCTURED,
-        "json_schema": _STRUCTURED,
         "length_penalty": "beam search is not part of this server",
         "logits_processors": "they are code, and work offline only",
         "lora": "adapters are not part of this version",
@@ -47,8 +40,6 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "prediction": "predicted outputs are not part of this version",
         "prompt_embeds": "send text or token ids",
         "prompt_logprobs": "use echo with logprobs on /v1/completions",
-        "response_format": _STRUCTURED,
-        "structured_outputs": _STRUCTURED,
         "suffix": "filling in the middle is not part of this version",
         "truncate_prompt_tokens": "prompts are never cut; shorten the prompt",
         "use_beam_search": "use n for several samples",
@@ -93,7 +84,7 @@ class ServedRequest:
             return self
         (prompt,) = prompts
         assert isinstance(prompt, ChatPrompt)
-        syntax = self.syntax.after(prompt.text)
+        syntax = self.syntax.after(prompt.text, self.request.params)
         params = syntax.show_marks(self.request.params, tokenizer)
         return dataclasses.replace(self, syntax=syntax, request=dataclasses.replace(self.request, params=params))
 
@@ -161,8 +152,7 @@ def check_limits(params: SamplingParams, num_prompts: int, config: ServerConfig)
 def _drop_neutral(body: Body) -> None:
     """Remove fields that ask for what happens anyway."""
     neutral: dict[str, Any] = {
-        "response_format": {"type": "text"}, "best_of": 1, "suffix": "", "modalities": ["text"], "tools": [],
-        "use_beam_search": False,
+        "best_of": 1, "suffix": "", "modalities": ["text"], "tools": [], "use_beam_search": False,
     }  # fmt: skip
     for name, value in neutral.items():
         if name in body.fields and body.fields[name] == value and type(body.fields[name]) is type(value):
@@ -188,7 +178,7 @@ def take_tools(body: Body) -> list[dict[str, Any]]:
     """The tools that the model is shown. Raises RequestError for a choice that the model would have to be forced to."""
     choice = body.fields.pop("tool_choice", None)
     if choice not in (None, "none", "auto"):
-        raise RequestError(f"tool_choice is not supported but for none and auto: {_STRUCTURED}", "tool_choice")
+        raise RequestError("tool_choice is not supported but for none and auto: no call is forced yet", "tool_choice")
     tools: list[Any] = body.take("tools", list, [])
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")

@@ -29,9 +29,10 @@ class ReplySyntax:
     opened: bool = False
     max_calls: int | None = None
 
-    def after(self, prompt: str) -> ReplySyntax:
-        """The same behind a rendered prompt, which may have opened the reasoning."""
-        return dataclasses.replace(self, opened=self.field is not None and prompt.rstrip().endswith(THINK[0]))
+    def after(self, prompt: str, params: SamplingParams) -> ReplySyntax:
+        """The same behind a rendered prompt, which may have opened the reasoning; a grammar leaves no room for it."""
+        opened = self.field is not None and prompt.rstrip().endswith(THINK[0])
+        return dataclasses.replace(self, opened=opened and params.structured_outputs is None)
 
     def parser(self) -> ReplyParser:
         """A parser for one answer."""

@@ -17,7 +17,11 @@ from fastapi import APIRouter
 from fastapi.responses import Response
 from starlette.requests import Request
 
+from kvik.errors import RequestError
+from kvik.fields import show
+from kvik.openai_format import response_structure
 from kvik.outputs import FinishReason, RequestOutput
+from kvik.sampling_params import StructuredOutputsParams
 from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import ApiError, failure_of
@@ -43,18 +47,12 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
         "max_tool_calls": "the server runs no tools",
         "previous_response_id": _STATE,
         "prompt": "prompt templates are not stored here; send input",
-        "text": "only plain text can be generated",
         "top_logprobs": "use /v1/chat/completions for log-probabilities",
         "truncation": "prompts are never cut; shorten the input",
     }
 )
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "background": (False,),
-        "include": ([],),
-        "text": ({"format": {"type": "text"}}, {}),
-        "truncation": ("disabled",),
-    }
+    {"background": (False,), "include": ([],), "truncation": ("disabled",)}
 )
 _IGNORED = (
     "metadata", "prompt_cache_key", "reasoning", "safety_identifier", "service_tier", "store", "stream_options", "user",
@@ -96,7 +94,6 @@ class _Answer:
             "usage": None if output is None else self._usage(output),
             "previous_response_id": None,
             "truncation": "disabled",
-            "text": {"format": {"type": "text"}},
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             **self._fields,
@@ -141,7 +138,8 @@ async def responses(request: Request) -> Response:
     limit = body.take("max_output_tokens", int)
     sampling = body.take_all(("temperature", "top_p"))
     chosen = {"max_tokens": None, **service.overrides, **sampling, **({} if limit is None else {"max_tokens": limit})}
-    params = dataclasses.replace(service.defaults, **{**chosen, "n": 1})
+    text_format, structure = _text(body)
+    params = dataclasses.replace(service.defaults, **{**chosen, "n": 1, "structured_outputs": structure})
     warnings = body.finish((*BODIES["responses"]["properties"], *_REFUSED), strict=service.config.strict)
     fields = {
         "created_at": int(time.time()),
@@ -151,14 +149,17 @@ async def responses(request: Request) -> Response:
         "max_output_tokens": limit,
         "temperature": params.temperature,
         "top_p": params.top_p,
+        "text": {"format": text_format},
         **given,
         **({"warnings": warnings} if warnings else {}),
     }
     response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
     prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools), len(await request.body()))
-    syntax = syntax.after(prompt.text)
+    syntax = syntax.after(prompt.text, params)
     params = syntax.show_marks(params, frontend.tokenizer)
-    generation = await service.generate(request, [prompt], params, call_id=response_id, stream=stream)
+    generation = await service.generate(
+        request, [prompt], params, call_id=response_id, stream=stream, structure_param="text"
+    )
     answer = _Answer(response_id, fields, syntax, frontend.tokenizer)
     if not stream:
         (output,) = await gather(generation, request)
@@ -172,6 +173,20 @@ async def responses(request: Request) -> Response:
         patience=service.config.slow_client_timeout,
         on_error=lambda error: events.make("response.failed", response=answer.response("failed", error=error)),
     )
+
+
+def _text(body: Body) -> tuple[dict[str, Any], StructuredOutputsParams | None]:
+    """The format of the text, and what it asks of the engine."""
+    text = Body(body.take("text", dict, {}))
+    if text.fields.pop("verbosity", None) is not None:
+        body.warnings.append("text.verbosity has no effect on this server")
+    chosen = text.take("format", dict, {"type": "text"})
+    if text.fields:
+        raise RequestError(f"text has no member {show(next(iter(text.fields)))}", "text")
+    try:
+        return chosen, response_structure(chosen)
+    except RequestError as error:
+        raise RequestError(f"text.format: {error}", "text") from None
 
 
 class _Events:

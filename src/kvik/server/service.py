@@ -16,6 +16,7 @@ from starlette.requests import Request
 
 from kvik.config import EngineConfig
 from kvik.core.request import Request as EngineRequest
+from kvik.errors import RequestError
 from kvik.models.hub import resolve_model
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
@@ -165,8 +166,12 @@ class Service:
         priority: int = 0,
         cache_salt: str = "",
         pooling: str | None = None,
+        structure_param: str = "structured_outputs",
     ) -> Generation:
-        """Start generating for `prompts`; with `pooling` embed them as well. Raises ApiError or RequestError."""
+        """Start generating for `prompts`; with `pooling` embed them as well. Raises ApiError or RequestError.
+
+        `structure_param` is the field that asked for structured outputs, which an error in them names.
+        """
         self.frontend  # noqa: B018  refuses while the model is loading
         if self.draining:
             raise unavailable("the server is shutting down", "shutting_down")
@@ -178,7 +183,12 @@ class Service:
             made = [self.frontend.make_request(prompt, params, request_id=next(ids), **options) for prompt in prompts]
             return made if pooling is None else [dataclasses.replace(request, pooling=pooling) for request in made]
 
-        requests = await self.run(make, sum(len(prompt) for prompt in prompts if isinstance(prompt, str)))
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        try:
+            requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
+        except RequestError as error:
+            param = structure_param if error.param == "structured_outputs" else error.param
+            raise RequestError(str(error), param, error.code) from None
         texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
         return self.client.open(
             requests,
@@ -220,4 +230,5 @@ def _load_frontend(config: EngineConfig, ready: Ready) -> Frontend:
         chat_template=config.chat_template,
         dummy=config.load_format == "dummy",
         seed=uuid.uuid4().int,
+        only_checks=True,
     )
