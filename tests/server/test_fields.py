@@ -123,7 +123,7 @@ def test_tools_reach_the_template_or_are_refused(http: httpx.Client) -> None:
     shown = http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": "auto"}).json()
     assert any("tools" in warning for warning in shown["warnings"])
     assert http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": "none"}).status_code == 200
-    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):  # in a format that is not known
         refused = http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": choice})
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
 

@@ -256,14 +256,6 @@ def test_strict_is_reported_and_not_shown_to_the_model(qwen: Scripted) -> None:
     assert len(set(found)) == 1
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-@pytest.mark.parametrize("path", ["chat/completions", "responses"])
-def test_what_would_need_constrained_decoding_is_refused(qwen: Scripted, path: str, choice: Any) -> None:
-    body = {"messages": USER, "tools": TOOLS} if path.startswith("chat") else {"input": "Hi", "tools": []}
-    answer = httpx.post(f"{qwen.url}/v1/{path}", json={**body, "tool_choice": choice})
-    assert answer.status_code == 400 and answer.json()["error"]["param"] == "tool_choice"
-
-
 @pytest.mark.parametrize(
     "tools", [[{"type": "function"}], [3], [{"type": "function", "function": {"name": 3}}], TOOLS * 65]
 )

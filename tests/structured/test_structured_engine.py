@@ -14,6 +14,7 @@ from tiny_models import make_tiny
 
 from engine_runs import BASE, CPU, GPU, options_for, params, prompts, same
 from kvik import LLM, RequestError, RequestOutput, SamplingParams
+from kvik.kernels.cpu.native import available
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="jsonschema_rs is not installed")
@@ -220,6 +221,14 @@ def test_schedules_do_not_show(
     folder: Path, place: dict[str, Any], expected: list[RequestOutput], options: dict[str, Any]
 ) -> None:
     same(run(folder, **place, **options), expected)
+
+
+@pytest.mark.skipif(not available(), reason="Kvik was built without its native kernels")
+def test_deterministic_rows_have_the_same_bits(folder: Path, place: dict[str, Any]) -> None:
+    options: dict[str, Any] = {**place, "deterministic": True, "dtype": "bfloat16"}
+    want = run(folder, max_num_seqs=1, enable_prefix_caching=False, **options)
+    for schedule in ({"max_num_seqs": 8}, {"max_num_seqs": 3, "max_num_batched_tokens": 7}, {"run_ahead": 0}):
+        same(run(folder, **options, **schedule), want, tolerance=0)
 
 
 def test_others_do_not_notice(folder: Path, place: dict[str, Any]) -> None:

@@ -97,7 +97,10 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     },
     "text": {**_OBJECT, "description": "format: text, json_object or json_schema"},
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "token ids"},
-    "tool_choice": {"enum": ["none", "auto"], "description": "none hides the tools from the model"},
+    "tool_choice": {
+        "anyOf": [{"enum": ["none", "auto", "required"]}, _OBJECT],
+        "description": "none hides the tools from the model; required, or a function's name in an object, forces calls",
+    },
     "tools": {"type": "array", "items": _OBJECT, "description": "functions, shown to the model by its chat template"},
     "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20, "description": "needs logprobs: true"},
 }

@@ -16,14 +16,15 @@ from kvik.errors import RequestError
 from kvik.openai_format import KNOWN_FIELDS, OpenAIRequest, parse_body
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body
+from kvik.server.forced_calls import chosen_functions
 from kvik.server.reply_syntax import ModelSyntax, ReplySyntax
 from kvik.server_config import ServerConfig
 from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "check_limits", "known_fields", "parse", "take_syntax",
-    "take_tools",
+    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "known_fields", "parse",
+    "refuse_both", "take_syntax", "take_tools",
 ]  # fmt: skip
 
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -84,8 +85,8 @@ class ServedRequest:
             return self
         (prompt,) = prompts
         assert isinstance(prompt, ChatPrompt)
-        syntax = self.syntax.after(prompt.text, self.request.params)
-        params = syntax.show_marks(self.request.params, tokenizer)
+        params = self.syntax.params_of(self.request.params, tokenizer)
+        syntax = self.syntax.after(prompt.text, params)
         return dataclasses.replace(self, syntax=syntax, request=dataclasses.replace(self.request, params=params))
 
 
@@ -109,8 +110,7 @@ def parse(
     _drop_neutral(body)
     body.refuse(REFUSED)
     body.ignore(IGNORED)
-    template = _template_options(body) if chat else {}
-    syntax = take_syntax(body, template.get("tools", []), model) if chat else None
+    syntax, template = _chat_options(body, model) if chat else (None, {})
     stream_options = _stream_options(body)
     options: dict[str, Any] = {
         "priority": body.take("priority", int, 0),
@@ -122,6 +122,9 @@ def parse(
     request = parse_body(body.take_all(KNOWN_FIELDS[chat]), chat=chat, base=base, overrides=overrides)
     if template:
         request = dataclasses.replace(request, template_options=_merge(request.template_options, template))
+    if syntax is not None and syntax.cause:
+        refuse_both(syntax, request.structure_param)
+        request = dataclasses.replace(request, structure_param=syntax.cause)
     if stream_options and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
     check_limits(request.params, len(request.inputs), config)
@@ -159,12 +162,15 @@ def _drop_neutral(body: Body) -> None:
             del body.fields[name]
 
 
-def _template_options(body: Body) -> dict[str, Any]:
-    """What the chat template gets beside the messages: tools, and the effort of reasoning."""
-    options: dict[str, Any] = {}
+def _chat_options(body: Body, model: ModelSyntax) -> tuple[ReplySyntax | None, dict[str, Any]]:
+    """How the answers are read, and what the chat template gets."""
     tools = take_tools(body)
-    if tools:
-        options["tools"] = tools
+    return take_syntax(body, tools, model), _template_options(body, tools.shown)
+
+
+def _template_options(body: Body, tools: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the chat template gets beside the messages: tools, and the effort of reasoning."""
+    options: dict[str, Any] = {"tools": tools} if tools else {}
     effort = body.take("reasoning_effort", str)
     if effort is not None:
         if effort not in _CHAT_EFFORTS:
@@ -174,11 +180,21 @@ def _template_options(body: Body) -> dict[str, Any]:
     return options
 
 
-def take_tools(body: Body) -> list[dict[str, Any]]:
-    """The tools that the model is shown. Raises RequestError for a choice that the model would have to be forced to."""
+@dataclasses.dataclass(frozen=True, slots=True)
+class Tools:
+    """The `shown` tools of a request, and the `forced` functions, of which the model has to call one.
+
+    `single` is whether more than one call makes no sense.
+    """
+
+    shown: list[dict[str, Any]]
+    forced: list[dict[str, Any]]
+    single: bool = False
+
+
+def take_tools(body: Body) -> Tools:
+    """The tools, and what the request says of their use."""
     choice = body.fields.pop("tool_choice", None)
-    if choice not in (None, "none", "auto"):
-        raise RequestError("tool_choice is not supported but for none and auto: no call is forced yet", "tool_choice")
     tools: list[Any] = body.take("tools", list, [])
     if len(tools) > MAX_TOOLS:
         raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")
@@ -187,19 +203,38 @@ def take_tools(body: Body) -> list[dict[str, Any]]:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RequestError(f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
     strict = [tool["function"].pop("strict", False) for tool in tools]  # which models have not learnt to read
-    if any(strict):
-        body.warnings.append("strict of a function has no effect: arguments are JSON, but not held to the schema")
-    return [] if choice == "none" else tools
+    forced = chosen_functions(choice, [tool["function"] for tool in tools])
+    if any(strict) and not forced:
+        body.warnings.append(
+            "strict of a function has no effect unless tool_choice is required or names it: arguments are JSON, but not"
+            " held to the schema"
+        )
+    return Tools([] if choice == "none" else tools, forced, single=isinstance(choice, dict))
 
 
-def take_syntax(body: Body, tools: Sequence[Mapping[str, Any]], model: ModelSyntax) -> ReplySyntax | None:
-    """How the answers are read."""
+def take_syntax(body: Body, tools: Tools, model: ModelSyntax) -> ReplySyntax | None:
+    """How the answers are read. Raises RequestError for a call that cannot be forced."""
     parallel = body.take("parallel_tool_calls", bool, True)
-    if tools and model.tools is None:
+    if model.tools is None and tools.forced:
+        raise RequestError(
+            "tool_choice can force a call only where it is known how the model writes calls, which its chat template"
+            " does not show; the server's operator can say it (--tool-format)",
+            "tool_choice",
+        )
+    if tools.shown and model.tools is None:
         body.warnings.append(
             "tools are shown to the model; how it writes calls is not known (--tool-format), they stay in the content"
         )
-    return model.of_request([tool["function"]["name"] for tool in tools], parallel=parallel)
+    names = [tool["function"]["name"] for tool in tools.shown]
+    return model.of_request(names, tools.forced, parallel=parallel and not tools.single)
+
+
+def refuse_both(syntax: ReplySyntax, structure_param: str | None) -> None:
+    """Raise RequestError if a request that forces calls has a field that says what else its text has to be."""
+    if syntax.forced and structure_param is not None:
+        raise RequestError(
+            f"{structure_param} contradicts tool_choice, which asks for a call; leave one of them out", structure_param
+        )
 
 
 def _merge(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:

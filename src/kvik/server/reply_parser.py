@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -31,6 +31,7 @@ class ToolFormat:
 
     `end` may be missing. A `bare` format begins with the first character of the message, `begin` may be missing too,
     and only calls of functions that the request offers count: an answer may be JSON for other reasons.
+    `layout` is what models write before, between and after calls, `key` what they call the arguments.
     A template is of this format if it holds all `signs` and none of `foreign`.
     """
 
@@ -38,17 +39,42 @@ class ToolFormat:
     begin: str
     end: str
     signs: tuple[str, ...]
+    layout: tuple[str, str, str]
     foreign: tuple[str, ...] = ()
+    key: str = "arguments"
     bare: bool = False
     id_prefix: str = "call_"
     id_length: int = 24
 
 
 TOOL_FORMATS = (
-    ToolFormat("hermes", "<tool_call>", "</tool_call>", ("<tool_call>",), ("<function=", "<arg_key>")),
-    # Templates of this family refuse other ids than nine letters and digits.
-    ToolFormat("mistral", "[TOOL_CALLS]", "", ("[TOOL_CALLS]",), ("[ARGS]",), id_prefix="", id_length=9),
-    ToolFormat("llama", "<|python_tag|>", ";", ('"parameters": ', "ipython"), bare=True),
+    ToolFormat(
+        "hermes",
+        "<tool_call>",
+        "</tool_call>",
+        signs=("<tool_call>",),
+        layout=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
+        foreign=("<function=", "<arg_key>"),
+    ),
+    ToolFormat(
+        "mistral",
+        "[TOOL_CALLS]",
+        "",
+        signs=("[TOOL_CALLS]",),
+        layout=("[TOOL_CALLS] [", ", ", "]"),
+        foreign=("[ARGS]",),
+        id_prefix="",  # templates of this family refuse other ids than nine letters and digits
+        id_length=9,
+    ),
+    ToolFormat(
+        "llama",
+        "<|python_tag|>",
+        ";",
+        signs=('"parameters": ', "ipython"),
+        layout=("", "; ", ""),
+        key="parameters",
+        bare=True,
+    ),
 )
 
 
@@ -330,6 +356,7 @@ _IN_STRING = re.compile(r'["\\]')
 _one_call = msgspec.json.Decoder(_Call)
 _many_calls = msgspec.json.Decoder(list[_Call])
 _strings = msgspec.json.Decoder(str)
+_object = msgspec.json.Decoder(dict[str, Any], float_hook=float)  # 1e999 is JSON, too
 
 
 def _decode_calls(text: str) -> list[tuple[str, str]]:
@@ -347,5 +374,5 @@ def _arguments_of(call: _Call) -> str:
     text = _strings.decode(raw) if raw.startswith('"') else raw
     if text in ("null", ""):
         return "{}"
-    msgspec.json.decode(text, type=dict)
+    _object.decode(text)
     return text

@@ -7,11 +7,12 @@ else about answers is in `kvik.server.reply_parser`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from kvik.outputs import FinishReason
 from kvik.sampling_params import SamplingParams
+from kvik.server.forced_calls import call_grammar
 from kvik.server.reply_parser import THINK, TOOL_FORMATS, Content, Piece, Reasoning, ReplyParser, ToolCall, ToolFormat
 from kvik.server_config import ServerConfig
 from kvik.text.tokenizer import Tokenizer
@@ -21,13 +22,17 @@ __all__ = ["ModelSyntax", "ReplySyntax", "count_reasoning", "deltas_of", "finish
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplySyntax:
-    """How answers to one request are read. `names` are the offered functions, `field` is where reasoning goes."""
+    """How answers to one request are read. `names` are the offered functions, `field` is where reasoning goes.
+
+    Where there are `forced` functions, the answer has to be a call of one of them.
+    """
 
     tools: ToolFormat | None = None
     names: tuple[str, ...] = ()
     field: str | None = None
     opened: bool = False
     max_calls: int | None = None
+    forced: tuple[Mapping[str, Any], ...] = ()
 
     def after(self, prompt: str, params: SamplingParams) -> ReplySyntax:
         """The same behind a rendered prompt, which may have opened the reasoning; a grammar leaves no room for it."""
@@ -39,8 +44,25 @@ class ReplySyntax:
         reasoning = self.field is not None
         return ReplyParser(self.tools, self.names, reasoning=reasoning, opened=self.opened, max_calls=self.max_calls)
 
-    def show_marks(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-        """The parameters with special tokens left in the text, if calls would be without their mark otherwise."""
+    @property
+    def cause(self) -> str | None:
+        """The field of a request to which this syntax owes its grammar."""
+        return "tools" if self.forced else None
+
+    def params_of(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+        """The parameters with what this syntax asks of the engine: marks that are seen, calls that are forced.
+
+        Raises RequestError.
+        """
+        params = self._show_marks(params, tokenizer)
+        if not self.forced:
+            return params
+        assert self.tools is not None
+        grammar = call_grammar(self.tools, self.forced, tokenizer, many=self.max_calls is None)
+        return dataclasses.replace(params, structured_outputs=grammar)
+
+    def _show_marks(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
+        """Leave special tokens in the text, if calls would be without their mark otherwise."""
         if self.tools is None or self.tools.bare:
             return params
         hidden = tokenizer.backend.token_to_id(self.tools.begin) in tokenizer.special_token_ids
@@ -63,12 +85,15 @@ class ModelSyntax:
         reasons = config.reasoning_field != "none" and THINK[1] in text
         return cls(next(fitting, None), config.reasoning_field if reasons else None)
 
-    def of_request(self, names: Sequence[str], *, parallel: bool) -> ReplySyntax | None:
+    def of_request(
+        self, names: Sequence[str], forced: Sequence[Mapping[str, Any]] = (), *, parallel: bool
+    ) -> ReplySyntax | None:
         """How answers to a request that offers functions of these names are read; None: there is nothing to find."""
         tools = self.tools if names else None
         if tools is None and self.field is None:
             return None
-        return ReplySyntax(tools, tuple(names), self.field, max_calls=None if parallel else 1)
+        max_calls = None if parallel else 1
+        return ReplySyntax(tools, tuple(names), self.field, max_calls=max_calls, forced=tuple(forced))
 
 
 def _fits(form: ToolFormat, template: str) -> bool:

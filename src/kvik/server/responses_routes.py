@@ -26,7 +26,7 @@ from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import ApiError, failure_of
 from kvik.server.openapi import BODIES, operation
-from kvik.server.protocol import take_syntax, take_tools
+from kvik.server.protocol import refuse_both, take_syntax, take_tools
 from kvik.server.replies import json_reply
 from kvik.server.reply_syntax import ReplySyntax, count_reasoning
 from kvik.server.responses_items import Event, OutputItems, chat_tools, messages_of
@@ -139,6 +139,7 @@ async def responses(request: Request) -> Response:
     sampling = body.take_all(("temperature", "top_p"))
     chosen = {"max_tokens": None, **service.overrides, **sampling, **({} if limit is None else {"max_tokens": limit})}
     text_format, structure = _text(body)
+    refuse_both(syntax, None if structure is None else "text")
     params = dataclasses.replace(service.defaults, **{**chosen, "n": 1, "structured_outputs": structure})
     warnings = body.finish((*BODIES["responses"]["properties"], *_REFUSED), strict=service.config.strict)
     fields = {
@@ -154,11 +155,11 @@ async def responses(request: Request) -> Response:
         **({"warnings": warnings} if warnings else {}),
     }
     response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
-    prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools), len(await request.body()))
+    prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools.shown), len(await request.body()))
+    params = syntax.params_of(params, frontend.tokenizer)
     syntax = syntax.after(prompt.text, params)
-    params = syntax.show_marks(params, frontend.tokenizer)
     generation = await service.generate(
-        request, [prompt], params, call_id=response_id, stream=stream, structure_param="text"
+        request, [prompt], params, call_id=response_id, stream=stream, structure_param=syntax.cause or "text"
     )
     answer = _Answer(response_id, fields, syntax, frontend.tokenizer)
     if not stream:

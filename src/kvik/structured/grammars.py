@@ -15,7 +15,7 @@ import random
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from kvik.errors import RequestError
 from kvik.sampling_params import StructuredOutputsParams
 
-__all__ = ["Grammars", "Matcher", "TokenBytes", "available"]
+__all__ = ["Grammars", "Matcher", "TokenBytes", "available", "json_rule"]
 
 MAX_CACHED = 64
 MAX_MESSAGE = 400
@@ -215,8 +215,13 @@ def _source(wanted: StructuredOutputsParams) -> str:
         rules = _lark(wanted.grammar)
     else:
         schema = {"type": "object"} if wanted.json is None else json.loads(wanted.json)
-        rules = "start: %json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _JSON_SPACE}})
+        rules = "start: " + json_rule(schema)
     return rules + _FREE
+
+
+def json_rule(schema: Mapping[str, Any]) -> str:
+    """JSON after a schema, as the right side of a rule in Lark's syntax."""
+    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _JSON_SPACE}})
 
 
 def _lark(grammar: str) -> str:

@@ -1,0 +1,161 @@
+"""Forced calls: whatever a model would say, it calls a function of the request with arguments that are right."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tokenizers
+from openai import OpenAI
+from server_harness import Served, serve
+from test_tools import calls_of, joined
+from tiny_models import make_tiny
+
+from kvik.server.forced_calls import call_grammar
+from kvik.server.reply_parser import TOOL_FORMATS, ReplyParser, ToolCall, ToolFormat
+from kvik.structured.grammars import Grammars
+from kvik.text.tokenizer import Tokenizer
+
+pytest.importorskip("llguidance", reason="llguidance is not installed")
+jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="jsonschema_rs is not installed")
+
+USER: Any = [{"role": "user", "content": "What's the weather in Zürich?"}]
+KINDS = {"$defs": {"unit": {"enum": ["°C", "K"]}}, "additionalProperties": False}
+SCHEMAS: dict[str, Any] = {
+    "wetter_größe": {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 4}, "unit": {"$ref": "#/$defs/unit"}},
+        "required": ["unit"],
+        **KINDS,
+    },
+    "add": {
+        "properties": {"terms": {"type": "array", "items": {"type": "integer", "maximum": 9}, "maxItems": 3}},
+        "required": ["terms"],
+        "additionalProperties": False,
+    },
+    "now": None,
+}
+FUNCTIONS = [{"name": name, **({} if schema is None else {"parameters": schema})} for name, schema in SCHEMAS.items()]
+TOOLS: Any = [{"type": "function", "function": {**function, "strict": True}} for function in FUNCTIONS]
+MARKS = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]",), "llama": ()}
+TEXTS = {
+    "hermes": "<tool_call>\n{}\n</tool_call>\n<tool_call>\n{}\n</tool_call>",
+    "mistral": "[TOOL_CALLS] [{}, {}]",
+    "llama": "{}; {}",
+}
+CALLS = [("add", '{"terms": [1, 2]}'), ("wetter_größe", '{"unit": "°C"}')]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("forced") / "tiny")
+
+
+@pytest.fixture(scope="module", params=["hermes", "llama"])
+def forced(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A random model that is taken to write calls in some format."""
+    log = tmp_path_factory.mktemp("logs") / "forced.log"
+    with serve(str(folder), log, "--tool-format", request.param) as found:
+        yield found
+
+
+def check(calls: list[tuple[str, str]], names: set[str]) -> None:
+    assert calls
+    for name, text in calls:
+        assert name in names
+        schema = SCHEMAS[name] or {"type": "object", "maxProperties": 0}
+        jsonschema_rs.validator_for(schema).validate(json.loads(text))
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("choice", ["required", "one", "wetter_größe", "now"])
+def test_a_random_model_calls(forced: Served, choice: str, seed: int) -> None:
+    required = choice in ("required", "one")
+    options: dict[str, Any] = {
+        "model": "tiny", "messages": USER, "tools": TOOLS, "tool_choice": "required" if required else named(choice),
+        "seed": seed, "temperature": seed % 2, "max_tokens": 300, "n": 1, "parallel_tool_calls": choice != "one",
+        # A model that knows nothing would begin further calls until the tokens are spent.
+        "logit_bias": {"0": 3},
+    }  # fmt: skip
+    with OpenAI(base_url=f"{forced.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        answer = client.chat.completions.create(**options).choices[0]
+        streamed = joined(list(client.chat.completions.create(**options, stream=True)))
+    calls = calls_of(answer.message.model_dump())
+    check(calls, set(SCHEMAS) if required else {choice})
+    assert calls_of(streamed) == calls and answer.finish_reason == streamed["reason"] == "tool_calls"
+    assert not answer.message.content and not streamed["content"]
+    assert choice == "required" or len(calls) == 1
+
+
+def test_responses_are_forced_too(forced: Served) -> None:
+    flat: Any = [{"type": "function", **tool["function"]} for tool in TOOLS]
+    options: dict[str, Any] = {"model": "tiny", "input": "Hi", "tools": flat, "max_output_tokens": 300}
+    options.update(tool_choice={"type": "function", "name": "add"}, temperature=0)
+    with OpenAI(base_url=f"{forced.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        whole = client.responses.create(**options)
+        (*_, last) = client.responses.create(**options, stream=True)
+    for response in (whole, last.response):
+        (item,) = response.output
+        check([(item.name, item.arguments)], {"add"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tool_choice": named("other")}, "tool_choice"),
+        ({"tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"tools": []}, "tool_choice"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"ignore_eos": True}, "ignore_eos"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "parameters": {"uniqueItems": 1}}}]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "f" * 65536}}]}, "tools"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_forced_is_a_400(forced: Served, changes: dict[str, Any], param: str) -> None:
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": "required", "max_tokens": 300, **changes}
+    answer = httpx.post(f"{forced.url}/v1/chat/completions", json=body)
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param, answer.text
+
+
+def test_strict_is_free_under_auto_and_says_so(forced: Served) -> None:
+    body = {"messages": USER, "tools": TOOLS, "max_tokens": 300, "parallel_tool_calls": False}
+    answers = [
+        httpx.post(f"{forced.url}/v1/chat/completions", json={**body, "tool_choice": choice}).json()
+        for choice in ("auto", "required")
+    ]
+    assert [any("strict" in text for text in answer.get("warnings", ())) for answer in answers] == [True, False]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
+def test_grammars_allow_what_models_write_and_parsers_read(folder: Path, form: ToolFormat, special: bool) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if special:
+        backend.add_special_tokens(list(MARKS[form.name]))
+    eos = Tokenizer.from_folder(folder).eos_token_ids
+    tokenizer = Tokenizer(backend, eos_token_ids=eos)
+    text = TEXTS[form.name].format(*(f'{{"name": "{name}", "{form.key}": {text}}}' for name, text in CALLS))
+    pieces = ReplyParser(form, SCHEMAS).feed(text)
+    assert [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)] == CALLS
+    token_ids = tokenizer.encode(text, add_special_tokens=False)
+    for many in (True, False):
+        wanted = call_grammar(form, FUNCTIONS, tokenizer, many=many)
+        Grammars(lambda: tokenizer.spelling_table(tokenizer.vocab_size)).compile(wanted)
+        matcher = Grammars(lambda: tokenizer.byte_table(tokenizer.vocab_size)).matcher(wanted, ())
+        assert (matcher.state.try_consume_tokens(token_ids) == len(token_ids)) == many
+        assert matcher.state.is_accepting() or not many
+
+
+def test_numbers_that_no_float_holds_are_arguments() -> None:
+    (piece,) = ReplyParser(TOOL_FORMATS[0]).feed('<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>')
+    assert isinstance(piece, ToolCall) and piece.arguments == '{"x": 1e999}'
