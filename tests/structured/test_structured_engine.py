@@ -215,7 +215,7 @@ def preempt_all(every: int) -> Callable[[LLM], None]:
         {"run_ahead": 0},
         {"before": preempt_all(3), "run_ahead": 1},
     ],
-    ids=str,
+    ids=lambda options: "preempted" if "before" in options else str(options),
 )
 def test_schedules_do_not_show(
     folder: Path, place: dict[str, Any], expected: list[RequestOutput], options: dict[str, Any]
