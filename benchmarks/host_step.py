@@ -3,7 +3,7 @@
     python benchmarks/host_step.py [--batch 1 32 128 256] [--tokens 256] [--runs 3] [--device cpu] [--json FILE]
 
 The engine is whole (scheduler, GPU runner and its request table, output processor); in place of the model stands one
-that gives the same tokens at once, so a CPU is enough. `--device cuda` also does what a step uploads and copies. Each
+that gives the same tokens at once, so a CPU is enough. `--device cuda` also does what a step uploads. Each
 batch runs to its end, all requests of the same length and joined at once; microseconds are medians over the steps that
 only decode, of the best run. `whole` is the mean over all steps of that run: joins and ends included.
 """
@@ -17,7 +17,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -32,6 +32,7 @@ from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import UniprocExecutor
 from kvik.runtime.device_table import DeviceTable
 from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.gpu_runner import _Step as Step
 
 PROMPT = 128
 PARTS = ("schedule", "submit", "collect", "update", "engine", "text")
@@ -45,14 +46,17 @@ class InstantRunner(GpuRunner):
         model: Any = SimpleNamespace(spec=spec)
         rows = config.max_num_seqs
         table = DeviceTable(rows, config.max_model_len, config.block_size, vocab_size, device)
-        answers = torch.randint(3, vocab_size, (64, rows), dtype=torch.int32, device=device)
-        self._answers = itertools.cycle(answers.unbind(0))
-        decode: Any = SimpleNamespace(run=lambda rows, path: next(self._answers)[: len(rows)])
+        self._answers = itertools.cycle(torch.randint(3, vocab_size, (64, rows)).tolist())
+        decode: Any = SimpleNamespace(run=lambda rows, path: self._answer(rows))
         super().__init__(model, table, decode, mixed=cast(Any, None), work=cast(Any, None))
 
     def _mixed(self, chunks: Any, decodes: Any) -> Any:
         rows = [*decodes.rows, *(chunk.row for chunk in chunks if chunk.sample)]
-        return self._finish(next(self._answers)[: len(rows)], rows)
+        return Step(rows, self._answer(rows))
+
+    def _answer(self, rows: Sequence[int]) -> Callable[[], list[int]]:
+        tokens = next(self._answers)[: len(rows)]
+        return lambda: tokens
 
 
 class Clock:

@@ -127,7 +127,7 @@ def _gemv_plans(case: Case) -> Iterator[Plan]:
 
 def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:
     rows, size = _rows_and_bytes(case)
-    block_t = max(16, min(128, case.bucket))
+    block_t = max(16, min(128, 1 << (case.bucket - 1).bit_length()))
     splits = (1, 2, 4, 8) if rows == 1 else (1,)
     blocks = (64, 128) if rows == 1 else (32, 64)  # gates and ups make twice as many rows
     steps = ((64, 6), (128, 4), (256, 3))  # with the most stages that ever pay
