@@ -46,7 +46,7 @@ from kvik.runtime.warm_up import warm_up
 __all__ = ["CompileJob", "KernelCompiler"]
 
 MAX_PROCESSES = 16
-"""Each takes about 100 MB of its own while it runs, beside 300 that they share."""
+"""Forked, so that they share what this process has imported."""
 
 LONGEST_WAIT = 120.0
 """Seconds that a start waits for the processes, once nothing else is left to do."""
