@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +20,7 @@ from kvik.config import EngineConfig, SchedulerConfig
 from kvik.core.engine import Engine
 from kvik.core.scheduler import Scheduler
 from kvik.distributed.uniproc import Runner, UniprocExecutor
+from kvik.errors import RequestError
 from kvik.kernels.api import Ops
 from kvik.kernels.cpu.native import NativePool
 from kvik.kernels.reference import ReferenceOps
@@ -38,7 +40,7 @@ from kvik.runtime.model_runner import ModelRunner
 from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
 from kvik.runtime.platform import Platform, select_platform, usable_cores
 from kvik.runtime.request_table import RequestTable
-from kvik.structured.grammars import Grammars
+from kvik.structured.grammars import Grammars, available
 from kvik.tracing import NO_TRACE, NoTrace, TracedCalls
 
 if TYPE_CHECKING:
@@ -119,14 +121,17 @@ def projections(info: ModelInfo, num_tokens: int) -> list[Case]:
 
 
 def build_engine(
-    config: EngineConfig, info: ModelInfo, ledger: StartupLedger, grammars: Grammars, tracer: NoTrace = NO_TRACE
-) -> Engine:
-    """Load the weights, allocate the KV cache, and join scheduler and runner."""
+    config: EngineConfig, info: ModelInfo, ledger: StartupLedger, grammars: Grammars, tracer: NoTrace = NO_TRACE,
+    *, prepare: bool = False,
+) -> Engine:  # fmt: skip
+    """Load the weights, allocate the KV cache, and join scheduler and runner; with `prepare` also the grammars' tables,
+    by a thread of their own, which starts once other processes have been forked."""
     settings, device = info.resolved.scheduler, info.platform.device
     for note in info.resolved.notes:
         logger.warning("%s", note)
     info.platform.start(config.threads)
-    with _kernel_compiler(config, info) as compiler:
+    with _kernel_compiler(config, info) as compiler, ThreadPoolExecutor(1) as beside:
+        prepared = beside.submit(grammars.prepare) if prepare and available() else None
         with ledger.phase("weights"):
             model = load_decoder(config, info)
         with ledger.phase("KV cache"):
@@ -138,6 +143,9 @@ def build_engine(
             with ledger.phase("graphs"):
                 _warm_up(runner, settings)
                 compiler.leave_mark()
+        if prepared is not None:
+            with ledger.phase("grammars"), suppress(RequestError):  # a model that cannot end texts
+                prepared.result()
     if tracer is not NO_TRACE and isinstance(model, Decoder):
         model.ops = cast(Ops[Any], TracedCalls(model.ops, tracer))
         model.attention = cast(AttentionBackend, TracedCalls(model.attention, tracer, {"forward": "attention"}))

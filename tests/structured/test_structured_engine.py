@@ -6,6 +6,7 @@ import json
 import random
 import re
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from tiny_models import make_tiny
 
 from engine_runs import BASE, CPU, GPU, options_for, params, prompts, same
 from kvik import LLM, RequestError, RequestOutput, SamplingParams
+from kvik.config import EngineConfig
 from kvik.kernels.cpu.native import available
+from kvik.startup import StartupLedger, build_engine, inspect_model
+from kvik.structured.grammars import Grammars, TokenBytes
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="jsonschema_rs is not installed")
@@ -221,6 +225,21 @@ def test_schedules_do_not_show(
     folder: Path, place: dict[str, Any], expected: list[RequestOutput], options: dict[str, Any]
 ) -> None:
     same(run(folder, **place, **options), expected)
+
+
+def test_tables_are_built_once_other_processes_are_forked(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def fork(*_: object) -> AbstractContextManager[None]:
+        order.append("forked")
+        return nullcontext()
+
+    monkeypatch.setattr("kvik.startup._kernel_compiler", fork)
+    monkeypatch.setattr(Grammars, "prepare", lambda grammars: order.append("built"))
+    config = EngineConfig(str(folder), **BASE)
+    ledger, grammars = StartupLedger(), Grammars(lambda: TokenBytes([], [], []))
+    build_engine(config, inspect_model(config), ledger, grammars, prepare=True).close()
+    assert order == ["forked", "built"] and "grammars" in ledger.phases
 
 
 @pytest.mark.skipif(not available(), reason="Kvik was built without its native kernels")

@@ -6,23 +6,21 @@ It loads the model and serves its engine until the supervisor closes its standar
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 
 import psutil
 
-from kvik.errors import KvikError, RequestError
+from kvik.errors import KvikError
 from kvik.log import configure
 from kvik.models.hub import resolve_model
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
 from kvik.server.process import ChildSettings, read_settings, watch_parent
 from kvik.startup import StartupLedger, build_engine, fingerprint, inspect_model
-from kvik.structured.grammars import Grammars, available
+from kvik.structured.grammars import Grammars
 from kvik.text.tokenizer import load_tokenizer
 
 __all__ = ["main", "start"]
@@ -40,12 +38,7 @@ def start(settings: ChildSettings) -> EngineServer:
     tokenizer = settings.engine.tokenizer
     folder, dummy = info.path if tokenizer is None else resolve_model(tokenizer), settings.engine.load_format == "dummy"
     grammars = Grammars(lambda: load_tokenizer(folder, dummy=dummy).byte_table(info.spec.vocab_size))
-    with ThreadPoolExecutor(1) as pool:
-        prepared = pool.submit(grammars.prepare) if available() else None
-        engine = build_engine(settings.engine, info, ledger, grammars)
-        if prepared is not None:
-            with ledger.phase("grammars"), contextlib.suppress(RequestError):  # a model that cannot end texts
-                prepared.result()
+    engine = build_engine(settings.engine, info, ledger, grammars, prepare=True)
     ready = Ready(
         scheduler=info.resolved.scheduler,
         vocab_size=info.spec.vocab_size,
