@@ -147,10 +147,11 @@ class KernelCompiler:
 
     def _stop(self) -> None:
         if self._process is not None:
-            assert self._process.pid is not None
-            with contextlib.suppress(ProcessLookupError):  # its group, which is empty if all have ended
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.kill()  # if it has no group yet
+            if self._process.exitcode != 0:  # else all have ended, and their number may be another's by now
+                assert self._process.pid is not None
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, signal.SIGKILL)
+                self._process.kill()  # if it has no group yet
             self._process.join()
             self._process = None
 
