@@ -26,6 +26,7 @@ SMALL = AttentionTiles(
     block_n=16, decode_n=16, chunk=32, prefill_rows=64, prefill_warps=4
 )  # so that short contexts have several tiles and chunks
 EXACT = replace(SMALL, decode_rows=64, merge_chunks=True)
+EVEN = replace(SMALL, even=True)
 
 Heads = tuple[int, int, int]  # query heads, key/value heads, head size
 
@@ -90,6 +91,13 @@ def test_decode_prefill_and_both(window: int | None, heads: Heads, device: torch
     check([33, 1, 70, 40], [33, 1, 1, 20], heads, device, window=window)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_even_chunks(window: int | None, device: torch.device) -> None:
+    """Of 1, 47, 48, 79, 80, ... keys: in one chunk, two, three, and more than there are tiles in CHUNK."""
+    check([1, 47, 48, 79, 80, 81, 145, 200], [1] * 8, (4, 2, 64), device, window=window, tiles=EVEN)
+    check([47, 100, 1, 70], [2, 2, 1, 40], (3, 1, 80), device, window=window, tiles=EVEN, max_queries=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 20])
 def test_16_bits(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
@@ -135,12 +143,13 @@ def test_sequences_without_queries_are_skipped(device: torch.device) -> None:
     check([20, 70, 40, 80], [1, 0, 3, 1], (4, 2, 16), device)
 
 
-def test_padding_rows_get_zeros_and_a_workspace_is_left_as_it_was(device: torch.device) -> None:
+@pytest.mark.parametrize("tiles", [SMALL, EVEN], ids=["small", "even"])
+def test_padding_rows_get_zeros_and_a_workspace_is_left_as_it_was(tiles: AttentionTiles, device: torch.device) -> None:
     heads = (4, 2, 16)
     kv, tables = make_cache([70, 0, 0], heads, torch.float32, 16, device)
     batch = make_batch([70, 0, 0], [1, 1, 1], tables)
     q = torch.randn(3, 4, 16).to(device)
-    attention = backend(heads, device)
+    attention = backend(heads, device, tiles)
     first, second = (attention.forward(q, kv, batch, scale=0.25, window=None) for _ in range(2))
     assert first[1:].abs().max() == 0
     assert torch.equal(first, second)

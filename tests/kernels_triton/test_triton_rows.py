@@ -142,6 +142,7 @@ def test_values_in_the_cache_are_finite(device: torch.device) -> None:
     assert v.isfinite().all()
     keys, values = (cache.transpose(1, 2).flatten(0, 1)[slots] for cache in (k, v))  # [num_tokens, 2, 16]
     assert keys.isnan().any(-1).any(-1).tolist() == [False, True, True, True]
+    assert keys.isnan().any(-1).tolist() == [[False, False], [False, True], [True, False], [True, False]]
     assert torch.equal(values, qkv[:, -32:].unflatten(1, (2, 16)).nan_to_num(0.0, 0.0, 0.0))
 
 

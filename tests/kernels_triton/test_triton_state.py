@@ -9,6 +9,7 @@ pytest.importorskip("triton")
 
 from kvik.kernels.triton.block_copy import BlockCopier
 from kvik.kernels.triton.state import DecodeInputs, append_tokens, decode_inputs
+from kvik.runtime.token_ring import TURNS, TokenRing
 
 BLOCK_SIZE, DUMMY = 16, 5
 
@@ -100,6 +101,22 @@ def test_tokens_go_to_the_host_turn_by_turn(device: torch.device) -> None:
     assert (table.host[1, :6].tolist(), table.turn.item()) == ([8] + [-7] * 5, 0)
     table.append([1], [9])
     assert (table.host[:, 0].tolist(), table.turn.item()) == ([9, 8], 1)
+
+
+def test_steps_in_flight_keep_their_tokens(device: torch.device) -> None:
+    table, ring = Table(device), TokenRing(6, device)
+    table.host, table.turn = ring.host, ring.turn
+    waiting = []
+    for step in range(3 * TURNS):
+        table.append([step % 3], [step])
+        waiting.append(ring.take(1))
+        if step >= 16:  # as far as an engine may run ahead
+            assert waiting[step - 16]() == [step - 16]
+    with pytest.raises(AssertionError, match="too late"):
+        waiting[0]()
+    ring.reset()
+    table.append([4, -1], [7, 8])
+    assert ring.take(2)() == [7, -1]
 
 
 @pytest.mark.parametrize("rows", [1, 127, 128, 129, 300])
