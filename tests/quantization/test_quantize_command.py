@@ -17,6 +17,7 @@ import torch
 from quantization_cases import logits, quantize, receipt
 from tiny_models import make_tiny
 
+from cli.cli_harness import start
 from kvik.cli.main import main
 
 
@@ -147,8 +148,8 @@ def test_a_full_disk_leaves_nothing(tiny: Path, clean: Path, capsys: pytest.Capt
 def test_ctrl_c_leaves_nothing(tiny: Path, clean: Path) -> None:
     text = clean / "text.txt"
     text.write_text("The quick brown fox. " * 20_000)
-    command = [sys.executable, "-m", "kvik", "quantize", str(tiny), str(clean / "out"), "--quantization", "int8"]
-    process = subprocess.Popen([*command, "--text", str(text), "--tokens", "1000000"], stderr=subprocess.DEVNULL)
+    options = ("--quantization", "int8", "--text", str(text), "--tokens", "1000000")
+    process = start("quantize", str(tiny), str(clean / "out"), *options, stderr=subprocess.DEVNULL)
     end = time.monotonic() + 30
     while not left_in(clean) and time.monotonic() < end:
         time.sleep(0.01)
