@@ -1,4 +1,5 @@
-"""A small job for the processes that compile kernels; run as a program, has two of them compile it, twice over.
+"""A small job for the processes that compile kernels; run as a program, has two of them compile it, three times over;
+before the last time this process has loaded the kernels itself, as that of an earlier engine has.
 
 Prints what they claimed and said, and when each kernel was written. In a process of its own, because tests interpret.
 """
@@ -6,15 +7,19 @@ Prints what they claimed and said, and when each kernel was written. In a proces
 from __future__ import annotations
 
 import json
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvik.config import SchedulerConfig
+from kvik.kernels.triton.compile_only import StandInDriver, compile_only, keep_out_dynamo
 from kvik.models.registry import build_spec
 from kvik.runtime.kernel_compiler import CompileJob, KernelCompiler
+from kvik.runtime.warm_up import warm_up
 
 CONFIG: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128,
@@ -38,5 +43,28 @@ def compile_job(cache: Path) -> dict[str, Any]:
     return {"claims": claims, "log": log, "written": written, "left": folder.exists()}
 
 
+class OneDevice(StandInDriver):
+    """A device whose kernels can be launched by the process that loaded them only."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        owner = os.getpid()
+
+        def launch(*args: Any) -> None:
+            assert os.getpid() == owner, "a kernel of another process"
+
+        return launch
+
+
+def load_kernels() -> None:
+    keep_out_dynamo()
+    compile_only(OneDevice(JOB.capability))
+    warm_up(JOB.meta_runner(), JOB.settings)
+
+
 if __name__ == "__main__":
-    print(json.dumps([compile_job(Path(sys.argv[1])) for _ in range(2)]))
+    found = [compile_job(Path(sys.argv[1])) for _ in range(2)]
+    load_kernels()
+    print(json.dumps([*found, compile_job(Path(sys.argv[1]))]))

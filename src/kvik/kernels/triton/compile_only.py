@@ -47,7 +47,7 @@ class StandInDriver:
         self._capability, self.build_launchers, self._on_binary = capability, build_launchers, on_binary
 
     def get_current_device(self) -> int:
-        return 0
+        return -1  # none for which this process, if it was forked, has kernels that it could launch
 
     def get_current_stream(self, device: int) -> int:
         return 0
