@@ -30,8 +30,8 @@ PHASE_OF = {
     "_count": "sampling", "_edit": "sampling", "_edit_lists": "sampling", "_peaks": "sampling", "_measure": "sampling",
     "_settle": "sampling", "_draw": "sampling", "_pick": "sampling", "_append": "update",
 }  # fmt: skip
-_RESULT_COPY = "Memcpy DtoH"
-"""What ends a step: its tokens go to the host."""
+_LAST = "_append"
+"""What ends a step: its tokens go to the table and to the host."""
 
 
 class Kernel(NamedTuple):
@@ -70,11 +70,11 @@ class Cost:
 def break_down(kernels: Iterable[Kernel], num_steps: int) -> dict[str, Cost]:
     """What each of `PHASES` cost in the last `num_steps` steps of a trace: they add up to the time that these took.
 
-    A step begins when the result of the one before has been copied. Until its first kernel starts, the GPU is idle.
+    A step begins when the tokens of the one before have been written. Until its first kernel starts, the GPU is idle.
     Raises KvikError for a trace of fewer steps; the first one counts for nothing, since it began before the trace.
     """
     order = sorted(kernels)
-    ends = [i for i, kernel in enumerate(order) if kernel.name.startswith(_RESULT_COPY)][-num_steps - 1 :]
+    ends = [i for i, kernel in enumerate(order) if kernel.name == _LAST][-num_steps - 1 :]
     if len(ends) <= num_steps:
         raise KvikError(f"the profiler saw {len(ends)} of at least {num_steps + 1} steps; is another profiler running?")
     costs = {phase: Cost() for phase in PHASES}
@@ -103,9 +103,7 @@ def _phases(names: Sequence[str]) -> list[str]:
     found = []
     for i, name in enumerate(names):
         phase = PHASE_OF.get(name) or ("row operations" if "at::native" in name else "projections")
-        if name.startswith(_RESULT_COPY):
-            phase = "update"
-        elif i < first:
+        if i < first:
             phase = "prepare"
         elif i >= norm and phase in ("projections", "row operations"):
             phase = "head"
