@@ -82,7 +82,8 @@ def attention() -> None:
                   "UNIT": tiles.unit}  # fmt: skip
         rows = max(tiles.decode_rows, triton.next_power_of_2(group * queries))
         tma = dtype != "fp32" and block % tiles.decode_n == 0
-        constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows, "TMA": tma} | chunks
+        constants = both | {"BLOCK_N": tiles.decode_n, "MAX_QUERIES": queries, "BLOCK_M": rows, "TMA": tma,
+                            "ACROSS": tiles.across} | chunks  # fmt: skip
         stages = {"num_warps": tiles.decode_warps, "num_stages": tiles.decode_stages, "launch_pdl": 1}
         compile_kernel(f"decode {name}", _decode, types | tiles_of(tiles.decode_n, tma), constants, **stages)
         tma = dtype != "fp32" and block % tiles.block_n == 0

@@ -27,6 +27,7 @@ SMALL = AttentionTiles(
 )  # so that short contexts have several tiles and chunks
 EXACT = replace(SMALL, decode_rows=64, merge_chunks=True)
 EVEN = replace(SMALL, even=True)
+ACROSS = replace(SMALL, across=True, decode_rows=8, decode_warps=1)
 
 Heads = tuple[int, int, int]  # query heads, key/value heads, head size
 
@@ -98,6 +99,15 @@ def test_even_chunks(window: int | None, device: torch.device) -> None:
     check([47, 100, 1, 70], [2, 2, 1, 40], (3, 1, 80), device, window=window, tiles=EVEN, max_queries=2)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("heads", [(2, 2, 64), (7, 1, 16), (4, 2, 128), (16, 1, 16)], ids=str)
+def test_queries_as_columns(heads: Heads, window: int | None, device: torch.device) -> None:
+    lens = [1, 31, 32, 33, 100]
+    check(lens, [1] * 5, heads, device, window=window, tiles=ACROSS)
+    check(lens, [1] * 5, heads, device, window=window, tiles=ACROSS, dtype=torch.bfloat16)
+    check([33, 2, 70, 40], [2, 2, 1, 20], heads, device, window=window, tiles=ACROSS, max_queries=2)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("window", [None, 20])
 def test_16_bits(dtype: torch.dtype, window: int | None, device: torch.device) -> None:
@@ -113,6 +123,8 @@ def test_tiles_copied_by_tma(heads: Heads, window: int | None, device: torch.dev
     for block_size in (16, 64, 24):  # tiles of 16 keys do not fit into blocks of 24: those are loaded
         for lens, counts in (([1, 31, 32, 33, 100], [1] * 5), ([33, 1, 70, 40], [33, 1, 1, 20])):
             check(lens, counts, heads, device, dtype=torch.bfloat16, window=window, block_size=block_size, tma=True)
+    if heads[2] != 80:
+        check([1, 32, 100], [1] * 3, heads, device, dtype=torch.bfloat16, window=window, tma=True, tiles=ACROSS)
 
 
 @pytest.mark.parametrize("group", range(1, 17))

@@ -6,7 +6,7 @@ head, and the queries of a sequence, are the rows of one tile:
 
     row     0      1      2      3      4   ..
     query   0      0      1      1      -         2 queries, group of 2 heads, padded to 16 rows
-    head    0      1      0      1      -
+    head    0      1      0      1      -         or, as columns, to 8
 
 Each item leaves maximum, sum and acc in fp32; the one that arrives last adds them up in the order of the chunks.
 """
@@ -18,7 +18,15 @@ import triton.language as tl
 from torch import Tensor
 
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, chunk_of
-from kvik.kernels.triton.attention_tile import AttentionTiles, attend, block_rows, fits_tma, merge, tile_source
+from kvik.kernels.triton.attention_tile import (
+    AttentionTiles,
+    attend,
+    attend_across,
+    block_rows,
+    fits_tma,
+    merge,
+    tile_source,
+)
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["LOG2_E", "decode_attention"]
@@ -81,7 +89,7 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             WINDOW: tl.constexpr, NUM_KV_HEADS: tl.constexpr, GROUP: tl.constexpr, MAX_QUERIES: tl.constexpr,
             HEAD_DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, CHUNK: tl.constexpr, SHORT_LEN: tl.constexpr,
             SHORT_CHUNK: tl.constexpr, UNIT: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, TMA: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, ACROSS: tl.constexpr, TMA: tl.constexpr,
             PDL: tl.constexpr) -> None:  # fmt: skip
     start_dependents(PDL)
     head = tl.program_id(0)
@@ -105,11 +113,18 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             token = start + rows // GROUP
             offsets = (token * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
             held = (rows // GROUP < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-            tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
-            m, s, acc = attend(tile, chunk * size, (chunk + 1) * size, first_position, seq_len,
-                               first_position + rows // GROUP, k, v, head,
-                               tables + sequence.to(tl.int64) * table_stride, block_rows, scale, True, WINDOW, TMA,
-                               BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+            table = tables + sequence.to(tl.int64) * table_stride
+            lo, hi = chunk * size, (chunk + 1) * size
+            positions = first_position + rows // GROUP
+            if ACROSS:
+                tile = tl.load(q + tl.trans(offsets), mask=tl.trans(held), other=0.0)  # [BLOCK_D, BLOCK_M]
+                m, s, acc = attend_across(tile, lo, hi, first_position, seq_len, positions, k, v, head, table,
+                                          block_rows, scale, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                acc = tl.trans(acc)
+            else:
+                tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
+                m, s, acc = attend(tile, lo, hi, first_position, seq_len, positions, k, v, head, table, block_rows,
+                                   scale, True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
             if num_parts <= 1:
                 _store_out(out, offsets, held, s, acc)
             else:
@@ -155,6 +170,6 @@ def decode_attention(
         WINDOW=window or 0, NUM_KV_HEADS=num_kv_heads, GROUP=group, MAX_QUERIES=max_queries, HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size, CHUNK=tiles.chunk, SHORT_LEN=tiles.short_len, SHORT_CHUNK=tiles.short_chunk,
         UNIT=tiles.unit, BLOCK_M=max(tiles.decode_rows, triton.next_power_of_2(group * max_queries)),
-        BLOCK_D=block_d, BLOCK_N=tiles.decode_n, TMA=tma, PDL=pdl,
+        BLOCK_D=block_d, BLOCK_N=tiles.decode_n, ACROSS=tiles.across, TMA=tma, PDL=pdl,
         num_warps=tiles.decode_warps, num_stages=tiles.decode_stages, **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip

@@ -19,7 +19,17 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "block_rows", "fits_tma", "merge", "tile_source"]
+__all__ = [
+    "TIERS",
+    "AttentionTiles",
+    "attend",
+    "attend_across",
+    "attention_tiles",
+    "block_rows",
+    "fits_tma",
+    "merge",
+    "tile_source",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +42,9 @@ class AttentionTiles:
     even: bool = False  # rather about so many, and all chunks of a sequence alike: a small rest costs a merge
     short_len: int = 0  # up to this context a sequence is cut more finely, so that few sequences fill the GPU:
     short_chunk: int = 128  # keys per work item then
-    decode_rows: int = 16  # least rows of a decode tile; tl.dot needs 16
+    decode_rows: int = 16  # least rows of a decode tile, or columns
     decode_warps: int = 4
+    across: bool = False  # queries are the columns of a decode tile: 8 at least, half the work of 16 rows
     decode_stages: int = 3
     decode_programs: int = 132 * 32  # at most; each takes several work items when there are more
     prefill_rows: int = 64
@@ -72,8 +83,9 @@ def attention_tiles(
 
 _PADDED = AttentionTiles()
 _SINGLE = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
-_MANY = replace(_SINGLE, chunk=1024, even=True)
-_FEW = ((16, replace(_SINGLE, short_len=1024, short_chunk=64, decode_stages=4)), (48, _SINGLE))
+_ACROSS = replace(_SINGLE, across=True, decode_rows=8)
+_MANY = replace(_ACROSS, chunk=1024, even=True)
+_FEW = ((16, replace(_ACROSS, short_len=1024, short_chunk=64)), (48, _ACROSS))
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 
@@ -208,6 +220,46 @@ def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor
                           False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
         m, s, acc = _walk(q, m, s, acc, full, stop, end, positions, k, v, head, table, block_rows, scale,
                           True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+    return m, s, acc
+
+
+@triton.jit
+def attend_across(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
+                  positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor,
+                  block_rows: tl.tensor, scale: tl.tensor, WINDOW: tl.constexpr, TMA: tl.constexpr,
+                  BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """`attend` with queries as the columns of q and acc [BLOCK_D, columns], in one loop. The matrix instruction has 16
+    rows and 8 columns at least; few queries in rows leave most of its work, and of acc's registers, to padding."""
+    BLOCK_D: tl.constexpr = q.shape[0]
+    dims = tl.arange(0, BLOCK_D)
+    m = tl.full([q.shape[1]], float("-inf"), tl.float32)
+    s = tl.zeros([q.shape[1]], tl.float32)
+    acc = tl.zeros([BLOCK_D, q.shape[1]], tl.float32)
+    first = lo
+    if WINDOW > 0:
+        first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
+    blocks = _blocks(table, first, end, BLOCK_SIZE, BLOCK_N)  # a tile ahead, as in `_walk`
+    for start in tl.range(first, tl.minimum(hi, end), BLOCK_N):
+        keys = start + tl.arange(0, BLOCK_N)
+        held = (keys < end)[:, None] & (dims < HEAD_DIM)[None, :]
+        key_tile = _tile(k, blocks, start, head, block_rows, held, True, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
+                         BLOCK_D)  # fmt: skip
+        value_block = blocks
+        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
+        scores = tl.dot(key_tile, q, input_precision="tf32x3")  # [BLOCK_N, columns] fp32
+        visible = keys[:, None] <= positions[None, :]
+        if WINDOW > 0:
+            visible = visible & (keys[:, None] > positions[None, :] - WINDOW)
+        scores = tl.where(visible, scores, float("-inf"))
+        top = tl.maximum(m, tl.max(scores, 0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        weights = tl.exp2(tl.fma(scores, scale, (-base * scale)[None, :]))
+        old = tl.exp2((m - base) * scale)
+        s = tl.fma(s, old, tl.sum(weights, 0))
+        value_tile = _tile(v, value_block, start, head, block_rows, held, True, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
+                           BLOCK_D)  # fmt: skip
+        acc = tl.dot(tl.trans(value_tile), weights.to(value_tile.dtype), acc * old[None, :], input_precision="tf32x3")
+        m = top
     return m, s, acc
 
 
