@@ -74,9 +74,16 @@ def test_candidates_are_varied_and_possible(model: str, limits: tune.Limits) -> 
             assert sizes == ({32, 64} if rows == 2 else {64, 128})
 
 
-def test_what_is_shipped_as_fastest_is_among_the_candidates(tmp_path: Path) -> None:
-    shipped = load_table("NVIDIA H200", tmp_path).measured
-    assert [key for key, plan in shipped.items() if plan not in tune.candidates(parse(key))] == []
+def test_what_is_shipped_as_fastest_is_timed_too(tmp_path: Path) -> None:
+    """It was found within a forward pass, which prefers deeper pipelines than those that `candidates` has."""
+    table, limits = load_table("NVIDIA H200", tmp_path), tune.Limits()
+    for key, plan in table.measured.items():
+        case = parse(key)
+        assert plan in tune._plans(case, table, limits)
+        if plan.path == "skinny":
+            rows = 2 if case.op == "norm_linear_swiglu" else 1
+            assert plan.num_stages * plan.block_k * (rows * plan.block_n + plan.block_t) * 2 <= limits.shared_bytes
+            assert plan.split_k * plan.block_k <= case.k and plan.block_t <= max(16, 2 * case.num_tokens)
 
 
 def test_tuning_keeps_the_fastest_that_runs(
