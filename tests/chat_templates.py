@@ -167,6 +167,61 @@ MISTRAL = """\
 {%- endfor %}
 """
 
+MISTRAL_ARGS = """\
+{{- bos_token }}
+{%- for message in messages %}
+  {%- if message.role == 'user' %}
+    {{- '[AVAILABLE_TOOLS]' + tools | tojson + '[/AVAILABLE_TOOLS]' if loop.last and tools else '' }}
+    {{- '[INST]' + message.content + '[/INST]' }}
+  {%- elif message.role == 'assistant' %}
+    {{- message.content or '' }}
+    {%- for call in message.tool_calls or [] %}
+      {{- '[TOOL_CALLS]' + call.function.name + '[ARGS]' + call.function.arguments | tojson }}
+    {%- endfor %}
+    {{- eos_token }}
+  {%- else %}
+    {{- '[TOOL_RESULTS]' ~ message.content ~ '[/TOOL_RESULTS]' }}
+  {%- endif %}
+{%- endfor %}
+"""
+
+QWEN3_CODER = """\
+{%- for tool in tools or [] %}
+  {{- '<function>' + tool.function | tojson + '</function>\\n' }}
+{%- endfor %}
+{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\\n' + (message.content or '') }}
+  {%- for call in message.tool_calls or [] %}
+    {{- '<tool_call>\\n<function=' + call.function.name + '>\\n' }}
+    {%- for key, value in call.function.arguments.items() %}
+      {{- '<parameter=' + key + '>\\n' ~ (value if value is string else value | tojson) ~ '\\n</parameter>\\n' }}
+    {%- endfor %}
+    {{- '</function>\\n</tool_call>' }}
+  {%- endfor %}
+  {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
+GLM45 = """\
+{%- for tool in tools or [] %}{{- tool | tojson + '\\n' }}{%- endfor %}
+{%- for message in messages %}
+  {{- '<|im_start|>' + message.role + '\\n' }}
+  {%- if message.reasoning_content %}{{- '<think>' + message.reasoning_content + '</think>\\n' }}{%- endif %}
+  {{- message.content or '' }}
+  {%- for call in message.tool_calls or [] %}
+    {{- '<tool_call>' + call.function.name + '\\n' }}
+    {%- for key, value in call.function.arguments.items() %}
+      {{- '<arg_key>' + key + '</arg_key>\\n<arg_value>' }}
+      {{- (value if value is string else value | tojson) ~ '</arg_value>\\n' }}
+    {%- endfor %}
+    {{- '</tool_call>' }}
+  {%- endfor %}
+  {{- '<|im_end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}
+"""
+
 DOCUMENTS = """\
 {%- for document in documents or [] %}
 {{ loop.index }}. {{ document['title'] }}: {{ document.text }}
@@ -182,5 +237,8 @@ TEMPLATES = {
     "llama3": LLAMA3,
     "qwen": QWEN,
     "mistral": MISTRAL,
+    "mistral_args": MISTRAL_ARGS,
+    "qwen3_coder": QWEN3_CODER,
+    "glm45": GLM45,
     "documents": DOCUMENTS,
 }

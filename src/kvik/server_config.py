@@ -50,7 +50,7 @@ class ServerConfig:
     tool_format: str = option(
         "auto",
         "how the model writes tool calls; auto looks at its chat template, none leaves calls in the content",
-        choices=("auto", "none", "hermes", "mistral", "llama"),
+        choices=("auto", "none", "hermes", "qwen3_coder", "glm45", "mistral", "mistral_args", "llama"),
     )
     reasoning_field: str = option(
         "reasoning_content",

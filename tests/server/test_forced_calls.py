@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from server_harness import Served, serve
 from test_tools import calls_of, joined
 from tiny_models import make_tiny
 
+from kvik.errors import RequestError
 from kvik.server.forced_calls import call_grammar
-from kvik.server.reply_parser import TOOL_FORMATS, ReplyParser, ToolCall, ToolFormat
+from kvik.server.reply_parser import ReplyParser, ToolCall
+from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 from kvik.structured.grammars import Grammars
 from kvik.text.tokenizer import Tokenizer
 
@@ -41,10 +44,12 @@ SCHEMAS: dict[str, Any] = {
 }
 FUNCTIONS = [{"name": name, **({} if schema is None else {"parameters": schema})} for name, schema in SCHEMAS.items()]
 TOOLS: Any = [{"type": "function", "function": {**function, "strict": True}} for function in FUNCTIONS]
-MARKS = {"hermes": ("<tool_call>", "</tool_call>"), "mistral": ("[TOOL_CALLS]",), "llama": ()}
 TEXTS = {
     "hermes": "<tool_call>\n{}\n</tool_call>\n<tool_call>\n{}\n</tool_call>",
+    "qwen3_coder": "<tool_call>\n{}\n</tool_call>\n<tool_call>\n{}\n</tool_call>",
+    "glm45": "<tool_call>{}</tool_call>\n<tool_call>{}</tool_call>",
     "mistral": "[TOOL_CALLS] [{}, {}]",
+    "mistral_args": "[TOOL_CALLS]{}[TOOL_CALLS]{}",
     "llama": "{}; {}",
 }
 CALLS = [("add", '{"terms": [1, 2]}'), ("wetter_größe", '{"unit": "°C"}')]
@@ -55,7 +60,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("forced") / "tiny")
 
 
-@pytest.fixture(scope="module", params=["hermes", "llama"])
+@pytest.fixture(scope="module", params=["hermes", "qwen3_coder", "glm45", "mistral_args", "llama"])
 def forced(request: pytest.FixtureRequest, folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """A random model that is taken to write calls in some format."""
     log = tmp_path_factory.mktemp("logs") / "forced.log"
@@ -136,16 +141,26 @@ def test_strict_is_free_under_auto_and_says_so(forced: Served) -> None:
     assert [any("strict" in text for text in answer.get("warnings", ())) for answer in answers] == [True, False]
 
 
+def written(form: ToolFormat, name: str, arguments: str) -> str:
+    """A call as models of this format write it."""
+    if form.argument is not None:
+        before, after = form.argument
+        for key, value in json.loads(arguments).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            arguments = (arguments if arguments[0] != "{" else "") + before % key + text + after
+    return form.head % (name if form.states else json.dumps(name, ensure_ascii=False)) + arguments + form.tail
+
+
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
 def test_grammars_allow_what_models_write_and_parsers_read(folder: Path, form: ToolFormat, special: bool) -> None:
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if special:
-        backend.add_special_tokens(list(MARKS[form.name]))
+        backend.add_special_tokens([mark for mark in form.marks if mark != ">"])
     eos = Tokenizer.from_folder(folder).eos_token_ids
     tokenizer = Tokenizer(backend, eos_token_ids=eos)
-    text = TEXTS[form.name].format(*(f'{{"name": "{name}", "{form.key}": {text}}}' for name, text in CALLS))
-    pieces = ReplyParser(form, SCHEMAS).feed(text)
+    text = TEXTS[form.name].format(*(written(form, name, text) for name, text in CALLS))
+    pieces = ReplyParser(form, {name: schema or {} for name, schema in SCHEMAS.items()}).feed(text)
     assert [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)] == CALLS
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     for many in (True, False):
@@ -154,6 +169,76 @@ def test_grammars_allow_what_models_write_and_parsers_read(folder: Path, form: T
         matcher = Grammars(lambda: tokenizer.byte_table(tokenizer.vocab_size)).matcher(wanted, ())
         assert (matcher.state.try_consume_tokens(token_ids) == len(token_ids)) == many
         assert matcher.state.is_accepting() or not many
+
+
+KINDS_OF_VALUES: list[tuple[Any, list[tuple[str, Any]], list[str]]] = [
+    ({"type": "string"}, [("5", "5"), ("\n", "\n"), ("", ""), ("<a> </b>\nc", "<a> </b>\nc")], ["a{mark}b"]),
+    ({"type": "string", "minLength": 1, "maxLength": 3}, [("é\né", "é\né")], ["", "abcd"]),
+    ({"type": "integer"}, [("5", 5)], ["five", "5.5", '"5"']),
+    ({"enum": ["C", "No", 5, None, [1]]}, [("C", "C"), ("5", 5), ("null", None), ("[1]", [1])], ["K", '"C"', "6"]),
+    ({"const": "x"}, [("x", "x")], ["y"]),
+    ({"anyOf": [{"type": "string"}, {"type": "null"}]}, [("null", None), ("a", "a"), ("5", "5")], []),
+    ({"type": ["string", "integer"]}, [("5", 5), ("5.5", "5.5")], []),
+    ({"anyOf": [{"enum": ["a"]}, {"type": "integer", "maximum": 3}]}, [("a", "a"), ("3", 3)], ["4", "b"]),
+    ({"anyOf": [{"$ref": "#/$defs/unit"}, {"type": "null"}], "default": None}, [("K", "K"), ("null", None)], ["C"]),
+    ({"type": "object", "properties": {"u": {"$ref": "#/$defs/unit"}}}, [('{"u": "K"}', {"u": "K"})], ['{"u": "C"}']),
+    ({"type": "array", "items": {"type": "string"}}, [('["a", "5"]', ["a", "5"])], ["a", "[5]"]),
+    ({}, [("a b", "a b"), ("5", 5)], []),
+    (True, [("a b", "a b")], []),
+]
+
+
+@pytest.mark.parametrize("form", [form for form in TOOL_FORMATS if form.argument], ids=lambda form: form.name)
+@pytest.mark.parametrize("kind", KINDS_OF_VALUES, ids=lambda kind: str(kind[0])[:50])
+def test_values_between_marks_follow_their_schema(folder: Path, form: ToolFormat, kind: Any) -> None:
+    schema, good, bad = kind
+    tokenizer = Tokenizer.from_folder(folder)
+    parameters = {"type": "object", "properties": {"x": schema}, "required": ["x"], **KINDS}
+    wanted = call_grammar(form, [{"name": "f", "parameters": parameters}], tokenizer, many=False)
+    grammars = Grammars(lambda: tokenizer.byte_table(tokenizer.vocab_size))
+    assert form.argument is not None
+    before, after = form.argument
+    opening, _, closing = form.layout
+    (mark,) = form.states["value"]
+
+    def accepted(value: str) -> tuple[bool, str]:
+        text = opening + form.head % "f" + before % "x" + value + after + form.tail + closing
+        token_ids = tokenizer.encode(text, add_special_tokens=False)
+        state = grammars.matcher(wanted, ()).state
+        return state.try_consume_tokens(token_ids) == len(token_ids) and state.is_accepting(), text
+
+    for value, read in good:
+        fine, text = accepted(value)
+        (piece,) = ReplyParser(form, {"f": parameters}).feed(text)
+        assert fine and isinstance(piece, ToolCall) and json.loads(piece.arguments) == {"x": read}
+        jsonschema_rs.validator_for(parameters).validate(json.loads(piece.arguments))
+    assert not any(accepted(value.replace("{mark}", mark))[0] for value in bad)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "words"),
+    [
+        ({"properties": {"x": {"type": "string", "pattern": "a"}}}, "x of 'f': pattern cannot be forced"),
+        ({"properties": {"x": {"type": ["string", "null"], "maxLength": 3}}}, "maxLength"),
+        ({"properties": {"x": {"anyOf": [{"type": "string"}, {"type": "integer", "minimum": 3}]}}}, "minimum"),
+        ({"properties": {"x": {"anyOf": [{"type": "string"}, {"enum": [3]}]}}}, "a few values"),
+        ({"properties": {"x": {"enum": ["5", 5]}}}, "'5' would be read"),
+        ({"properties": {"x": {"enum": 5}}}, "enum"),
+        ({"properties": {"x": {"anyOf": 5, "type": "string"}}}, "anyOf"),
+        ({"properties": {"x": False}}, "False"),
+        ({"properties": {"x y": {}}}, "'x y'"),
+        ({"properties": [1]}, "properties"),
+        ({"required": [["x"]]}, "required"),
+        ({"required": 3}, "required"),
+        ({"minProperties": 1}, "minProperties"),
+    ],
+)
+def test_what_cannot_be_forced_between_marks_is_refused(folder: Path, parameters: Any, words: str) -> None:
+    for form in TOOL_FORMATS:
+        if form.argument is not None:
+            with pytest.raises(RequestError, match=re.escape(words)) as caught:
+                call_grammar(form, [{"name": "f", "parameters": parameters}], Tokenizer.from_folder(folder), many=False)
+            assert caught.value.param == "tools" and form.name in str(caught.value)
 
 
 def test_numbers_that_no_float_holds_are_arguments() -> None:

@@ -9,13 +9,32 @@ from typing import Any
 
 import pytest
 
-from kvik.server.reply_parser import TOOL_FORMATS, Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.reply_parser import Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 
-HERMES, MISTRAL, LLAMA = TOOL_FORMATS
-NAMES = ("weather", "now")
+HERMES, QWEN3_CODER, GLM45, MISTRAL, MISTRAL_ARGS, LLAMA = TOOL_FORMATS
+SCHEMAS: dict[str, Any] = {
+    "weather": {
+        "type": "object",
+        "$defs": {"n": {"type": "integer"}, "loop": {"$ref": "#/$defs/loop"}},
+        "properties": {
+            "city": {"type": "string"},
+            "days": {"$ref": "#/$defs/n"},
+            "unit": {"enum": ["C", "5"]},
+            "wind": {"anyOf": [{"type": "boolean"}, {"type": "string"}]},
+            "at": {"type": ["number", "null"]},
+            "where": {"type": "object"},
+            "tags": {"type": "array"},
+            "loop": {"$ref": "#/$defs/loop"},
+        },
+    },
+    "now": {},
+}
 WEATHER = '{"name": "weather", "arguments": {"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}}'
 ARGUMENTS = '{"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}'
 NOW = '{"name":"now","parameters":{}}'
+
+LINES = {"city": "a <b>\n\nc", "days": "3"}
 
 Message = tuple[str, str, list[tuple[str, str]]]
 
@@ -34,6 +53,12 @@ def parse(parts: list[str], *options: Any, **more: Any) -> Message:
     pieces = [piece for part in parts for piece in parser.feed(part)] + parser.finish()
     assert parser.num_calls == sum(isinstance(piece, ToolCall) for piece in pieces)
     return message_of(pieces)
+
+
+def xml_call(name: str = "weather", **values: str) -> str:
+    """A call as Qwen3-Coder writes it."""
+    lines = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
+    return f"<tool_call>\n<function={name}>\n{''.join(lines)}</function>\n</tool_call>"
 
 
 # text, options of the parser, reasoning, content, calls
@@ -67,6 +92,35 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
         f"[TOOL_CALLS] [{WEATHER}, {NOW}]", {"tools": MISTRAL}, ("", "", [("weather", ARGUMENTS), ("now", "{}")])
     ),
     "mistral, text before": (f"Well [TOOL_CALLS][{NOW}]", {"tools": MISTRAL}, ("", "Well", [("now", "{}")])),
+    "mistral, name and arguments": (
+        f"Well [TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS] {{}}",
+        {"tools": MISTRAL_ARGS},
+        ("", "Well", [("weather", ARGUMENTS), ("now", "{}")]),
+    ),
+    "qwen3_coder": (
+        f"I look.\n{xml_call(**LINES)}\n{xml_call('now')}\nDone.",
+        {"tools": QWEN3_CODER},
+        ("", "I look.Done.", [("weather", '{"city": "a <b>\\n\\nc", "days": 3}'), ("now", "{}")]),
+    ),
+    "qwen3_coder, loosely": (
+        "<tool_call><function=weather><parameter=city></parameter> <parameter=days>4</parameter></function>",
+        {"tools": QWEN3_CODER},
+        ("", "", [("weather", '{"city": "", "days": 4}')]),
+    ),
+    "qwen3_coder, one call only": (
+        f"{xml_call('now')}\n{xml_call()}", {"tools": QWEN3_CODER, "max_calls": 1}, ("", "", [("now", "{}")])
+    ),
+    "glm45": (
+        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>\nline\n</arg_value>\n<arg_key>days</arg_key>\n"
+        "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+        {"tools": GLM45},
+        ("", "", [("weather", '{"city": "\\nline\\n", "days": 3}'), ("now", "{}")]),
+    ),
+    "glm45, in one line": (
+        "<think>a</think><tool_call>weather<arg_key>city</arg_key><arg_value><arg_key></arg_value></tool_call>",
+        {"tools": GLM45, "reasoning": True},
+        ("a", "", [("weather", '{"city": "<arg_key>"}')]),
+    ),
     "llama": (WEATHER, {"tools": LLAMA}, ("", "", [("weather", ARGUMENTS)])),
     "llama, tagged": (f"\n<|python_tag|> {NOW}", {"tools": LLAMA}, ("", "", [("now", "{}")])),
     "llama, two": (f"{NOW}; {NOW}\n", {"tools": LLAMA}, ("", "", [("now", "{}"), ("now", "{}")])),
@@ -104,6 +158,19 @@ MALFORMED = [
     "<tool_call>",
     "[TOOL_CALLS]weather {",
     '[TOOL_CALLS] [{"name": "now"}, {"name": 1}]',
+    "[TOOL_CALLS]now[ARGS][1]",
+    "[TOOL_CALLS][ARGS]{}",
+    '[TOOL_CALLS]now[ARGS]{"a": 1',
+    "[TOOL_CALLS]now then[ARGS]{}",
+    f"[TOOL_CALLS]{'n' * 300}[ARGS]{{}}",
+    "<tool_call>\n<function=>\n</function>\n</tool_call>",
+    "<tool_call>\n<function=now>\n<parameter=a>\n1\n</param",
+    "<tool_call>\n<function=now>\n<parameter=a\n</function>\n</tool_call>",
+    "<tool_call>\n<function=now>\nSo <functi\n</function>",
+    "<tool_call>Not a call</tool_call>",
+    "<tool_call></tool_call>",
+    "<tool_call>now<arg_key>a</arg_key>1</tool_call>",
+    "<tool_call>now<arg_key>a</arg_key><arg_value>1",
     '{"name": "now", "parameters": 3}',
     '{"name": "now"',
     "<|python_tag|>print(1)",
@@ -115,7 +182,7 @@ MALFORMED = [
 @pytest.mark.parametrize("name", CASES)
 def test_messages(name: str) -> None:
     text, options, expected = CASES[name]
-    options = {"names": NAMES, **options}
+    options = {"schemas": SCHEMAS, **options}
     assert parse([text], **options) == expected
     for _, arguments in expected[2]:
         assert isinstance(json.loads(arguments), dict)
@@ -128,31 +195,32 @@ def test_messages(name: str) -> None:
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
 def test_what_is_no_call_is_content_to_the_last_character(tools: Any, text: str) -> None:
     for parts in ([text], list(text), [text[:13], text[13:]]):
-        assert parse(parts, tools, NAMES, reasoning=True) == ("", text, [])
+        assert parse(parts, tools, SCHEMAS, reasoning=True) == ("", text, [])
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
 def test_any_cut_of_any_text_gives_the_same_message(tools: Any) -> None:
     shards = [
         "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", NOW, WEATHER, "[", "]",
-        "{", "}", '"', "\\", ";", ",", " ", "\n\n", "text", "<", "</", "é",
+        "{", "}", '"', "\\", ";", ",", " ", "\n\n", "text", "<", "</", "é", *(tools.marks * 2 if tools.states else ()),
+        "now", xml_call(), "[TOOL_CALLS]now[ARGS]{}", "now<arg_key>", "<function=now>", "n" * 250,
     ]  # fmt: skip
     draw = random.Random(tools.name)
     for _ in range(1500):
         text = "".join(draw.choices(shards, k=draw.randint(1, 12)))
         options = {"reasoning": draw.random() < 0.5, "opened": draw.random() < 0.3}
-        whole = parse([text], tools, NAMES, **options)
+        whole = parse([text], tools, SCHEMAS, **options)
         for _ in range(3):
             cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(1, 9)))
             parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
-            assert parse(parts, tools, NAMES, **options) == whole, parts
-        assert parse(list(text), tools, NAMES, **options) == whole, text
+            assert parse(parts, tools, SCHEMAS, **options) == whole, parts
+        assert parse(list(text), tools, SCHEMAS, **options) == whole, text
         for _, arguments in whole[2]:
             assert isinstance(json.loads(arguments), dict)
 
 
 def test_reasoning_comes_as_it_is_written_and_a_call_when_it_is_whole() -> None:
-    parser = ReplyParser(HERMES, NAMES, reasoning=True)
+    parser = ReplyParser(HERMES, SCHEMAS, reasoning=True)
     assert parser.feed("<think>a") == [Reasoning("a")] and parser.is_reasoning
     assert parser.feed("b ") == [Reasoning("b")]
     assert parser.feed("c</thi") == [Reasoning(" c")]
@@ -166,3 +234,42 @@ def test_ids_of_mistral_are_nine_letters_and_digits() -> None:
     found = ReplyParser(MISTRAL).feed(f"[TOOL_CALLS][{NOW}, {NOW}]")
     ids = {piece.id for piece in found if isinstance(piece, ToolCall)}
     assert len(ids) == 2 and all(len(call_id) == 9 and call_id.isalnum() for call_id in ids)
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("city", "5", '"5"'),
+        ("city", 'say "ü"\n', '"say \\"ü\\"\\n"'),
+        ("days", " 5 ", "5"),
+        ("days", "5.0", "5.0"),
+        ("days", "5.5", '"5.5"'),
+        ("days", "five", '"five"'),
+        ("days", '"5"', '"\\"5\\""'),
+        ("unit", "5", '"5"'),
+        ("wind", "True", "true"),
+        ("wind", "none", '"none"'),
+        ("at", "None", "null"),
+        ("at", "1e999", "1e999"),
+        ("where", '{"a": [1]}', '{"a": [1]}'),
+        ("where", "{'a': 1}", "\"{'a': 1}\""),
+        ("where", "[1]", '"[1]"'),
+        ("tags", "[1]", "[1]"),
+        ("unknown", "[1]", "[1]"),
+        ("unknown", '"a"', '"\\"a\\""'),
+        ("unknown", "None", '"None"'),
+        ("loop", "7", "7"),
+    ],
+)
+@pytest.mark.parametrize("form", [QWEN3_CODER, GLM45], ids=lambda form: form.name)
+def test_values_have_the_types_of_the_schema(form: ToolFormat, key: str, text: str, value: str) -> None:
+    markup = f"<tool_call>weather\n<arg_key>{key}</arg_key>\n<arg_value>{text}</arg_value>\n</tool_call>"
+    if form is QWEN3_CODER:
+        markup = xml_call(**{key: text})
+    assert parse([markup], form, SCHEMAS) == ("", "", [("weather", f'{{"{key}": {value}}}')])
+
+
+def test_the_time_to_read_a_long_value_grows_as_the_value_does() -> None:
+    parser, text = ReplyParser(QWEN3_CODER, SCHEMAS), xml_call(city="<" * 200_000)
+    pieces = [piece for char in text for piece in parser.feed(char)]
+    assert message_of(pieces)[2] == [("weather", json.dumps({"city": "<" * 200_000}))]

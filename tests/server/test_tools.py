@@ -12,19 +12,36 @@ from chat_templates import TEMPLATES
 from openai import OpenAI
 from scripted_server import Scripted, scripted_server
 
-from kvik.server.reply_parser import TOOL_FORMATS
 from kvik.server.reply_syntax import ModelSyntax
+from kvik.server.tool_formats import TOOL_FORMATS
 from kvik.server_config import ServerConfig
 
 USER: Any = [{"role": "user", "content": "What's the weather in Zürich?"}]
+PROPERTIES = {"weather": {"city": {"type": "string"}, "days": {"type": "array"}}, "now": {}}
 TOOLS: Any = [
-    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": {}}}}
-    for name in ("weather", "now")
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    for name, properties in PROPERTIES.items()
 ]
 ARGUMENTS = '{"city": "Zürich", "days": [1, 2]}'
 CALL = f'{{"name": "weather", "arguments": {ARGUMENTS}}}'
 NOW = '{"name": "now", "arguments": {}}'
 ONE = f"<tool_call>\n{CALL}\n</tool_call>"
+MARKUP = """<tool_call>
+<function=weather>
+<parameter=city>
+Zürich
+</parameter>
+<parameter=days>
+[1, 2]
+</parameter>
+</function>
+</tool_call>"""
+GLM = """<tool_call>weather
+<arg_key>city</arg_key>
+<arg_value>Zürich</arg_value>
+<arg_key>days</arg_key>
+<arg_value>[1, 2]</arg_value>
+</tool_call>"""
 TWO = f"{ONE}\n<tool_call>\n{NOW}\n</tool_call>"
 OPENING = TEMPLATES["chatml"].replace("assistant\\n' }}", "assistant\\n<think>\\n' }}") + "{# </think> #}"
 
@@ -136,6 +153,10 @@ def test_every_choice_has_its_calls(qwen: Scripted) -> None:
     [
         ("mistral", ("[TOOL_CALLS]",), f"[TOOL_CALLS] [{CALL}, {NOW}]"),
         ("mistral", (), f"[TOOL_CALLS] [{CALL}, {NOW}]"),
+        ("mistral_args", ("[TOOL_CALLS]", "[ARGS]"), f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[ARGS]{{}}"),
+        ("mistral_args", ("[ARGS]",), f"[TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[ARGS]{{}}"),
+        ("qwen3_coder", (), f"{MARKUP}\n<tool_call>\n<function=now>\n</function>\n</tool_call>"),
+        ("glm45", ("<tool_call>", "</tool_call>", "<arg_key>"), f"{GLM}\n<tool_call>now\n</tool_call>"),
         ("llama3", ("<|python_tag|>",), f"<|python_tag|>{CALL.replace('arguments', 'parameters')}; {NOW}"),
         ("llama3", (), f"{CALL}; {NOW}"),
     ],
@@ -273,7 +294,10 @@ def test_formats_are_told_from_templates_and_can_be_chosen() -> None:
     assert detected(TEMPLATES["mistral"]) == ("mistral", None)
     assert detected(TEMPLATES["llama3"]) == ("llama", None)
     assert detected(TEMPLATES["chatml"]) == detected("") == (None, None)
-    assert detected("<tool_call>\n<function=f>") == detected("[TOOL_CALLS]f[ARGS]") == (None, None)
+    assert detected(TEMPLATES["mistral_args"]) == ("mistral_args", None)
+    assert detected(TEMPLATES["qwen3_coder"]) == ("qwen3_coder", None)
+    assert detected(TEMPLATES["glm45"]) == ("glm45", "reasoning_content")
+    assert detected("<tool_call>\n<function=f>") == (None, None)
     assert detected(TEMPLATES["chatml"], tool_format="llama") == ("llama", None)
     assert detected(TEMPLATES["qwen"], tool_format="none", reasoning_field="none") == (None, None)
     for form in TOOL_FORMATS:

@@ -13,7 +13,8 @@ from typing import Any
 from kvik.errors import RequestError
 from kvik.fields import show
 from kvik.sampling_params import StructuredOutputsParams
-from kvik.server.reply_parser import ToolFormat
+from kvik.server.forced_markup import MarkupArguments, literal, plain_name
+from kvik.server.tool_formats import ToolFormat
 from kvik.structured.grammars import json_rule
 from kvik.text.tokenizer import Tokenizer
 
@@ -57,9 +58,15 @@ def call_grammar(
         "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
     ]
     for i, function in enumerate(functions):
-        head = f'{{"name": {json.dumps(function["name"], ensure_ascii=False)}, "{form.key}": '
-        rules.append(f'call_{i}: {json.dumps(head)} arguments_{i} "}}"')
-        rules.append(f"arguments_{i}: {json_rule(_schema(function))}")
+        name, schema = function["name"], _schema(function)
+        spelt = plain_name(name, form) if form.states else json.dumps(name, ensure_ascii=False)
+        head, tail = (_literal(text, form, tokenizer) for text in (form.head % spelt, form.tail))
+        rules.append(f"call_{i}: {head} arguments_{i} {tail}")
+        if form.argument is None:
+            rules.append(f"arguments_{i}: {json_rule(schema)}")
+        else:
+            markup = MarkupArguments(form, name, schema, lambda text: _literal(text, form, tokenizer))
+            rules += markup.rules(f"arguments_{i}")
     try:
         return StructuredOutputsParams(grammar="\n".join(rules))
     except RequestError as error:
@@ -87,11 +94,11 @@ def _schema(function: Mapping[str, Any]) -> dict[str, Any]:
 def _literal(text: str, form: ToolFormat, tokenizer: Tokenizer) -> str:
     """A text of the format in Lark's syntax. Marks that are special tokens are not spelt by others."""
     parts = [text]
-    for mark in filter(None, (form.begin, form.end)):
+    for mark in form.marks:
         token_id = tokenizer.backend.token_to_id(mark)
         if token_id in tokenizer.special_token_ids:
             parts = [piece for part in parts for piece in _split(part, mark, f"<[{token_id}]>")]
-    return " ".join(part if part.startswith("<[") else json.dumps(part) for part in parts if part)
+    return " ".join(part if part.startswith("<[") else literal(part) for part in parts if part)
 
 
 def _split(text: str, mark: str, name: str) -> list[str]:

@@ -225,8 +225,8 @@ def take_syntax(body: Body, tools: Tools, model: ModelSyntax) -> ReplySyntax | N
         body.warnings.append(
             "tools are shown to the model; how it writes calls is not known (--tool-format), they stay in the content"
         )
-    names = [tool["function"]["name"] for tool in tools.shown]
-    return model.of_request(names, tools.forced, parallel=parallel and not tools.single)
+    functions = [tool["function"] for tool in tools.shown]
+    return model.of_request(functions, tools.forced, parallel=parallel and not tools.single)
 
 
 def refuse_both(syntax: ReplySyntax, structure_param: str | None) -> None:

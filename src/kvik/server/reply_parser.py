@@ -2,80 +2,26 @@
 
 One incremental parser serves streams and whole answers, which is why they are the same: the pieces do not depend on how
 the text was cut, but for where one text ends and the next one of the same kind begins. Formats are data. A call is told
-when its JSON is complete and right, so `arguments` is always valid JSON; whatever only looks like a call is content,
+when it is complete and right, so `arguments` is always valid JSON; whatever only looks like a call is content,
 unchanged. Time is linear in the text.
 """
 
 from __future__ import annotations
 
-import re
 import secrets
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import msgspec
+from kvik.server.call_readers import CallReader, reader_of
+from kvik.server.tool_formats import ToolFormat
 
-__all__ = ["THINK", "TOOL_FORMATS", "Content", "Piece", "Reasoning", "ReplyParser", "ToolCall", "ToolFormat"]
+__all__ = ["THINK", "Content", "Piece", "Reasoning", "ReplyParser", "ToolCall"]
 
 THINK = ("<think>", "</think>")
 """What stands around reasoning."""
 
 _SLICE = 4096
 """Characters that are looked at together: what is cut off in front of them is copied once for every marker."""
-
-
-@dataclass(frozen=True, slots=True)
-class ToolFormat:
-    """How a family of models writes a call: `begin`, a JSON object with name and arguments (or a list), `end`.
-
-    `end` may be missing. A `bare` format begins with the first character of the message, `begin` may be missing too,
-    and only calls of functions that the request offers count: an answer may be JSON for other reasons.
-    `layout` is what models write before, between and after calls, `key` what they call the arguments.
-    A template is of this format if it holds all `signs` and none of `foreign`.
-    """
-
-    name: str
-    begin: str
-    end: str
-    signs: tuple[str, ...]
-    layout: tuple[str, str, str]
-    foreign: tuple[str, ...] = ()
-    key: str = "arguments"
-    bare: bool = False
-    id_prefix: str = "call_"
-    id_length: int = 24
-
-
-TOOL_FORMATS = (
-    ToolFormat(
-        "hermes",
-        "<tool_call>",
-        "</tool_call>",
-        signs=("<tool_call>",),
-        layout=("<tool_call>\n", "\n</tool_call>\n<tool_call>\n", "\n</tool_call>"),
-        foreign=("<function=", "<arg_key>"),
-    ),
-    ToolFormat(
-        "mistral",
-        "[TOOL_CALLS]",
-        "",
-        signs=("[TOOL_CALLS]",),
-        layout=("[TOOL_CALLS] [", ", ", "]"),
-        foreign=("[ARGS]",),
-        id_prefix="",  # templates of this family refuse other ids than nine letters and digits
-        id_length=9,
-    ),
-    ToolFormat(
-        "llama",
-        "<|python_tag|>",
-        ";",
-        signs=('"parameters": ', "ipython"),
-        layout=("", "; ", ""),
-        key="parameters",
-        bare=True,
-    ),
-)
 
 
 class Reasoning(NamedTuple):
@@ -91,7 +37,7 @@ class Content(NamedTuple):
 
 
 class ToolCall(NamedTuple):
-    """A whole call; `arguments` is a JSON object as the model wrote it."""
+    """A whole call; `arguments` is a JSON object."""
 
     id: str
     name: str
@@ -101,16 +47,8 @@ class ToolCall(NamedTuple):
 Piece = Reasoning | Content | ToolCall
 
 
-class _Call(msgspec.Struct):
-    """A call's JSON. Families differ in what they name the arguments."""
-
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"null")
-    parameters: msgspec.Raw = msgspec.Raw(b"null")
-
-
 class ReplyParser:
-    """Parses one answer. `names` are the functions that the request offers.
+    """Parses one answer. `schemas` are the parameters of the functions that the request offers, by name.
 
     With `reasoning`, text in think tags is told apart; `opened` says that the prompt has opened them. After
     `max_calls` further calls are left out.
@@ -119,14 +57,14 @@ class ReplyParser:
     def __init__(
         self,
         tools: ToolFormat | None = None,
-        names: Iterable[str] = (),
+        schemas: Mapping[str, Any] | None = None,
         *,
         reasoning: bool = False,
         opened: bool = False,
         max_calls: int | None = None,
     ) -> None:
         self._tools = tools
-        self._names = frozenset(names)
+        self._schemas = schemas or {}
         self._max_calls = max_calls
         self._opened = opened
         self._pieces: list[Piece] = []
@@ -134,8 +72,8 @@ class ReplyParser:
         self._space: list[str] = []  # whitespace before what comes next: dropped if that is markup
         self._at_edge = opened  # behind markup, where whitespace is dropped too
         self._kind: type[Reasoning] | type[Content] = Reasoning if opened else Content
-        self._raw: list[str] = []  # what was read of a call that is not complete
-        self._json = _JsonValue()
+        self._mark = ""  # with which the call began that is being read
+        self._reader: CallReader | None = None
         self._state = ReplyParser._begin if reasoning or opened else self._answer
         self.num_calls = 0
         self.has_reasoned = opened
@@ -210,12 +148,12 @@ class ReplyParser:
         return found is not None
 
     def _call(self) -> bool:
-        end = self._json.end(self._text)
-        self._raw.append(self._text[:end])
-        self._text = self._text[len(self._raw[-1]) :]
-        if end is None:
+        assert self._reader is not None
+        rest = self._reader.read(self._text)
+        self._text = rest or ""
+        if rest is None:
             return False
-        if self._json.is_broken or not self._tell():
+        if self._reader.is_broken or not self._tell(self._reader):
             self._give_up()
         return True
 
@@ -265,31 +203,28 @@ class ReplyParser:
         return False
 
     def _begin_call(self, marker: str) -> None:
-        self._raw.append(marker)
-        self._json = _JsonValue()
+        assert self._tools is not None
+        self._mark, self._reader = marker, reader_of(self._tools)
         self._state = ReplyParser._call
 
-    def _tell(self) -> bool:
+    def _tell(self, reader: CallReader) -> bool:
         """Tell of the calls that were read; False if they are none."""
         assert self._tools is not None
-        value = "".join(self._raw).removeprefix(self._tools.begin)
-        calls = _decode_calls(value)
-        if not calls or (self._tools.bare and not self._names.issuperset(name for name, _ in calls)):
+        calls = reader.calls(self._schemas)
+        if not calls or (self._tools.bare and not all(name in self._schemas for name, _ in calls)):
             return False
         for name, arguments in calls:
             if self.num_calls != self._max_calls:
                 self.num_calls += 1
                 call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
                 self._pieces.append(ToolCall(call_id, name, arguments))
-        self._raw.clear()
         self._enter(ReplyParser._after_call, Content)
         return True
 
     def _give_up(self) -> None:
         """What looked like a call is content."""
-        assert self._tools is not None
-        self._write("".join(self._raw))
-        self._raw.clear()
+        assert self._tools is not None and self._reader is not None
+        self._write(self._mark + self._reader.text)
         self._state = ReplyParser._say_all if self._tools.bare else ReplyParser._say
 
     def _write(self, text: str) -> None:
@@ -308,71 +243,3 @@ class ReplyParser:
     def _emit(self, text: str) -> None:
         if text:
             self._pieces.append(self._kind(text))
-
-
-class _JsonValue:
-    """Finds the end of a JSON object or list that arrives in pieces, by its brackets and quotes alone."""
-
-    def __init__(self) -> None:
-        self.is_broken = False
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-
-    def end(self, text: str) -> int | None:
-        """Where the value ends in the next piece of text, or stops to be one (`is_broken`); None if it goes on."""
-        at = 1 if self._escaped and text else 0
-        self._escaped = self._escaped and not text
-        while (match := self._next_mark.search(text, at)) is not None:
-            at, mark = match.end(), match[0]
-            if self._in_string:
-                self._in_string = mark != '"'
-                self._escaped = mark == "\\" and at == len(text)
-                at += mark == "\\"
-            elif mark in "{[":
-                self._depth += 1
-            elif mark in "}]" and self._depth:
-                self._depth -= 1
-                if not self._depth:
-                    return at
-            elif mark == '"' and self._depth:
-                self._in_string = True
-            else:
-                self.is_broken = True
-                return match.start()
-        return None
-
-    @property
-    def _next_mark(self) -> re.Pattern[str]:
-        if self._in_string:
-            return _IN_STRING
-        return _IN_VALUE if self._depth else _BEFORE_VALUE
-
-
-_BEFORE_VALUE = re.compile(r"\S")
-_IN_VALUE = re.compile(r"[^\s\w.,:+-]")
-_IN_STRING = re.compile(r'["\\]')
-
-_one_call = msgspec.json.Decoder(_Call)
-_many_calls = msgspec.json.Decoder(list[_Call])
-_strings = msgspec.json.Decoder(str)
-_object = msgspec.json.Decoder(dict[str, Any], float_hook=float)  # 1e999 is JSON, too
-
-
-def _decode_calls(text: str) -> list[tuple[str, str]]:
-    """Names and arguments of the calls in a JSON text; none if anything of it is wrong."""
-    try:
-        calls = _many_calls.decode(text) if text.lstrip()[0] == "[" else [_one_call.decode(text)]
-        return [(call.name, _arguments_of(call)) for call in calls]
-    except (msgspec.DecodeError, RecursionError):
-        return []
-
-
-def _arguments_of(call: _Call) -> str:
-    """The arguments as a JSON object, which some models put into a string. Raises msgspec.DecodeError."""
-    raw = bytes(call.arguments if bytes(call.arguments) != b"null" else call.parameters).decode()
-    text = _strings.decode(raw) if raw.startswith('"') else raw
-    if text in ("null", ""):
-        return "{}"
-    _object.decode(text)
-    return text

@@ -13,7 +13,8 @@ from typing import Any
 from kvik.outputs import FinishReason
 from kvik.sampling_params import SamplingParams
 from kvik.server.forced_calls import call_grammar
-from kvik.server.reply_parser import THINK, TOOL_FORMATS, Content, Piece, Reasoning, ReplyParser, ToolCall, ToolFormat
+from kvik.server.reply_parser import THINK, Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 from kvik.server_config import ServerConfig
 from kvik.text.tokenizer import Tokenizer
 
@@ -22,13 +23,14 @@ __all__ = ["ModelSyntax", "ReplySyntax", "count_reasoning", "deltas_of", "finish
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ReplySyntax:
-    """How answers to one request are read. `names` are the offered functions, `field` is where reasoning goes.
+    """How answers to one request are read. `schemas` are the parameters of the offered functions, `field` is where
+    reasoning goes.
 
     Where there are `forced` functions, the answer has to be a call of one of them.
     """
 
     tools: ToolFormat | None = None
-    names: tuple[str, ...] = ()
+    schemas: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     field: str | None = None
     opened: bool = False
     max_calls: int | None = None
@@ -42,7 +44,7 @@ class ReplySyntax:
     def parser(self) -> ReplyParser:
         """A parser for one answer."""
         reasoning = self.field is not None
-        return ReplyParser(self.tools, self.names, reasoning=reasoning, opened=self.opened, max_calls=self.max_calls)
+        return ReplyParser(self.tools, self.schemas, reasoning=reasoning, opened=self.opened, max_calls=self.max_calls)
 
     @property
     def cause(self) -> str | None:
@@ -65,7 +67,7 @@ class ReplySyntax:
         """Leave special tokens in the text, if calls would be without their mark otherwise."""
         if self.tools is None or self.tools.bare:
             return params
-        hidden = tokenizer.backend.token_to_id(self.tools.begin) in tokenizer.special_token_ids
+        hidden = any(tokenizer.backend.token_to_id(mark) in tokenizer.special_token_ids for mark in self.tools.marks)
         return dataclasses.replace(params, skip_special_tokens=False) if hidden else params
 
 
@@ -86,14 +88,16 @@ class ModelSyntax:
         return cls(next(fitting, None), config.reasoning_field if reasons else None)
 
     def of_request(
-        self, names: Sequence[str], forced: Sequence[Mapping[str, Any]] = (), *, parallel: bool
+        self, functions: Sequence[Mapping[str, Any]], forced: Sequence[Mapping[str, Any]] = (), *, parallel: bool
     ) -> ReplySyntax | None:
-        """How answers to a request that offers functions of these names are read; None: there is nothing to find."""
-        tools = self.tools if names else None
+        """How answers to a request that offers these functions are read; None: there is nothing to find."""
+        tools = self.tools if functions else None
         if tools is None and self.field is None:
             return None
+        schemas = {function["name"]: function.get("parameters") for function in functions}
+        schemas = {name: schema if isinstance(schema, Mapping) else {} for name, schema in schemas.items()}
         max_calls = None if parallel else 1
-        return ReplySyntax(tools, tuple(names), self.field, max_calls=max_calls, forced=tuple(forced))
+        return ReplySyntax(tools, schemas, self.field, max_calls=max_calls, forced=tuple(forced))
 
 
 def _fits(form: ToolFormat, template: str) -> bool:

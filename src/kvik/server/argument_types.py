@@ -1,0 +1,86 @@
+"""Values that a model writes as plain text between marks, as JSON of a type that the function's schema allows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+
+__all__ = ["argument_json", "resolved", "types_of"]
+
+_ANY = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
+_MAX_REFERENCES = 32
+_KINDS: Mapping[type, frozenset[str]] = {
+    bool: frozenset({"boolean"}),
+    dict: frozenset({"object"}),
+    float: frozenset({"number"}),
+    int: frozenset({"integer", "number"}),
+    list: frozenset({"array"}),
+    type(None): frozenset({"null"}),
+    str: frozenset({"string"}),
+}
+_WORDS: Mapping[str, tuple[str, str]] = {
+    "false": ("boolean", "false"), "none": ("null", "null"), "null": ("null", "null"), "true": ("boolean", "true"),
+}  # fmt: skip
+"""Python's words are what templates write where they print such a value."""
+
+_decoder = msgspec.json.Decoder(float_hook=float)  # 1e999 is JSON, too
+
+
+def argument_json(text: str, name: str, parameters: Mapping[str, Any]) -> str:
+    """The JSON of an argument: of a type that the function's schema allows if there is one, else a string.
+
+    A text is a string wherever it cannot be anything else that is allowed: strings are written without quotes.
+    """
+    properties = parameters.get("properties")
+    schema = properties.get(name, {}) if isinstance(properties, Mapping) else {}
+    types = types_of(schema, parameters)
+    given = text.strip()
+    kind, word = _WORDS.get(given.lower(), ("", ""))
+    if types != _ANY and kind in types:
+        return word
+    return given if types - {"string"} and types & _kinds(given) - {"string"} else json.dumps(text, ensure_ascii=False)
+
+
+def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
+    """The types of JSON that a schema allows, as far as it says so."""
+    schema = resolved(schema, root)
+    if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
+        return _ANY
+    types = _ANY
+    if "type" in schema:
+        given = schema["type"]
+        types &= frozenset(kind for kind in (given if isinstance(given, list) else [given]) if isinstance(kind, str))
+    values = [schema["const"]] if "const" in schema else schema.get("enum")
+    if isinstance(values, list):
+        types &= frozenset().union(*(_KINDS.get(type(value), _ANY) for value in values))
+    for word in ("anyOf", "oneOf"):
+        if isinstance(schema.get(word), list):
+            types &= frozenset().union(*(types_of(branch, root, depth + 1) for branch in schema[word]))
+    for branch in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
+        types &= types_of(branch, root, depth + 1)
+    return types
+
+
+def resolved(schema: Any, root: Any) -> Any:
+    """The schema behind a `$ref` into the schema of the function; {} where there is none."""
+    for _ in range(_MAX_REFERENCES):
+        if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
+            return schema
+        found = root
+        for part in schema["$ref"].removeprefix("#").split("/")[1:]:
+            found = found.get(part.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
+        schema = {} if found is None else found
+    return {}
+
+
+def _kinds(text: str) -> frozenset[str]:
+    """The types of a JSON text; none if it is not JSON."""
+    try:
+        value = _decoder.decode(text)
+    except (msgspec.DecodeError, RecursionError, UnicodeEncodeError):
+        return frozenset()
+    whole = isinstance(value, float) and value.is_integer()
+    return _KINDS[type(value)] | (frozenset({"integer"}) if whole else frozenset())
