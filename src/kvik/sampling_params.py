@@ -151,7 +151,8 @@ class StructuredOutputsParams:
     """What the generated text has to be: exactly one of the fields. Raises RequestError, with the field in `.param`.
 
     The text begins with the first generated token, and ends, with an end-of-sequence token, only where it is complete.
-    JSON may have a space, or a line break and an indentation, between its tokens.
+    JSON may have a space, or a line break and an indentation, between its tokens. `reasoning` comes beside the others:
+    it says whether text in think tags, which may be anything, comes first.
     """
 
     json: str | None = option(None, "the text is JSON after this schema, a dict or JSON text", parse=_schema)
@@ -163,17 +164,22 @@ class StructuredOutputsParams:
         parse=_short("grammar", MAX_STRUCTURE),
     )
     json_object: bool | None = option(None, "the text is some JSON object")
+    reasoning: str | None = option(
+        None,
+        "text up to </think> comes first: opened where the prompt has <think>, possible where the model may write it",
+        choices=("none", "possible", "opened"),
+    )
 
     def __post_init__(self) -> None:
         check_fields(self, RequestError)
         if len(self._given) != 1:
-            names = ", ".join(f.name for f in dataclasses.fields(self))
+            names = ", ".join(f.name for f in dataclasses.fields(self) if f.name != "reasoning")
             given = f"got {' and '.join(self._given)}" if self._given else "got none"
             raise RequestError(f"give exactly one of {names}; {given}", "structured_outputs")
 
     @property
     def _given(self) -> list[str]:
-        names = [f.name for f in dataclasses.fields(self)]
+        names = [f.name for f in dataclasses.fields(self) if f.name != "reasoning"]
         return [name for name in names if getattr(self, name) not in (None, False)]
 
     @property

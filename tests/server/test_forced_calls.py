@@ -13,12 +13,13 @@ import pytest
 import tokenizers
 from openai import OpenAI
 from server_harness import Served, serve
-from test_tools import calls_of, joined
+from test_tools import OPENING, calls_of, joined
 from tiny_models import make_tiny
 
 from kvik.errors import RequestError
 from kvik.server.forced_calls import call_grammar
-from kvik.server.reply_parser import ReplyParser, ToolCall
+from kvik.server.reply_parser import ReplyParser
+from kvik.server.reply_syntax import message_of
 from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 from kvik.structured.grammars import Grammars
 from kvik.text.tokenizer import Tokenizer
@@ -112,6 +113,40 @@ def test_responses_are_forced_too(forced: Served) -> None:
         check([(item.name, item.arguments)], {"add"})
 
 
+@pytest.mark.parametrize("special", [False, True], ids=["plain mark", "special mark"])
+def test_a_model_thinks_before_it_does_what_it_must(tmp_path: Path, special: bool) -> None:
+    folder = make_tiny(tmp_path / "tiny")
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (backend.add_special_tokens if special else backend.add_tokens)(["</think>"])
+    backend.save(str(folder / "tokenizer.json"))
+    (tmp_path / "opening.jinja").write_text(OPENING)
+    bias = {str(backend.token_to_id("</think>")): 5, "0": 3}
+    schema = {"type": "json_schema", "json_schema": {"name": "add", "schema": {"type": "object", **SCHEMAS["add"]}}}
+    flags = ("--tool-format", "hermes", "--chat-template", str(tmp_path / "opening.jinja"))
+    thoughts = []
+    with (
+        serve(str(folder), tmp_path / "log", *flags) as server,
+        OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=60) as client,
+    ):
+        for seed in range(4):
+            options: Any = {"model": "tiny", "messages": USER, "logit_bias": bias, "seed": seed, "max_tokens": 400}
+            for more in ({"tools": TOOLS, "tool_choice": named("add")}, {"response_format": schema}):
+                answer = client.chat.completions.create(**options, **more).choices[0]
+                streamed = joined(list(client.chat.completions.create(**options, **more, stream=True)))
+                message = answer.message.model_dump()
+                assert streamed.get("reasoning_content") == message["reasoning_content"]
+                assert answer.finish_reason == streamed["reason"] == ("tool_calls" if "tools" in more else "stop")
+                assert calls_of(streamed) == calls_of(message)
+                calls = calls_of(message) if "tools" in more else [("add", message["content"])]
+                check(calls, {"add"})
+                thoughts.append(message["reasoning_content"])
+        structure = {"choice": ["yes"], "reasoning": "none"}
+        body = {"messages": USER, "structured_outputs": structure}
+        message = httpx.post(f"{server.url}/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        assert (message["content"], message["reasoning_content"]) == ("yes", None)
+    assert any(thoughts)
+
+
 @pytest.mark.parametrize(
     ("changes", "param"),
     [
@@ -161,7 +196,7 @@ def test_grammars_allow_what_models_write_and_parsers_read(folder: Path, form: T
     tokenizer = Tokenizer(backend, eos_token_ids=eos)
     text = TEXTS[form.name].format(*(written(form, name, text) for name, text in CALLS))
     pieces = ReplyParser(form, {name: schema or {} for name, schema in SCHEMAS.items()}).feed(text)
-    assert [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)] == CALLS
+    assert calls_of(message_of(pieces, None)) == CALLS
     token_ids = tokenizer.encode(text, add_special_tokens=False)
     for many in (True, False):
         wanted = call_grammar(form, FUNCTIONS, tokenizer, many=many)
@@ -209,9 +244,9 @@ def test_values_between_marks_follow_their_schema(folder: Path, form: ToolFormat
 
     for value, read in good:
         fine, text = accepted(value)
-        (piece,) = ReplyParser(form, {"f": parameters}).feed(text)
-        assert fine and isinstance(piece, ToolCall) and json.loads(piece.arguments) == {"x": read}
-        jsonschema_rs.validator_for(parameters).validate(json.loads(piece.arguments))
+        ((_, arguments),) = calls_of(message_of(ReplyParser(form, {"f": parameters}).feed(text), None))
+        assert fine and json.loads(arguments) == {"x": read}
+        jsonschema_rs.validator_for(parameters).validate(json.loads(arguments))
     assert not any(accepted(value.replace("{mark}", mark))[0] for value in bad)
 
 
@@ -242,5 +277,5 @@ def test_what_cannot_be_forced_between_marks_is_refused(folder: Path, parameters
 
 
 def test_numbers_that_no_float_holds_are_arguments() -> None:
-    (piece,) = ReplyParser(TOOL_FORMATS[0]).feed('<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>')
-    assert isinstance(piece, ToolCall) and piece.arguments == '{"x": 1e999}'
+    pieces = ReplyParser(TOOL_FORMATS[0]).feed('<tool_call>{"name": "f", "arguments": {"x": 1e999}}</tool_call>')
+    assert calls_of(message_of(pieces, None)) == [("f", '{"x": 1e999}')]

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvik.server.reply_parser import Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.call_readers import is_object
+from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ReplyParser, ToolCall
 from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 
 HERMES, QWEN3_CODER, GLM45, MISTRAL, MISTRAL_ARGS, LLAMA = TOOL_FORMATS
@@ -41,17 +42,24 @@ Message = tuple[str, str, list[tuple[str, str]]]
 
 def message_of(pieces: list[Piece]) -> Message:
     """Reasoning, content, and names and arguments of the calls."""
+    calls: list[tuple[str, str]] = []
+    for piece in pieces:
+        if isinstance(piece, ToolCall):
+            calls.append((piece.name, ""))
+        elif isinstance(piece, Arguments):
+            calls[-1] = calls[-1][0], calls[-1][1] + piece.text
     return (
         "".join(piece.text for piece in pieces if isinstance(piece, Reasoning)),
         "".join(piece.text for piece in pieces if isinstance(piece, Content)),
-        [(piece.name, piece.arguments) for piece in pieces if isinstance(piece, ToolCall)],
+        calls,
     )
 
 
 def parse(parts: list[str], *options: Any, **more: Any) -> Message:
     parser = ReplyParser(*options, **more)
     pieces = [piece for part in parts for piece in parser.feed(part)] + parser.finish()
-    assert parser.num_calls == sum(isinstance(piece, ToolCall) for piece in pieces)
+    whole = all(is_object(arguments) for _, arguments in message_of(pieces)[2])
+    assert parser.has_called == (whole and any(isinstance(piece, ToolCall) for piece in pieces))
     return message_of(pieces)
 
 
@@ -226,8 +234,51 @@ def test_reasoning_comes_as_it_is_written_and_a_call_when_it_is_whole() -> None:
     assert parser.feed("c</thi") == [Reasoning(" c")]
     assert parser.feed("nk>\n\nSo") == [Content("So")] and not parser.is_reasoning
     assert parser.feed(f"\n<tool_call>{NOW[:-1]}") == []
-    (call,) = parser.feed("}")
-    assert isinstance(call, ToolCall) and call[1:] == ("now", "{}") and call.id.startswith("call_")
+    call, arguments = parser.feed("}")
+    assert isinstance(call, ToolCall) and call.name == "now" and call.id.startswith("call_")
+    assert arguments == Arguments("{}")
+
+
+FORCED = [("weather", '{"city": "a } \\"b\\\\", "days": 3}'), ("now", "{}"), ("weather", '{"where": {"a": [1, "x"]}}')]
+
+
+def written(form: ToolFormat, name: str, arguments: str) -> str:
+    """A call as a grammar has it."""
+    text = arguments
+    if form.argument is not None:
+        before, after = form.argument
+        values = ((key, v if isinstance(v, str) else json.dumps(v)) for key, v in json.loads(arguments).items())
+        text = "".join(before % key + value + after for key, value in values)
+    return form.head % (name if form.states else json.dumps(name)) + text + form.tail
+
+
+@pytest.mark.parametrize("thoughts", ["", "<think>\nHm.</think>\n\n"], ids=["at once", "after thoughts"])
+@pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
+def test_forced_calls_are_told_while_they_are_written(form: ToolFormat, thoughts: str) -> None:
+    before, between, after = form.layout
+    text = thoughts + before + between.join(written(form, *call) for call in FORCED) + after
+    reasoning = "Hm." if thoughts else ""
+    options: dict[str, Any] = {"forced": True, "reasoning": True}
+    for end in range(len(text) + 1):
+        whole = parse([text[:end]], form, SCHEMAS, **options)
+        assert parse(list(text[:end]), form, SCHEMAS, **options) == whole
+        told = "".join(name + arguments for name, arguments in whole[2])
+        assert "".join(name + arguments for name, arguments in FORCED).startswith(told)
+    assert whole == (reasoning, "", FORCED)
+    for at in range(len(text)):
+        assert parse([text[:at], text[at:]], form, SCHEMAS, **options) == whole
+    one = parse([text], form, SCHEMAS, max_calls=1, **options)
+    assert one == (reasoning, "", FORCED[:1])
+    parser = ReplyParser(form, SCHEMAS, **options)
+    pieces = [piece for char in text for piece in parser.feed(char)]
+    assert sum(isinstance(piece, Arguments) for piece in pieces) > len(FORCED)
+
+
+def test_a_forced_call_that_is_cut_is_no_reason_to_end() -> None:
+    parser = ReplyParser(HERMES, SCHEMAS, forced=True)
+    call, arguments = parser.feed('<tool_call>\n{"name": "now", "arguments": {"a": "b')
+    assert isinstance(call, ToolCall) and arguments == Arguments('{"a": "b')
+    assert parser.finish() == [] and not parser.has_called
 
 
 def test_ids_of_mistral_are_nine_letters_and_digits() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import threading
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from kvik.sampling_params import SamplingParams, StructuredOutputsParams
 from kvik.server.engine_client import EngineClient
 from kvik.server.errors import ApiError
 from kvik.server.reply_syntax import ReplySyntax
+from kvik.text.tokenizer import Tokenizer
 
 pytest.importorskip("llguidance", reason="llguidance is not installed")
 
@@ -161,11 +163,16 @@ def test_plain_generation(http: httpx.Client) -> None:
     assert http.post("/generate", json={**body, "structured_outputs": {"regex": "(a"}}).status_code == 400
 
 
-def test_a_grammar_leaves_no_room_for_reasoning_that_the_prompt_opens() -> None:
+def test_whether_reasoning_comes_before_a_structure_is_told_from_the_prompt(model: str) -> None:
+    tokenizer = Tokenizer.from_folder(Path(model))
     syntax = ReplySyntax(field="reasoning_content")
-    for structure, opened in ((None, True), ({"regex": "a"}, False)):
-        params = SamplingParams(structured_outputs=structure)  # type: ignore[arg-type]  # which takes dicts
-        assert syntax.after("<think>\n", params).opened == opened
+    for prompt, reasoning in (("<think>\n", "opened"), ("<think>\n\n</think>\n\n", "none"), ("Hi", "possible")):
+        params = SamplingParams(structured_outputs={"regex": "a"})  # type: ignore[arg-type]  # which takes dicts
+        structure = syntax.after(prompt, params).params_of(params, tokenizer).structured_outputs
+        assert structure is not None and structure.reasoning == reasoning
+        given = dataclasses.replace(params, structured_outputs=dataclasses.replace(structure, reasoning="none"))
+        after = syntax.after(prompt, given)
+        assert after.thoughts == "none" and after.params_of(given, tokenizer) == given
 
 
 class SlowGrammars:

@@ -15,6 +15,9 @@ from scripted_server import Scripted, scripted_server
 from kvik.server.reply_syntax import ModelSyntax
 from kvik.server.tool_formats import TOOL_FORMATS
 from kvik.server_config import ServerConfig
+from kvik.structured.grammars import available
+
+needs_grammars = pytest.mark.skipif(not available(), reason="llguidance is not installed")
 
 USER: Any = [{"role": "user", "content": "What's the weather in Zürich?"}]
 PROPERTIES = {"weather": {"city": {"type": "string"}, "days": {"type": "array"}}, "now": {}}
@@ -139,6 +142,46 @@ def test_a_call_that_is_cut_is_content(qwen: Scripted) -> None:
     for message in whole_and_streamed(qwen, tools=TOOLS, max_tokens=12):
         assert (message["content"], calls_of(message), message["reason"]) == (content, [], "length")
         assert message["usage"]["completion_tokens"] == 12
+
+
+@needs_grammars
+def test_arguments_of_a_forced_call_come_while_they_are_written(qwen: Scripted) -> None:
+    qwen.say(f"<think>Hm.</think>\n\n{ONE}")
+    options: dict[str, Any] = {"model": "tiny", "tools": TOOLS[:1], "tool_choice": "required"}
+    whole, streamed = whole_and_streamed(qwen, **options)
+    for message in (whole, streamed):
+        assert (calls_of(message), message["reason"]) == ([("weather", ARGUMENTS)], "tool_calls")
+        assert message["reasoning_content"] == "Hm." and not message["content"]
+    with client_of(qwen) as client:
+        chunks = list(client.chat.completions.create(messages=USER, **options, stream=True))
+        flat = {"type": "function", **TOOLS[0]["function"]}
+        events = list(client.responses.create(input="Hi", **{**options, "tools": [flat]}, stream=True))
+    texts = [call.function.arguments for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert len(texts) > 2 and "".join(texts) == ARGUMENTS
+    deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
+    assert len(deltas) > 1 and "".join(deltas) == ARGUMENTS
+    assert [item.type for item in events[-1].response.output] == ["reasoning", "function_call"]
+    assert events[-1].response.output[1].arguments == ARGUMENTS
+
+
+@needs_grammars
+@pytest.mark.parametrize("cut", [{"max_tokens": 45}, {"stop": "[1"}], ids=str)
+def test_a_forced_call_that_is_cut_has_the_arguments_until_there(qwen: Scripted, cut: dict[str, Any]) -> None:
+    qwen.say(ONE)
+    options: dict[str, Any] = {"tools": TOOLS[:1], "tool_choice": "required"}
+    for message in whole_and_streamed(qwen, **options, **cut):
+        ((name, arguments),) = calls_of(message)
+        assert name == "weather" and ARGUMENTS.startswith(arguments) and 0 < len(arguments) < len(ARGUMENTS)
+        assert message["reason"] == ("length" if "max_tokens" in cut else "stop") and not message["content"]
+    for message in whole_and_streamed(qwen, **options, max_tokens=8):
+        assert not calls_of(message) and message["reason"] == "length"
+        assert message["content"] == qwen.tokenizer.decode(qwen.executor.script[:8])
+    if "max_tokens" in cut:
+        flat = {"type": "function", **TOOLS[0]["function"]}
+        body = {"input": "Hi", "tools": [flat], "tool_choice": "required", "max_output_tokens": 45}
+        response = httpx.post(f"{qwen.url}/v1/responses", json=body).json()
+        (item,) = response["output"]
+        assert response["status"] == item["status"] == "incomplete" and ARGUMENTS.startswith(item["arguments"])
 
 
 def test_every_choice_has_its_calls(qwen: Scripted) -> None:

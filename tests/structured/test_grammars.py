@@ -162,6 +162,54 @@ def test_sampling_params_take_every_form() -> None:
             SamplingParams(structured_outputs={"regex": "a"}, **contradiction)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"choice": ["yes"]},
+        {"regex": "yes"},
+        {"json": {"const": 1}},
+        {"grammar": 'start: A\nA: "yes"'},
+        {"grammar": 'root ::= "yes"'},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("special", [False, True])
+def test_reasoning_comes_before_what_is_wanted(fields: dict[str, Any], special: bool) -> None:
+    table = vocabulary()
+    tokens = [*table.tokens[:310], b"<think>", b"</think>", *table.tokens[312:]]
+    grammars = Grammars(lambda: TokenBytes(tokens, (*EOS, 310, 311) if special else EOS, EOS))
+    answer = b"1" if "json" in fields else b"yes"
+    mark = [[310], [311]] if special else [list(b"<think>"), list(b"</think>")]
+    thought = list(b"Hm \n</thin yes 1 <b> \xc3\xa4")
+
+    def accepted(reasoning: str | None, *parts: list[int] | bytes) -> bool:
+        state = grammars.matcher(wanted(reasoning=reasoning, **fields), ()).state
+        ids = [token_id for part in parts for token_id in part]
+        return state.try_consume_tokens(ids) == len(ids) and state.is_accepting()
+
+    for inner in (thought, []):
+        for gap in (b"", b"\n", b"\n\n"):
+            assert accepted("opened", inner, mark[1], gap, answer)
+            assert accepted("possible", mark[0], inner, mark[1], gap, answer)
+            assert not accepted("none", mark[0], inner, mark[1], gap, answer)
+    assert accepted("possible", answer) and accepted("none", answer) and accepted(None, answer)
+    assert not accepted("opened", answer) and not accepted("opened", thought, mark[1])
+    assert not accepted("opened", thought, mark[1], b" ", answer) and not accepted("opened", mark[1], mark[1], answer)
+
+
+def test_what_is_wrong_is_named_behind_reasoning_too(grammars: Grammars) -> None:
+    kinds: list[dict[str, Any]] = [
+        {"json": {"type": "strin"}}, {"regex": "(a"}, {"grammar": "start: b"}, {"grammar": "start: A\nA: b c"}
+    ]  # fmt: skip
+    for fields in kinds:
+        errors = []
+        for reasoning in (None, "possible"):
+            with pytest.raises(RequestError) as caught:
+                grammars.compile(wanted(reasoning=reasoning, **fields))
+            errors.append(str(caught.value))
+        assert errors[0] == errors[1]
+
+
 def test_a_grammar_is_compiled_once(monkeypatch: pytest.MonkeyPatch) -> None:
     grammars, compiled = Grammars(vocabulary), list[StructuredOutputsParams]()
     monkeypatch.setattr(module, "MAX_CACHED", 2)

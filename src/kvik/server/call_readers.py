@@ -14,10 +14,13 @@ import msgspec
 from kvik.server.argument_types import argument_json
 from kvik.server.tool_formats import ToolFormat
 
-__all__ = ["Call", "CallReader", "JsonReader", "MarkupReader", "reader_of"]
+__all__ = ["Call", "CallReader", "JsonReader", "MarkupReader", "News", "is_object", "reader_of"]
 
 Call = tuple[str, str]
 """The name of a function, and its arguments: a JSON object, as the model wrote it where it wrote JSON."""
+
+News = tuple[str | None, str]
+"""The name of a function with which a call begins, or None for the last one, and more of the arguments."""
 
 _MAX_SLOT = 256
 """Most characters between two marks, but for values."""
@@ -27,15 +30,20 @@ _SLOTS: Mapping[str, re.Pattern[str]] = {
     "key": re.compile(r"(?s:.*)"),
     "id": re.compile(r"(?s:.*)"),
 }
+_STRING = r'("(?:[^"\\]|\\.)*")'
 _BLANK = re.compile(r"\s*")
 
 
 class JsonReader:
     """Reads a call that is a JSON object, or a list of such calls. `is_broken` once it cannot be one any more."""
 
-    def __init__(self) -> None:
+    def __init__(self, form: ToolFormat) -> None:
+        self._head = re.compile(re.escape(form.head).replace("%s", _STRING))
         self._read: list[str] = []
         self._value = _JsonValue()
+        self._num_told = 0  # of what was read
+        self._untold = ""
+        self._arguments: _JsonValue | None = None  # while they are told
 
     @property
     def is_broken(self) -> bool:
@@ -61,6 +69,25 @@ class JsonReader:
         except (msgspec.DecodeError, RecursionError):
             return []
 
+    def news(self, schemas: Mapping[str, Any]) -> list[News]:
+        """What is new in calls that are certain to be right, and written as the format has them."""
+        self._untold += "".join(self._read[self._num_told :])
+        self._num_told = len(self._read)
+        found: list[News] = []
+        while self._untold:
+            if self._arguments is None:
+                head = self._head.search(self._untold)
+                if head is None:
+                    break
+                found.append((_strings.decode(head[1]), ""))
+                self._untold, self._arguments = self._untold[head.end() :], _JsonValue()
+            else:
+                end = self._arguments.end(self._untold)
+                found.append((None, self._untold[:end]))
+                self._untold = "" if end is None else self._untold[end:]
+                self._arguments = self._arguments if end is None else None
+        return found
+
 
 class MarkupReader:
     """Reads one call of a format with states, from mark to mark. `is_broken` once it cannot be one any more."""
@@ -75,6 +102,8 @@ class MarkupReader:
         self._slots: dict[str, str] = {}  # the last text of each state
         self._arguments: list[tuple[str, str]] = []
         self._json = _JsonValue()
+        self._is_named = False  # whether the name was told
+        self._num_told = 0  # of the arguments, or of the pieces of JSON
 
     @property
     def text(self) -> str:
@@ -97,9 +126,26 @@ class MarkupReader:
             return []
         if "json" in self._slots:
             arguments = self._slots["json"].strip()
-            return [(name, arguments)] if _is_object(arguments) else []
-        given = {key: argument_json(value, key, schemas.get(name, {})) for key, value in self._arguments}
-        return [(name, "{" + ", ".join(f"{_text.encode(key).decode()}: {given[key]}" for key in given) + "}")]
+            return [(name, arguments)] if is_object(arguments) else []
+        given = dict(self._arguments)
+        return [(name, "{" + ", ".join(_member(key, given[key], schemas.get(name, {})) for key in given) + "}")]
+
+    def news(self, schemas: Mapping[str, Any]) -> list[News]:
+        """What is new in a call that is certain to be right: JSON as it comes, other arguments one by one."""
+        if "name" not in self._slots:
+            return []
+        name = self._slots["name"].strip()
+        found: list[News] = [] if self._is_named else [(name, "")]
+        self._is_named = True
+        if self._state == "json" or "json" in self._slots:
+            new, self._num_told = self._slot[self._num_told :], len(self._slot)
+            return [*found, *((None, text) for text in new)]
+        for key, value in self._arguments[self._num_told :]:
+            found.append((None, (", " if self._num_told else "{") + _member(key, value, schemas.get(name, {}))))
+            self._num_told += 1
+        if self._state == "end":
+            found.append((None, "}" if self._num_told else "{}"))
+        return found
 
     def _read_slot(self) -> bool:
         """Read up to a mark, or to what is wrong before it; whether there was either."""
@@ -148,7 +194,11 @@ CallReader = JsonReader | MarkupReader
 
 def reader_of(form: ToolFormat) -> CallReader:
     """A reader for what follows the mark that begins a call."""
-    return MarkupReader(form) if form.states else JsonReader()
+    return MarkupReader(form) if form.states else JsonReader(form)
+
+
+def _member(key: str, value: str, parameters: Mapping[str, Any]) -> str:
+    return f"{_text.encode(key).decode()}: {argument_json(value, key, parameters)}"
 
 
 def _beginning(text: str, marks: Iterable[str]) -> int:
@@ -217,7 +267,8 @@ _strings = msgspec.json.Decoder(str)
 _object = msgspec.json.Decoder(dict[str, Any], float_hook=float)  # 1e999 is JSON, too
 
 
-def _is_object(text: str) -> bool:
+def is_object(text: str) -> bool:
+    """Whether a text is a JSON object."""
     try:
         _object.decode(text)
     except (msgspec.DecodeError, RecursionError):

@@ -14,8 +14,8 @@ from typing import Any
 from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
 from kvik.outputs import CompletionOutput
 from kvik.server.protocol import ServedRequest
-from kvik.server.reply_parser import Content, ReplyParser, ToolCall
-from kvik.server.reply_syntax import count_reasoning, deltas_of, finish_reason
+from kvik.server.reply_parser import Arguments, Content, ReplyParser, ToolCall
+from kvik.server.reply_syntax import count_reasoning, delta_of, finish_reason
 from kvik.server.streaming import DONE, PING, PING_INTERVAL, event, json_text
 from kvik.text.completion import Completion
 from kvik.text.output_processor import OpenRequest
@@ -118,9 +118,9 @@ class Chunks:
         data = b""
         for piece in pieces:
             if isinstance(piece, ToolCall):
-                for delta in deltas_of(piece, choice.num_calls):
-                    data += self._chunk(place, completion, delta, final=False)
                 choice.num_calls += 1
+            if isinstance(piece, (ToolCall, Arguments)):
+                data += self._chunk(place, completion, delta_of(piece, choice.num_calls - 1), final=False)
             else:
                 name = "content" if isinstance(piece, Content) else str(self._syntax.field)
                 data += self._text(choice, place, completion, name, piece.text)
@@ -156,7 +156,8 @@ class Chunks:
         else:
             fields["text"] = new.get("text", "")
         fields["logprobs"] = self._logprobs(choice, self._requests[place], state, start)
-        fields["finish_reason"] = finish_reason(state.finish_reason, choice.num_calls) if final else None
+        has_called = choice.parser is not None and choice.parser.has_called
+        fields["finish_reason"] = finish_reason(state.finish_reason, has_called=has_called) if final else None
         if final:
             fields["stop_reason"] = state.stop_reason
         if self._served.return_token_ids:

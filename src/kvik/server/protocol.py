@@ -85,8 +85,8 @@ class ServedRequest:
             return self
         (prompt,) = prompts
         assert isinstance(prompt, ChatPrompt)
-        params = self.syntax.params_of(self.request.params, tokenizer)
-        syntax = self.syntax.after(prompt.text, params)
+        syntax = self.syntax.after(prompt.text, self.request.params)
+        params = syntax.params_of(self.request.params, tokenizer)
         return dataclasses.replace(self, syntax=syntax, request=dataclasses.replace(self.request, params=params))
 
 

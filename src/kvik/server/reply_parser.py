@@ -3,22 +3,20 @@
 One incremental parser serves streams and whole answers, which is why they are the same: the pieces do not depend on how
 the text was cut, but for where one text ends and the next one of the same kind begins. Formats are data. A call is told
 when it is complete and right, so `arguments` is always valid JSON; whatever only looks like a call is content,
-unchanged. Time is linear in the text.
+unchanged. Calls that a grammar forces are told while they are written. Time is linear in the text.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from kvik.server.call_readers import CallReader, reader_of
+from kvik.server.call_readers import CallReader, News, is_object, reader_of
 from kvik.server.tool_formats import ToolFormat
+from kvik.structured.grammars import THINK
 
-__all__ = ["THINK", "Content", "Piece", "Reasoning", "ReplyParser", "ToolCall"]
-
-THINK = ("<think>", "</think>")
-"""What stands around reasoning."""
+__all__ = ["Arguments", "Content", "Piece", "Reasoning", "ReplyParser", "ToolCall"]
 
 _SLICE = 4096
 """Characters that are looked at together: what is cut off in front of them is copied once for every marker."""
@@ -37,21 +35,26 @@ class Content(NamedTuple):
 
 
 class ToolCall(NamedTuple):
-    """A whole call; `arguments` is a JSON object."""
+    """The beginning of a call."""
 
     id: str
     name: str
-    arguments: str
 
 
-Piece = Reasoning | Content | ToolCall
+class Arguments(NamedTuple):
+    """More of the last call's arguments, which are a JSON object together."""
+
+    text: str
+
+
+Piece = Reasoning | Content | ToolCall | Arguments
 
 
 class ReplyParser:
     """Parses one answer. `schemas` are the parameters of the functions that the request offers, by name.
 
     With `reasoning`, text in think tags is told apart; `opened` says that the prompt has opened them. After
-    `max_calls` further calls are left out.
+    `max_calls` further calls are left out. `forced` says that what begins as a call is one.
     """
 
     def __init__(
@@ -62,10 +65,12 @@ class ReplyParser:
         reasoning: bool = False,
         opened: bool = False,
         max_calls: int | None = None,
+        forced: bool = False,
     ) -> None:
         self._tools = tools
         self._schemas = schemas or {}
         self._max_calls = max_calls
+        self._forced = forced
         self._opened = opened
         self._pieces: list[Piece] = []
         self._text = ""  # unread; between two feeds only what may become a marker
@@ -74,14 +79,23 @@ class ReplyParser:
         self._kind: type[Reasoning] | type[Content] = Reasoning if opened else Content
         self._mark = ""  # with which the call began that is being read
         self._reader: CallReader | None = None
+        self._is_told = False  # whether something was told of what is being read
+        self._is_left_out = False
+        self._arguments: list[str] = []  # of the last call
         self._state = ReplyParser._begin if reasoning or opened else self._answer
-        self.num_calls = 0
+        self._num_calls = 0
+        self._is_cut = False
         self.has_reasoned = opened
 
     @property
     def is_reasoning(self) -> bool:
         """Whether reasoning has begun and not ended."""
         return self._kind is Reasoning
+
+    @property
+    def has_called(self) -> bool:
+        """Whether there are calls, none of them cut."""
+        return self._num_calls > 0 and not self._is_cut
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that are certain now."""
@@ -95,10 +109,11 @@ class ReplyParser:
     def finish(self) -> list[Piece]:
         """The rest, once the text is over."""
         if self._state is ReplyParser._call:
+            self._is_cut = self._is_told and not is_object("".join(self._arguments))
             self._give_up()
         elif self._state is not ReplyParser._after_call:  # which leaves nothing but a part of the end mark
             self._write(self._text)
-        if self._kind is Content and not self._at_edge:
+        if self._kind is Content and not self._at_edge and not self._is_cut:
             self._emit("".join(self._space))
         pieces, self._pieces = self._pieces, []
         return pieces
@@ -151,9 +166,15 @@ class ReplyParser:
         assert self._reader is not None
         rest = self._reader.read(self._text)
         self._text = rest or ""
+        if self._forced:
+            self._tell(self._reader.news(self._schemas))
         if rest is None:
             return False
-        if self._reader.is_broken or not self._tell(self._reader):
+        if not self._is_told and not self._reader.is_broken:
+            self._tell(self._calls(self._reader))
+        if self._is_told:
+            self._enter(ReplyParser._after_call, Content)
+        else:
             self._give_up()
         return True
 
@@ -204,27 +225,37 @@ class ReplyParser:
 
     def _begin_call(self, marker: str) -> None:
         assert self._tools is not None
-        self._mark, self._reader = marker, reader_of(self._tools)
+        self._mark, self._reader, self._is_told = marker, reader_of(self._tools), False
         self._state = ReplyParser._call
 
-    def _tell(self, reader: CallReader) -> bool:
-        """Tell of the calls that were read; False if they are none."""
+    def _calls(self, reader: CallReader) -> list[News]:
+        """The calls that were read; none if they are none."""
         assert self._tools is not None
         calls = reader.calls(self._schemas)
-        if not calls or (self._tools.bare and not all(name in self._schemas for name, _ in calls)):
-            return False
-        for name, arguments in calls:
-            if self.num_calls != self._max_calls:
-                self.num_calls += 1
+        known = not self._tools.bare or all(name in self._schemas for name, _ in calls)
+        return list(calls) if known else []
+
+    def _tell(self, news: Iterable[News]) -> None:
+        """Tell of calls, or of more of them."""
+        assert self._tools is not None
+        for name, arguments in news:
+            self._is_told = True
+            if name is not None:
+                self._is_left_out = self._num_calls == self._max_calls
+                self._arguments.clear()
+            self._arguments.append(arguments)
+            if name is not None and not self._is_left_out:
+                self._num_calls += 1
                 call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
-                self._pieces.append(ToolCall(call_id, name, arguments))
-        self._enter(ReplyParser._after_call, Content)
-        return True
+                self._pieces.append(ToolCall(call_id, name))
+            if arguments and not self._is_left_out:
+                self._pieces.append(Arguments(arguments))
 
     def _give_up(self) -> None:
-        """What looked like a call is content."""
+        """What looked like a call is content, unless it was told."""
         assert self._tools is not None and self._reader is not None
-        self._write(self._mark + self._reader.text)
+        if not self._is_told:
+            self._write(self._mark + self._reader.text)
         self._state = ReplyParser._say_all if self._tools.bare else ReplyParser._say
 
     def _write(self, text: str) -> None:

@@ -13,12 +13,13 @@ from typing import Any
 from kvik.outputs import FinishReason
 from kvik.sampling_params import SamplingParams
 from kvik.server.forced_calls import call_grammar
-from kvik.server.reply_parser import THINK, Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ReplyParser, ToolCall
 from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 from kvik.server_config import ServerConfig
+from kvik.structured.grammars import THINK
 from kvik.text.tokenizer import Tokenizer
 
-__all__ = ["ModelSyntax", "ReplySyntax", "count_reasoning", "deltas_of", "finish_reason", "message_of"]
+__all__ = ["ModelSyntax", "ReplySyntax", "count_reasoning", "delta_of", "finish_reason", "message_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,25 +27,34 @@ class ReplySyntax:
     """How answers to one request are read. `schemas` are the parameters of the offered functions, `field` is where
     reasoning goes.
 
-    Where there are `forced` functions, the answer has to be a call of one of them.
+    Where there are `forced` functions, the answer has to be a call of one of them. `thoughts` says whether the prompt
+    has opened the reasoning, as `reasoning` of StructuredOutputsParams does.
     """
 
     tools: ToolFormat | None = None
     schemas: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     field: str | None = None
-    opened: bool = False
+    thoughts: str = "none"
     max_calls: int | None = None
     forced: tuple[Mapping[str, Any], ...] = ()
 
     def after(self, prompt: str, params: SamplingParams) -> ReplySyntax:
-        """The same behind a rendered prompt, which may have opened the reasoning; a grammar leaves no room for it."""
-        opened = self.field is not None and prompt.rstrip().endswith(THINK[0])
-        return dataclasses.replace(self, opened=opened and params.structured_outputs is None)
+        """The same behind a rendered prompt, which may have opened the reasoning, or ended it."""
+        structure, end = params.structured_outputs, prompt.rstrip()
+        if self.field is None or end.endswith(THINK[1]) or (structure is not None and structure.reasoning == "none"):
+            return self
+        return dataclasses.replace(self, thoughts="opened" if end.endswith(THINK[0]) else "possible")
 
     def parser(self) -> ReplyParser:
         """A parser for one answer."""
-        reasoning = self.field is not None
-        return ReplyParser(self.tools, self.schemas, reasoning=reasoning, opened=self.opened, max_calls=self.max_calls)
+        return ReplyParser(
+            self.tools,
+            self.schemas,
+            reasoning=self.field is not None,
+            opened=self.thoughts == "opened",
+            max_calls=self.max_calls,
+            forced=bool(self.forced),
+        )
 
     @property
     def cause(self) -> str | None:
@@ -56,19 +66,21 @@ class ReplySyntax:
 
         Raises RequestError.
         """
-        params = self._show_marks(params, tokenizer)
-        if not self.forced:
-            return params
-        assert self.tools is not None
-        grammar = call_grammar(self.tools, self.forced, tokenizer, many=self.max_calls is None)
-        return dataclasses.replace(params, structured_outputs=grammar)
+        structure = params.structured_outputs
+        if self.forced:
+            assert self.tools is not None
+            structure = call_grammar(self.tools, self.forced, tokenizer, many=self.max_calls is None)
+        if structure is not None and structure.reasoning is None:
+            structure = dataclasses.replace(structure, reasoning=self.thoughts)
+        hidden = any(tokenizer.backend.token_to_id(mark) in tokenizer.special_token_ids for mark in self._marks)
+        skip = params.skip_special_tokens and not hidden
+        return dataclasses.replace(params, structured_outputs=structure, skip_special_tokens=skip)
 
-    def _show_marks(self, params: SamplingParams, tokenizer: Tokenizer) -> SamplingParams:
-        """Leave special tokens in the text, if calls would be without their mark otherwise."""
-        if self.tools is None or self.tools.bare:
-            return params
-        hidden = any(tokenizer.backend.token_to_id(mark) in tokenizer.special_token_ids for mark in self.tools.marks)
-        return dataclasses.replace(params, skip_special_tokens=False) if hidden else params
+    @property
+    def _marks(self) -> tuple[str, ...]:
+        """What must not be left out of the text."""
+        calls = () if self.tools is None or self.tools.bare else self.tools.marks
+        return calls if self.field is None else (*THINK, *calls)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -107,10 +119,12 @@ def _fits(form: ToolFormat, template: str) -> bool:
 def message_of(pieces: Iterable[Piece], field: str | None) -> dict[str, Any]:
     """The message of a whole answer; its content is null where there are calls and nothing else was said."""
     texts: dict[type, str] = {Reasoning: "", Content: ""}
-    calls = []
+    calls: list[dict[str, Any]] = []
     for piece in pieces:
         if isinstance(piece, ToolCall):
-            calls.append(piece)
+            calls.append(_begin(piece))
+        elif isinstance(piece, Arguments):
+            calls[-1]["function"]["arguments"] += piece.text
         else:
             texts[type(piece)] += piece.text
     message: dict[str, Any] = {"role": "assistant", "content": texts[Content], "refusal": None}
@@ -118,23 +132,24 @@ def message_of(pieces: Iterable[Piece], field: str | None) -> dict[str, Any]:
         message[field] = texts[Reasoning] or None
     if calls:
         message["content"] = texts[Content] or None
-        message["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
-            for call in calls
-        ]
+        message["tool_calls"] = calls
     return message
 
 
-def deltas_of(call: ToolCall, index: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def delta_of(piece: ToolCall | Arguments, index: int) -> dict[str, Any]:
     """A call in a stream: what it is, then its arguments."""
-    begin = {"index": index, "id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
-    rest = {"index": index, "function": {"arguments": call.arguments}}
-    return {"tool_calls": [begin]}, {"tool_calls": [rest]}
+    if isinstance(piece, ToolCall):
+        return {"tool_calls": [{"index": index, **_begin(piece)}]}
+    return {"tool_calls": [{"index": index, "function": {"arguments": piece.text}}]}
 
 
-def finish_reason(reason: FinishReason | None, num_calls: int) -> str | None:
+def _begin(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": ""}}
+
+
+def finish_reason(reason: FinishReason | None, *, has_called: bool) -> str | None:
     """OpenAI's word: a message with calls ends because of them, unless it was cut."""
-    if reason is FinishReason.STOP and num_calls:
+    if reason is FinishReason.STOP and has_called:
         return "tool_calls"
     return None if reason is None else str(reason)
 

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvik.errors import RequestError
-from kvik.server.reply_parser import Content, Piece, Reasoning, ToolCall
+from kvik.server.call_readers import is_object
+from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ToolCall
 
 __all__ = ["Event", "OutputItems", "chat_tools", "messages_of"]
 
@@ -119,7 +120,11 @@ class OutputItems:
         """The events of a piece."""
         if isinstance(piece, ToolCall):
             yield from self._close("completed")
-            yield from self._add_call(piece)
+            yield from self._begin_call(piece)
+            return
+        if isinstance(piece, Arguments):
+            self._texts.append(piece.text)
+            yield self._event("response.function_call_arguments.delta", delta=piece.text)
             return
         if self._open is not type(piece):
             yield from self._close("completed")
@@ -139,6 +144,9 @@ class OutputItems:
             return
         kind, self._open = self._open, None
         item = self.items[-1]
+        if kind is ToolCall:
+            yield from self._end_call(item, status)
+            return
         part = item["content"][0]
         part["text"], item["status"] = "".join(self._texts), status
         self._texts.clear()
@@ -161,16 +169,21 @@ class OutputItems:
         item["content"] = [part]
         yield self._event("response.content_part.added", content_index=0, part=dict(part))
 
-    def _add_call(self, call: ToolCall) -> Iterator[Event]:
+    def _begin_call(self, call: ToolCall) -> Iterator[Event]:
         item = {
             "type": "function_call", "id": f"fc_{uuid.uuid4().hex}", "call_id": call.id, "name": call.name,
             "arguments": "", "status": "in_progress",
         }  # fmt: skip
         self.items.append(item)
+        self._open = ToolCall
         yield self._item_event("response.output_item.added")
-        item.update(arguments=call.arguments, status="completed")
-        yield self._event("response.function_call_arguments.delta", delta=call.arguments)
-        yield self._event("response.function_call_arguments.done", name=call.name, arguments=call.arguments)
+
+    def _end_call(self, item: dict[str, Any], status: str) -> Iterator[Event]:
+        """A call whose arguments are an object is complete, whatever becomes of the answer."""
+        arguments = "".join(self._texts)
+        item.update(arguments=arguments, status="completed" if is_object(arguments) else status)
+        self._texts.clear()
+        yield self._event("response.function_call_arguments.done", name=item["name"], arguments=arguments)
         yield self._item_event("response.output_item.done")
 
     def _event(self, kind: str, **fields: Any) -> Event:

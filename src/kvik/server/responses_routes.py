@@ -156,8 +156,8 @@ async def responses(request: Request) -> Response:
     }
     response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
     prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools.shown), len(await request.body()))
-    params = syntax.params_of(params, frontend.tokenizer)
     syntax = syntax.after(prompt.text, params)
+    params = syntax.params_of(params, frontend.tokenizer)
     generation = await service.generate(
         request, [prompt], params, call_id=response_id, stream=stream, structure_param=syntax.cause or "text"
     )

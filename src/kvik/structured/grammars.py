@@ -16,7 +16,7 @@ import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,10 @@ import numpy as np
 from kvik.errors import RequestError
 from kvik.sampling_params import StructuredOutputsParams
 
-__all__ = ["Grammars", "Matcher", "TokenBytes", "available", "json_rule"]
+__all__ = ["THINK", "Grammars", "Matcher", "TokenBytes", "available", "json_rule"]
+
+THINK = ("<think>", "</think>")
+"""What stands around reasoning."""
 
 MAX_CACHED = 64
 MAX_MESSAGE = 400
@@ -101,6 +104,7 @@ class Grammars:
         self._num_words = 0
         self._limits: Any = None
         self._executor: Any = None
+        self._thoughts: Mapping[str, str] = {}
         self._compiled: OrderedDict[StructuredOutputsParams, Any] = OrderedDict()
 
     def prepare(self) -> None:
@@ -125,6 +129,7 @@ class Grammars:
             raise RequestError(
                 "this model has no end-of-sequence token, with which a structured text ends", "structured_outputs"
             )
+        self._thoughts = _thoughts({vocabulary.tokens[token_id]: token_id for token_id in vocabulary.special_ids})
         self._limits = llguidance.LLParserLimits(**LIMITS)
         self._num_words = -(-len(vocabulary.tokens) // 32)
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(vocabulary))
@@ -171,7 +176,10 @@ class Grammars:
     def _compile(self, wanted: StructuredOutputsParams) -> Any:
         from llguidance import LLMatcher
 
-        made = LLMatcher(self._tokenizer, _source(wanted), log_level=0, limits=self._limits)
+        if wanted.reasoning is not None:
+            # Its errors know the places in what was sent, and texts that try it are no reasoning.
+            self._compile(replace(wanted, reasoning=None))
+        made = LLMatcher(self._tokenizer, _source(wanted, self._thoughts), log_level=0, limits=self._limits)
         if not made.is_error():
             made.compute_bitmask()  # which builds what all copies share
         tried = made if made.is_error() else _try(made.deep_copy())
@@ -203,20 +211,35 @@ class _Vocabulary:
         return list(data)
 
 
-def _source(wanted: StructuredOutputsParams) -> str:
+def _source(wanted: StructuredOutputsParams, thoughts: Mapping[str, str]) -> str:
     """What is wanted in llguidance's dialect of Lark. Raises RequestError for GBNF that cannot be read."""
     from llguidance import regex_to_lark
 
+    before = thoughts.get(wanted.reasoning or "")
     if wanted.regex is not None:
-        rules = f"start: /{regex_to_lark(wanted.regex, use_ascii='dws')}/"
+        answer = f"/{regex_to_lark(wanted.regex, use_ascii='dws')}/"
     elif wanted.choice is not None:
-        rules = "start: " + " | ".join(map(json.dumps, wanted.choice))
+        answer = " | ".join(map(json.dumps, wanted.choice))
     elif wanted.grammar is not None:
-        rules = _lark(wanted.grammar)
+        answer = _lark(wanted.grammar)
+        if before is None:
+            return answer + _FREE
+        answer = f"%lark {{{answer}\n}}"
     else:
-        schema = {"type": "object"} if wanted.json is None else json.loads(wanted.json)
-        rules = "start: " + json_rule(schema)
-    return rules + _FREE
+        answer = json_rule({"type": "object"} if wanted.json is None else json.loads(wanted.json))
+    return (f"start: {answer}" if before is None else f"answer: {answer}\n{before}") + _FREE
+
+
+def _thoughts(special: Mapping[bytes, int]) -> dict[str, str]:
+    """What may come before an answer, for each kind of `reasoning`, in a vocabulary with these special tokens."""
+    opening, closing = (f"<[{special[mark.encode()]}]>" if mark.encode() in special else None for mark in THINK)
+    escaped = THINK[1].replace("/", r"\/")
+    rules = [
+        f'thoughts: THOUGHTS {closing or ""} ("\\n" | "\\n\\n")?',
+        f"THOUGHTS: (/(?s:.)*/ & ~/(?s:.*){escaped}(?s:.*)/)" + ("" if closing else f' "{THINK[1]}"'),
+    ]
+    first = {"opened": "thoughts", "possible": f"({opening or json.dumps(THINK[0])} thoughts)?"}
+    return {kind: "\n".join([f"start: {before} answer", *rules]) for kind, before in first.items()}
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
