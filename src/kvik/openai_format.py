@@ -1,8 +1,7 @@
 """The OpenAI format: request bodies to prompts and SamplingParams, outputs to response bodies.
 
-The fields are those of /v1/completions and /v1/chat/completions and every SamplingParams field of text form. What asks
-for something that Kvik does not do is refused by name; null, a neutral value ("best_of": 1) and fields that only
-describe the caller ("user") ask for nothing.
+The fields are those of /v1/completions and /v1/chat/completions that say what the engine is asked, and every
+SamplingParams field of text form; null is the same as absent. `kvik.server.protocol` deals with all others.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "chat_logprob", "error_body", "parse_body", "response_body",
-    "response_structure", "usage_body",
+    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "blame", "chat_logprob", "error_body", "parse_body",
+    "response_body", "response_structure", "usage_body",
 ]  # fmt: skip
 
 COMPLETION_MAX_TOKENS = 16
@@ -52,25 +51,10 @@ _OTHERS = MappingProxyType(
         False: frozenset({"prompt", "logprobs", "echo"}) | _STRUCTURED,
     }
 )
-_DESCRIPTIVE = frozenset({"user", "metadata", "safety_identifier", "prompt_cache_key"})
-_NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {
-        "best_of": (1,),
-        "modalities": (["text"],),
-        "service_tier": ("auto", "default"),
-        "store": (False,),
-        "suffix": ("",),
-        "tool_choice": ("none",),
-        "tools": ([],),
-    }
-)
 KNOWN_FIELDS: Mapping[bool, frozenset[str]] = MappingProxyType(
-    {
-        chat: _SAMPLING | others | _DESCRIPTIVE | frozenset(_NEUTRAL) | {"model", "stream"}
-        for chat, others in _OTHERS.items()
-    }
+    {chat: _SAMPLING | others | {"model", "stream"} for chat, others in _OTHERS.items()}
 )
-"""Names that `parse_body` has something to say about, for chats (True) and completions (False)."""
+"""Names that `parse_body` understands, for chats (True) and completions (False)."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +82,9 @@ class OpenAIRequest:
 def parse_body(
     body: Mapping[str, Any], *, chat: bool, base: SamplingParams, overrides: Mapping[str, Any]
 ) -> OpenAIRequest:
-    """Check a body. Values that it leaves out come from `overrides`, then OpenAI's max_tokens, then `base`.
+    """Check a body of known fields. What it leaves out comes from `overrides`, then OpenAI's max_tokens, then `base`.
 
-    Raises RequestError, with the field in `.param`, for whatever is unknown, unsupported or malformed.
+    Raises RequestError, with the field in `.param`, for whatever is malformed.
     """
     fields = {name: value for name, value in body.items() if value is not None}
     for name, value in fields.items():
@@ -121,18 +105,14 @@ def parse_body(
 
 
 def _check_field(name: str, value: Any, chat: bool) -> None:
-    """Raise RequestError unless the field is known here and its JSON type is right, or it asks for nothing."""
+    """Raise RequestError unless the field's JSON type is right."""
+    assert name in KNOWN_FIELDS[chat], name
     if name in _SAMPLING:
         _check_type(name, value)
     elif name == "model":
         _expect(name, isinstance(value, str), "a string", value)
     elif name == "stream" or (name in _BOOLEANS and name in _OTHERS[chat]) or (chat and name == "logprobs"):
         _expect(name, isinstance(value, bool), "true or false", value)
-    elif name not in _OTHERS[chat] and name not in _DESCRIPTIVE and value not in _NEUTRAL.get(name, ()):
-        if name in _NEUTRAL:
-            raise RequestError(f"{name} is not supported; leave it out", name)
-        near = did_you_mean(name, [*_SAMPLING, *_OTHERS[chat], "model", "stream"])
-        raise RequestError(f"{name!r} is not a field that Kvik supports here{near}", name)
 
 
 def _check_type(name: str, value: Any) -> None:
@@ -248,7 +228,14 @@ def error_body(error: KvikError) -> dict[str, Any]:
     """The body of an error response."""
     kind = "invalid_request_error" if isinstance(error, RequestError) else "server_error"
     param = error.param if isinstance(error, RequestError) else None
-    return {"error": {"message": str(error), "type": kind, "param": param, "code": None}}
+    code = error.code if isinstance(error, RequestError) else None
+    return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
+
+
+def blame(error: RequestError, structure_param: str | None) -> RequestError:
+    """The error, in the name of the field that asked for structured outputs if it is about these."""
+    renamed = error.param == "structured_outputs" and structure_param is not None
+    return RequestError(str(error), structure_param, error.code) if renamed else error
 
 
 def response_body(

@@ -6,6 +6,7 @@ import json
 import os
 import resource
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -72,6 +73,7 @@ def test_wrong_lines_harm_no_other(kvik: Kvik, model: str, tmp_path: Path) -> No
         line("url", url="/v1/embeddings"): "url must be",
         line("unknown", max_token=5): "did you mean 'max_tokens'?",
         line("tools", tools=[{"type": "function"}]): "tools is not supported",
+        line("chat tools", "/v1/chat/completions", prompt=None, messages=[], tools=[{}]): "tools[0] must be",
         line("stream", stream=True): "stream must be false",
         line("long", prompt="x " * 600): "512",
         line("range", temperature=3): "temperature must be",
@@ -91,8 +93,19 @@ def test_wrong_lines_harm_no_other(kvik: Kvik, model: str, tmp_path: Path) -> No
         assert message in errors[number], text
     before = lasting(target)
     again = kvik("batch", model, source, target, "--fail-on-error")
-    assert again.code == 1 and "0 done, 0 failed, 15 skipped" in again.err
+    assert again.code == 1 and "0 done, 0 failed, 16 skipped" in again.err
     assert lasting(target) == before
+
+
+def test_no_part_of_the_server_is_needed(model: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a"))
+    code = (
+        "import sys; sys.modules.update(dict.fromkeys(('fastapi', 'starlette', 'zmq', 'uvicorn', 'llguidance')))\n"
+        f"from kvik.cli.main import main; sys.exit(main({['batch', model, str(source), str(target)]!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=PATIENCE).returncode == 0
+    assert [entry["response"]["status_code"] for entry in results(target)] == [200]
 
 
 def test_resuming_after_a_kill_gives_the_same_results(kvik: Kvik, model: str, tmp_path: Path) -> None:

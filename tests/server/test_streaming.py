@@ -20,7 +20,6 @@ from kvik.server.chunks import Chunks
 from kvik.server.engine_client import EngineClient, Generation
 from kvik.server.protocol import parse
 from kvik.server.reply_syntax import ModelSyntax
-from kvik.server_config import ServerConfig
 from kvik.text.output_processor import OpenRequest, OutputProcessor
 from kvik.text.tokenizer import Tokenizer
 
@@ -32,7 +31,7 @@ def stream(text: str, *, chat: bool, **fields: Any) -> list[dict[str, Any]]:
     """The events of a stream of `text`, one byte a token and then some bytes at a time."""
     prompt = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     body = {**prompt, "stream": True, "n": 2, **fields}
-    served = parse(body, chat=chat, base=SamplingParams(), overrides={}, config=ServerConfig(), model=ModelSyntax())
+    served = parse(body, chat=chat, base=SamplingParams(), overrides={}, model=ModelSyntax(), strict=False)
     chunks = Chunks(served, "id", 1, 'na"me', "print", TOKENIZER)
     request = Request(request_id="r", prompt_token_ids=(5,), params=served.request.params, seed=1)
     processor = OutputProcessor(TOKENIZER)

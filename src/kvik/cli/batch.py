@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections import Counter
@@ -19,11 +20,15 @@ from tqdm import tqdm
 
 from kvik.cli.batch_files import BatchLine, ResultFile, custom_id, parse_line, read_lines
 from kvik.cli.engine import open_engine, render_config
-from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
+from kvik.cli.options import EngineOptions, Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.cli.terminal import Interrupt
 from kvik.errors import ConfigError, RequestError, WorkerError
-from kvik.openai_format import OpenAIRequest, error_body, parse_body, response_body
-from kvik.settings import Setting
+from kvik.openai_format import blame, error_body
+from kvik.server.answers import answer_body
+from kvik.server.protocol import ServedRequest, parse
+from kvik.server.reply_syntax import ModelSyntax
+from kvik.server_config import ServerConfig
+from kvik.settings import SERVER, Setting, load_server_settings
 
 if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
@@ -31,12 +36,15 @@ if TYPE_CHECKING:
 
 __all__ = ["run"]
 
+_ANSWERS = ("tool_format", "reasoning_field")
+
 
 def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     args = _parser().parse(argv)
     options = read_engine_options(args)
     source, target = _files(args, options)
+    answers = _answer_options(args)
     if args.print_config:
         print(render_config(options, sampling=True))
         return 0
@@ -47,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
     with ResultFile(target) as results, open_engine(options, args.log_level) as engine:
         overrides = {name: setting.value for name, setting in options.sampling.given.items()}
         with Interrupt() as interrupt:
-            batch = _Batch(engine, results, overrides)
+            batch = _Batch(engine, results, overrides, answers)
             batch.run(source, interrupt)
         print(batch.summary(target), file=sys.stderr)
     if not batch.complete:
@@ -63,8 +71,15 @@ def _parser() -> Parser:
         "names", metavar="[MODEL] IN OUT", nargs="+", help="the model, unless --model gives it, and the files"
     )
     add_engine_flags(parser, model=False)
+    add_flags(parser, SERVER, skip=tuple(name for name in SERVER.options if name not in _ANSWERS))
     parser.add_argument("--fail-on-error", action="store_true", help="exit with 1 if any request failed")
     return parser
+
+
+def _answer_options(args: argparse.Namespace) -> ServerConfig:
+    """How answers are read, by the options that the server has for it. Raises ConfigError."""
+    given = load_server_settings(read_flags(args, SERVER), os.environ, args.config).given
+    return ServerConfig(**{name: given[name].value for name in _ANSWERS if name in given})
 
 
 def _files(args: argparse.Namespace, options: EngineOptions) -> tuple[Path, Path]:
@@ -84,19 +99,21 @@ class _Job:
     """A line that runs: its request ids, one for each prompt, and what has finished."""
 
     custom_id: str
-    request: OpenAIRequest
+    served: ServedRequest
     request_ids: list[str]
     finished: dict[str, RequestOutput] = dataclasses.field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
-        return len(self.request_ids) * self.request.params.n
+        return len(self.request_ids) * self.served.request.params.n
 
 
 class _Batch:
     """One run over the input. Owns the jobs that are in the engine and the counts of the summary."""
 
-    def __init__(self, engine: LLMEngine, results: ResultFile, overrides: dict[str, Any]) -> None:
+    def __init__(
+        self, engine: LLMEngine, results: ResultFile, overrides: dict[str, Any], answers: ServerConfig
+    ) -> None:
         self.complete = False
         self.num_failed = 0
         self._num_done = 0
@@ -106,6 +123,7 @@ class _Batch:
         self._engine = engine
         self._results = results
         self._overrides = overrides
+        self._syntax = ModelSyntax.detect(engine.chat_template.sources, answers)
         self._jobs: dict[str, _Job] = {}
         self._num_sequences = 0
         self._seen: set[str] = set()
@@ -174,22 +192,33 @@ class _Batch:
         return True
 
     def _start(self, line: BatchLine) -> None:
-        base = self._engine.default_sampling_params
-        request = parse_body(line.body, chat=line.chat, base=base, overrides=self._overrides)
-        if request.stream:
+        served = parse(
+            line.body,
+            chat=line.chat,
+            base=self._engine.default_sampling_params,
+            overrides=self._overrides,
+            model=self._syntax,
+            strict=True,
+        )
+        if served.request.stream:
             raise RequestError("stream must be false in a batch: results are written when they are finished", "stream")
-        job = _Job(line.custom_id, request, [])
+        frontend = self._engine.frontend
+        prompts = served.request.prompts(frontend)
+        served = served.behind(prompts, frontend.tokenizer)
+        job = _Job(line.custom_id, served, [])
+        options: dict[str, Any] = {"priority": served.priority, "cache_salt": served.cache_salt, "stream": False}
         try:
-            for prompt in request.prompts(self._engine.frontend):
-                job.request_ids.append(self._engine.add_request(prompt, request.params, stream=False))
-        except RequestError:
+            for prompt in prompts:
+                job.request_ids.append(self._engine.add_request(prompt, served.request.params, **options))
+        except RequestError as error:
             for request_id in job.request_ids:
                 self._engine.abort(request_id)
-            raise
+            raise blame(error, served.request.structure_param) from None
         self._jobs.update((request_id, job) for request_id in job.request_ids)
         self._num_sequences += job.num_sequences
-        if request.model is not None and request.model != self._engine.config.model:
-            self._other_models[request.model] += 1
+        model = served.request.model
+        if model is not None and model != self._engine.config.model:
+            self._other_models[model] += 1
 
     def _take(self, output: RequestOutput) -> None:
         """Keep a finished output; with its job's last one, write the result."""
@@ -210,7 +239,7 @@ class _Batch:
         else:
             self._num_done += 1
             engine = self._engine
-            body = response_body(job.request, outputs, engine.tokenizer, engine.config.model, engine.fingerprint)
+            body = answer_body(job.served, outputs, engine.tokenizer, engine.config.model, engine.fingerprint)
             self._results.write(job.custom_id, 200, body)
 
     def _refuse(self, name: str | None, number: int, error: RequestError) -> None:

@@ -13,7 +13,7 @@ from kvik.errors import ConfigError, did_you_mean
 from kvik.sampling_params import SamplingParams
 from kvik.settings import ENGINE, SAMPLING, Option, Pair, Setting, Settings, Table, load_settings
 
-__all__ = ["EngineOptions", "Parser", "add_engine_flags", "add_flags", "read_engine_options"]
+__all__ = ["EngineOptions", "Parser", "add_engine_flags", "add_flags", "read_engine_options", "read_flags"]
 
 _METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Pair: "ID=BIAS"}
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -82,13 +82,18 @@ def add_engine_flags(parser: argparse.ArgumentParser, *, model: bool = True, sam
 
 def read_engine_options(args: argparse.Namespace) -> EngineOptions:
     """Settings from the flags in `args`, the environment and the config file. Raises ConfigError."""
+    return EngineOptions(*load_settings(read_flags(args, ENGINE, SAMPLING), os.environ, args.config))
+
+
+def read_flags(args: argparse.Namespace, *tables: Table[Any]) -> dict[tuple[str, str], Setting]:
+    """The flags in `args` of the options of some tables. Raises ConfigError."""
     flags: dict[tuple[str, str], Setting] = {}
-    for table in (ENGINE, SAMPLING):
+    for table in tables:
         for option in table.options.values():
             raw = getattr(args, f"{table.name}.{option.name}", None)
             if raw is not None:
                 flags[table.name, option.name] = _setting(option, raw)
-    return EngineOptions(*load_settings(flags, os.environ, args.config))
+    return flags
 
 
 def _setting(option: Option, raw: Any) -> Setting:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import dataclasses
 import importlib.util
@@ -14,12 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kvik.cli.engine import check_sampling
-from kvik.cli.options import Parser, add_engine_flags, add_flags, read_engine_options
+from kvik.cli.options import Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.errors import ConfigError
 from kvik.log import configure
 from kvik.sampling_params import SamplingParams
 from kvik.server_config import ServerConfig
-from kvik.settings import SERVER, Setting, load_server_settings
+from kvik.settings import SERVER, load_server_settings
 
 if TYPE_CHECKING:
     from kvik.server.process import ChildSettings
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _SECRETS = ("api_key", "ssl_keyfile_password")
-_NEEDED = ("fastapi", "uvicorn", "msgspec", "zmq", "prometheus_client")
+_NEEDED = ("fastapi", "uvicorn", "zmq", "prometheus_client")
 
 
 def run(argv: Sequence[str]) -> int:
@@ -37,7 +36,7 @@ def run(argv: Sequence[str]) -> int:
     add_engine_flags(parser)
     args = parser.parse(argv)
     options = read_engine_options(args)
-    server_settings = load_server_settings(_server_flags(args), os.environ, args.config)
+    server_settings = load_server_settings(read_flags(args, SERVER), os.environ, args.config)
     if args.print_config:
         for name, value, origin in [*server_settings.rows(), *options.engine.rows()]:
             shown = "(not shown)" if name in _SECRETS and origin != "default" else value
@@ -69,15 +68,6 @@ def run(argv: Sequence[str]) -> int:
     address, port = sockets[0].getsockname()[:2]
     url = f"{'https' if config.ssl_certfile else 'http'}://{f'[{address}]' if ':' in address else address}:{port}"
     return Supervisor(settings, sockets, lambda line: _greet(url, settings, line)).run()
-
-
-def _server_flags(args: argparse.Namespace) -> dict[tuple[str, str], Setting]:
-    found = {}
-    for option in SERVER.options.values():
-        raw = getattr(args, f"{SERVER.name}.{option.name}", None)
-        if raw is not None:
-            found[SERVER.name, option.name] = Setting(option.read(raw, option.flag), option.flag)
-    return found
 
 
 def _usable_cores() -> int:

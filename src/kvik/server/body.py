@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from starlette.requests import Request
 
 from kvik.errors import RequestError, did_you_mean
 from kvik.fields import show
 from kvik.server.errors import ApiError
+
+if TYPE_CHECKING:
+    from starlette.requests import Request
 
 __all__ = ["Body", "read_json"]
 

@@ -47,6 +47,9 @@ REFUSED: Mapping[str, str] = MappingProxyType(
         "web_search_options": "this server makes no requests of its own",
     }
 )
+_CHAT_ONLY: Mapping[str, str] = dict.fromkeys(
+    ("tools", "tool_choice"), "a completion is plain text; use /v1/chat/completions"
+)
 IGNORED = (
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store", "user",
     "verbosity",
@@ -101,13 +104,15 @@ def parse(
     chat: bool,
     base: SamplingParams,
     overrides: Mapping[str, Any],
-    config: ServerConfig,
     model: ModelSyntax,
+    strict: bool,
 ) -> ServedRequest:
-    """Check a body. Raises RequestError, with the field in `.param`."""
+    """Check a body; fields that nobody knows are wrong if `strict`. Raises RequestError, with the field in `.param`."""
     body = Body(fields)
     known = known_fields(chat)
-    _drop_neutral(body)
+    _drop_neutral(body, chat)
+    if not chat:
+        body.refuse(_CHAT_ONLY)
     body.refuse(REFUSED)
     body.ignore(IGNORED)
     syntax, template = _chat_options(body, model) if chat else (None, {})
@@ -127,8 +132,7 @@ def parse(
         request = dataclasses.replace(request, structure_param=syntax.cause)
     if stream_options and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
-    check_limits(request.params, len(request.inputs), config)
-    warnings = body.finish(known, strict=config.strict)
+    warnings = body.finish(known, strict=strict)
     return ServedRequest(
         request=request,
         syntax=syntax,
@@ -152,11 +156,13 @@ def check_limits(params: SamplingParams, num_prompts: int, config: ServerConfig)
         )
 
 
-def _drop_neutral(body: Body) -> None:
+def _drop_neutral(body: Body, chat: bool) -> None:
     """Remove fields that ask for what happens anyway."""
     neutral: dict[str, Any] = {
         "best_of": 1, "suffix": "", "modalities": ["text"], "tools": [], "use_beam_search": False,
     }  # fmt: skip
+    if not chat:
+        neutral["tool_choice"] = "none"
     for name, value in neutral.items():
         if name in body.fields and body.fields[name] == value and type(body.fields[name]) is type(value):
             del body.fields[name]

@@ -18,6 +18,7 @@ from kvik.config import EngineConfig
 from kvik.core.request import Request as EngineRequest
 from kvik.errors import RequestError
 from kvik.models.hub import resolve_model
+from kvik.openai_format import blame
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.engine_client import EngineClient, Generation
@@ -166,7 +167,7 @@ class Service:
         priority: int = 0,
         cache_salt: str = "",
         pooling: str | None = None,
-        structure_param: str = "structured_outputs",
+        structure_param: str | None = None,
     ) -> Generation:
         """Start generating for `prompts`; with `pooling` embed them as well. Raises ApiError or RequestError.
 
@@ -187,8 +188,7 @@ class Service:
         try:
             requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
         except RequestError as error:
-            param = structure_param if error.param == "structured_outputs" else error.param
-            raise RequestError(str(error), param, error.code) from None
+            raise blame(error, structure_param) from None
         texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
         return self.client.open(
             requests,
