@@ -308,6 +308,35 @@ def test_responses_have_items_of_reasoning_text_and_calls(qwen: Scripted) -> Non
         assert {event.item_id for event in (*deltas, done)} == {opened[item]}
 
 
+def test_the_effort_of_reasoning_reaches_the_template(tmp_path: Path) -> None:
+    template = TEMPLATES["qwen"] + "{% if reasoning_effort %}{{ reasoning_effort }}{% endif %}"
+    with scripted_server(tmp_path, template) as server:
+
+        def count(path: str, **fields: Any) -> tuple[int, dict[str, Any]]:
+            answer = httpx.post(f"{server.url}{path}", json={"input" if "resp" in path else "messages": USER, **fields})
+            body: dict[str, Any] = answer.json()
+            return body["usage"].get("prompt_tokens") or body["usage"]["input_tokens"], body
+
+        def tokens(text: str) -> int:
+            return len(server.tokenizer.encode(text, add_special_tokens=False))
+
+        chat, responses = "/v1/chat/completions", "/v1/responses"
+        plain, _ = count(chat)
+        assert count(responses)[0] == plain
+        for effort, text in (("low", "low"), ("none", "<think>\n\n</think>\n\nnone")):
+            expected = plain + tokens(text)
+            assert count(chat, reasoning_effort=effort)[0] == expected
+            found, body = count(responses, reasoning={"effort": effort, "summary": "auto"})
+            assert found == expected and body["reasoning"]["effort"] == effort
+            assert [any(word in text for text in body["warnings"]) for word in ("effort", "summary")] == [True, True]
+        thinking = {"enable_thinking": True}
+        for path, more in ((chat, {"reasoning_effort": "none"}), (responses, {"reasoning": {"effort": "none"}})):
+            assert count(path, chat_template_kwargs=thinking, **more)[0] == plain + tokens("none")
+        for wrong in ({"effort": "huge"}, {"effort": 3}, {"efort": "low"}, 3):
+            answer = httpx.post(f"{server.url}{responses}", json={"input": "Hi", "reasoning": wrong})
+            assert answer.status_code == 400 and answer.json()["error"]["param"] == "reasoning"
+
+
 def test_strict_is_reported_and_not_shown_to_the_model(qwen: Scripted) -> None:
     found = []
     for strict in ({}, {"strict": False}, {"strict": True}):

@@ -36,6 +36,7 @@ _SCHEMA = {"anyOf": [_OBJECT, _TEXT]}
 _CHOICES = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1024}
 _STRUCTURES: Mapping[str, dict[str, Any]] = {
     "choice": _CHOICES, "grammar": _TEXT, "json": _SCHEMA, "json_object": _FLAG, "regex": _TEXT,
+    "reasoning": {"enum": ["none", "possible", "opened"]},
 }  # fmt: skip
 _OTHER: Mapping[str, dict[str, Any]] = {
     "add_generation_prompt": {**_FLAG, "description": "open an assistant turn at the end of the prompt"},
@@ -67,6 +68,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
         "anyOf": [_TEXT, _IDS, {"type": "array", "items": {"anyOf": [_TEXT, _IDS]}, "minItems": 1}],
     },
     "prompts": {"type": "array", "items": _TEXT, "minItems": 1, "description": "texts to continue"},
+    "reasoning": {**_OBJECT, "description": "effort, which is handed to the chat template"},
     "reasoning_effort": {**_TEXT, "description": "handed to the chat template"},
     "response_format": {
         "type": "object",
@@ -91,7 +93,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
         "type": "object",
         "additionalProperties": False,
         "minProperties": 1,
-        "maxProperties": 1,
+        "maxProperties": 2,
         "properties": _STRUCTURES,
         "description": "what the text has to be",
     },
@@ -157,6 +159,8 @@ _RESPONSES = (
     "tool_choice",
     "parallel_tool_calls",
     "text",
+    "reasoning",
+    "chat_template_kwargs",
 )
 BODIES: Mapping[str, dict[str, Any]] = {
     "chat": _body(known_fields(True) | set(IGNORED), "messages", chat=True),

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from kvik.errors import RequestError
+from kvik.fields import show
 from kvik.openai_format import KNOWN_FIELDS, OpenAIRequest, parse_body
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body
@@ -23,8 +24,8 @@ from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "known_fields", "parse",
-    "refuse_both", "take_syntax", "take_tools",
+    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "effort_variables", "known_fields",
+    "parse", "refuse_both", "take_syntax", "take_tools",
 ]  # fmt: skip
 
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -61,7 +62,7 @@ _BOTH = ("cache_salt", "priority", "return_token_ids", "stream_options")
 OWN_FIELDS: Mapping[bool, tuple[str, ...]] = MappingProxyType(
     {True: (*_BOTH, "tools", "tool_choice", "parallel_tool_calls", "reasoning_effort"), False: _BOTH}
 )
-_CHAT_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 MAX_PRIORITY = 1000
 MAX_TOOLS = 128
 
@@ -177,13 +178,18 @@ def _chat_options(body: Body, model: ModelSyntax) -> tuple[ReplySyntax | None, d
 def _template_options(body: Body, tools: list[dict[str, Any]]) -> dict[str, Any]:
     """What the chat template gets beside the messages: tools, and the effort of reasoning."""
     options: dict[str, Any] = {"tools": tools} if tools else {}
-    effort = body.take("reasoning_effort", str)
-    if effort is not None:
-        if effort not in _CHAT_EFFORTS:
-            raise RequestError(f"reasoning_effort must be one of {', '.join(_CHAT_EFFORTS)}", "reasoning_effort")
-        options["chat_template_kwargs"] = {"reasoning_effort": effort}
-        body.warnings.append("reasoning_effort is handed to the chat template, which may ignore it")
-    return options
+    kwargs = effort_variables(body.fields.pop("reasoning_effort", None), body, "reasoning_effort")
+    return {**options, "chat_template_kwargs": kwargs} if kwargs else options
+
+
+def effort_variables(effort: Any, body: Body, param: str) -> dict[str, Any]:
+    """The variables of chat templates that stand for an effort of reasoning; a warning says what they may do."""
+    if effort is None:
+        return {}
+    if effort not in _EFFORTS:
+        raise RequestError(f"{param} must be one of {', '.join(_EFFORTS)}, got {show(effort)}", param.split(".")[0])
+    body.warnings.append(f"{param} is handed to the chat template, which may ignore it")
+    return {"reasoning_effort": effort, **({"enable_thinking": False} if effort == "none" else {})}
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import ApiError, failure_of
 from kvik.server.openapi import BODIES, operation
-from kvik.server.protocol import refuse_both, take_syntax, take_tools
+from kvik.server.protocol import effort_variables, refuse_both, take_syntax, take_tools
 from kvik.server.replies import json_reply
 from kvik.server.reply_syntax import ReplySyntax, count_reasoning
 from kvik.server.responses_items import Event, OutputItems, chat_tools, messages_of
@@ -55,7 +55,7 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {"background": (False,), "include": ([],), "truncation": ("disabled",)}
 )
 _IGNORED = (
-    "metadata", "prompt_cache_key", "reasoning", "safety_identifier", "service_tier", "store", "stream_options", "user",
+    "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "stream_options", "user",
 )  # fmt: skip
 
 
@@ -94,7 +94,6 @@ class _Answer:
             "usage": None if output is None else self._usage(output),
             "previous_response_id": None,
             "truncation": "disabled",
-            "reasoning": {"effort": None, "summary": None},
             "store": False,
             **self._fields,
         }
@@ -120,10 +119,7 @@ async def responses(request: Request) -> Response:
     """Answer an input."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
-    for name, values in _NEUTRAL.items():
-        if name in body.fields and body.fields[name] in values:
-            del body.fields[name]
-    body.refuse(_REFUSED)
+    _refuse(body)
     metadata = body.fields.get("metadata", {})
     body.ignore(_IGNORED)
     model = service.check_model(body.take("model", str))
@@ -139,6 +135,7 @@ async def responses(request: Request) -> Response:
     sampling = body.take_all(("temperature", "top_p"))
     chosen = {"max_tokens": None, **service.overrides, **sampling, **({} if limit is None else {"max_tokens": limit})}
     text_format, structure = _text(body)
+    effort, variables = _reasoning(body)
     refuse_both(syntax, None if structure is None else "text")
     params = dataclasses.replace(service.defaults, **{**chosen, "n": 1, "structured_outputs": structure})
     warnings = body.finish((*BODIES["responses"]["properties"], *_REFUSED), strict=service.config.strict)
@@ -151,11 +148,13 @@ async def responses(request: Request) -> Response:
         "temperature": params.temperature,
         "top_p": params.top_p,
         "text": {"format": text_format},
+        "reasoning": {"effort": effort, "summary": None},
         **given,
         **({"warnings": warnings} if warnings else {}),
     }
     response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
-    prompt = await service.run(lambda: frontend.render_chat(messages, tools=tools.shown), len(await request.body()))
+    options = {"tools": tools.shown, "chat_template_kwargs": variables}
+    prompt = await service.run(lambda: frontend.render_chat(messages, **options), len(await request.body()))
     syntax = syntax.after(prompt.text, params)
     params = syntax.params_of(params, frontend.tokenizer)
     generation = await service.generate(
@@ -176,6 +175,14 @@ async def responses(request: Request) -> Response:
     )
 
 
+def _refuse(body: Body) -> None:
+    """Raise RequestError for a field that asks for what this server does not do, and for another thing than it does."""
+    for name, values in _NEUTRAL.items():
+        if name in body.fields and body.fields[name] in values:
+            del body.fields[name]
+    body.refuse(_REFUSED)
+
+
 def _text(body: Body) -> tuple[dict[str, Any], StructuredOutputsParams | None]:
     """The format of the text, and what it asks of the engine."""
     text = Body(body.take("text", dict, {}))
@@ -188,6 +195,19 @@ def _text(body: Body) -> tuple[dict[str, Any], StructuredOutputsParams | None]:
         return chosen, response_structure(chosen)
     except RequestError as error:
         raise RequestError(f"text.format: {error}", "text") from None
+
+
+def _reasoning(body: Body) -> tuple[str | None, dict[str, Any]]:
+    """The effort of reasoning, and the variables of the chat template that say it, or the request's own."""
+    given = Body(body.take("reasoning", dict, {}))
+    for name in ("generate_summary", "summary"):
+        if given.fields.pop(name, None) is not None:
+            body.warnings.append(f"reasoning.{name} has no effect on this server: reasoning is given as it is")
+    effort = given.fields.pop("effort", None)
+    if given.fields:
+        raise RequestError(f"reasoning has no member {show(next(iter(given.fields)))}", "reasoning")
+    variables = effort_variables(effort, body, "reasoning.effort")
+    return effort, {**variables, **body.take("chat_template_kwargs", dict, {})}
 
 
 class _Events:
