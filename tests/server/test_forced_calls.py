@@ -263,6 +263,7 @@ def test_values_between_marks_follow_their_schema(folder: Path, form: ToolFormat
         ({"properties": {"x": False}}, "False"),
         ({"properties": {"x y": {}}}, "'x y'"),
         ({"properties": [1]}, "properties"),
+        ({"properties": {"x": {"type": "string", "maxLength": "3}/"}}}, "length"),
         ({"required": [["x"]]}, "required"),
         ({"required": 3}, "required"),
         ({"minProperties": 1}, "minProperties"),

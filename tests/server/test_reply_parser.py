@@ -320,6 +320,12 @@ def test_values_have_the_types_of_the_schema(form: ToolFormat, key: str, text: s
     assert parse([markup], form, SCHEMAS) == ("", "", [("weather", f'{{"{key}": {value}}}')])
 
 
+def test_a_schema_that_goes_in_circles_says_nothing() -> None:
+    loop = {"anyOf": [{"$ref": "#/$defs/loop"}] * 3}
+    schemas = {"f": {"$defs": {"loop": loop}, "properties": {"x": loop, "y": {"anyOf": [{}] * 3000}}}}
+    assert parse([xml_call("f", x="1", y="a")], QWEN3_CODER, schemas) == ("", "", [("f", '{"x": 1, "y": "a"}')])
+
+
 def test_the_time_to_read_a_long_value_grows_as_the_value_does() -> None:
     parser, text = ReplyParser(QWEN3_CODER, SCHEMAS), xml_call(city="<" * 200_000)
     pieces = [piece for char in text for piece in parser.feed(char)]

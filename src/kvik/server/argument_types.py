@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import msgspec
 
-__all__ = ["argument_json", "resolved", "types_of"]
+__all__ = ["argument_json", "argument_types", "resolved", "types_of"]
 
 _ANY = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _MAX_REFERENCES = 32
+_MAX_SCHEMAS = 128
+"""Most parts of a schema that are looked at for one argument: with more, and in circles, any type is taken."""
 _KINDS: Mapping[type, frozenset[str]] = {
     bool: frozenset({"boolean"}),
     dict: frozenset({"object"}),
@@ -29,14 +31,17 @@ _WORDS: Mapping[str, tuple[str, str]] = {
 _decoder = msgspec.json.Decoder(float_hook=float)  # 1e999 is JSON, too
 
 
-def argument_json(text: str, name: str, parameters: Mapping[str, Any]) -> str:
-    """The JSON of an argument: of a type that the function's schema allows if there is one, else a string.
+def argument_types(name: str, parameters: Mapping[str, Any]) -> frozenset[str]:
+    """The types that the function's schema allows for an argument."""
+    properties = parameters.get("properties")
+    return types_of(properties.get(name, {}) if isinstance(properties, Mapping) else {}, parameters)
+
+
+def argument_json(text: str, types: frozenset[str]) -> str:
+    """The JSON of an argument: of one of the types if the text is, else a string.
 
     A text is a string wherever it cannot be anything else that is allowed: strings are written without quotes.
     """
-    properties = parameters.get("properties")
-    schema = properties.get(name, {}) if isinstance(properties, Mapping) else {}
-    types = types_of(schema, parameters)
     given = text.strip()
     kind, word = _WORDS.get(given.lower(), ("", ""))
     if types != _ANY and kind in types:
@@ -44,10 +49,14 @@ def argument_json(text: str, name: str, parameters: Mapping[str, Any]) -> str:
     return given if types - {"string"} and types & _kinds(given) - {"string"} else json.dumps(text, ensure_ascii=False)
 
 
-def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
+def types_of(schema: Any, root: Any) -> frozenset[str]:
     """The types of JSON that a schema allows, as far as it says so."""
+    return _types(schema, root, iter(range(_MAX_SCHEMAS)))
+
+
+def _types(schema: Any, root: Any, budget: Iterator[int]) -> frozenset[str]:
     schema = resolved(schema, root)
-    if not isinstance(schema, Mapping) or depth > _MAX_REFERENCES:
+    if not isinstance(schema, Mapping) or next(budget, None) is None:
         return _ANY
     types = _ANY
     if "type" in schema:
@@ -58,9 +67,9 @@ def types_of(schema: Any, root: Any, depth: int = 0) -> frozenset[str]:
         types &= frozenset().union(*(_KINDS.get(type(value), _ANY) for value in values))
     for word in ("anyOf", "oneOf"):
         if isinstance(schema.get(word), list):
-            types &= frozenset().union(*(types_of(branch, root, depth + 1) for branch in schema[word]))
+            types &= frozenset().union(*(_types(branch, root, budget) for branch in schema[word]))
     for branch in schema["allOf"] if isinstance(schema.get("allOf"), list) else ():
-        types &= types_of(branch, root, depth + 1)
+        types &= _types(branch, root, budget)
     return types
 
 

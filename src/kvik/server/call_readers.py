@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from kvik.server.argument_types import argument_json
+from kvik.server.argument_types import argument_json, argument_types
 from kvik.server.tool_formats import ToolFormat
 
 __all__ = ["Call", "CallReader", "JsonReader", "MarkupReader", "News", "is_object", "reader_of"]
@@ -198,7 +198,7 @@ def reader_of(form: ToolFormat) -> CallReader:
 
 
 def _member(key: str, value: str, parameters: Mapping[str, Any]) -> str:
-    return f"{_text.encode(key).decode()}: {argument_json(value, key, parameters)}"
+    return f"{_text.encode(key).decode()}: {argument_json(value, argument_types(key, parameters))}"
 
 
 def _beginning(text: str, marks: Iterable[str]) -> int:

@@ -68,7 +68,7 @@ def call_grammar(
             markup = MarkupArguments(form, name, schema, lambda text: _literal(text, form, tokenizer))
             rules += markup.rules(f"arguments_{i}")
     try:
-        return StructuredOutputsParams(grammar="\n".join(rules))
+        return StructuredOutputsParams(grammar="\n".join(dict.fromkeys(rules)))
     except RequestError as error:
         raise RequestError(f"tools: their schemas make a grammar that is too large: {error}", "tools") from None
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvik.errors import RequestError
 from kvik.fields import show
-from kvik.server.argument_types import argument_json, resolved, types_of
+from kvik.server.argument_types import argument_json, argument_types, resolved, types_of
 from kvik.server.tool_formats import ToolFormat
 from kvik.structured.grammars import json_rule
 
@@ -100,8 +100,14 @@ class MarkupArguments:
     def _text(self, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
         """A text in which the mark behind it does not occur."""
         before, behind = self._after.split(self._mark)
-        mark, limits = self._spell(self._mark), f"{{{schema.get('minLength', 0)},{schema.get('maxLength', '')}}}"
+        lengths = schema.get("minLength", 0), schema.get("maxLength", "")
+        if not all(length == "" or type(length) is int for length in lengths):
+            raise self._error("a string", f"the length {show(lengths)} cannot be forced")
+        mark, limits = self._spell(self._mark), "{{{},{}}}".format(*lengths)
         special = mark.startswith("<[")
+        if not _LENGTHS & set(schema):  # as most are: all of them share a rule
+            yield f"{name}: any_text"
+            name = "any_text"
         yield f"{name}: TEXT_{name.upper()} {mark if special else ''} {literal(behind)}"
         escaped = re.escape(self._mark).replace("/", r"\/")
         text = rf"(/(?s:.){limits}/ & ~/(?s:.*){escaped}(?s:.*)/)"
@@ -112,8 +118,9 @@ class MarkupArguments:
         self._refuse(schema, frozenset({"const", "enum"}) | _NOTES, key)
         values = [schema["const"]] if "const" in schema else self._list(schema, "enum")
         texts = [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
+        types = argument_types(key, self._parameters)
         for value, text in zip(values, texts, strict=True):
-            if self._mark in text or json.loads(argument_json(text, key, self._parameters)) != value:
+            if self._mark in text or json.loads(argument_json(text, types)) != value:
                 raise self._error(key, f"its value {show(value)} would be read as another one")
         return " | ".join(map(literal, texts))
 
