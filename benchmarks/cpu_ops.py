@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from kvik.attention.base import ForwardBatch
-from kvik.kernels.api import KVLayer
+from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import OP_CODES, NativePool, OpStruct, StepStruct
 from kvik.kernels.cpu.ops import attention_entry, linear_entry
 from kvik.kernels.cpu.packing import FORMATS, PackedLinear, pack_linear
@@ -29,7 +29,7 @@ from kvik.kernels.memory import allocate_bytes
 from kvik.layers.rope import RopeSpec, RopeTable
 from kvik.models.decoder import DecoderWeights, LayerWeights
 from kvik.models.spec import DecoderSpec
-from kvik.runtime.native_decoder import NativeDecoder
+from kvik.runtime.native_decoder import NativeDecoder, native_pack
 
 SHAPES = ((3072, 1024), (1024, 3072), (151936, 1024))
 CYCLED_BYTES = 400 << 20
@@ -196,17 +196,20 @@ def qwen3_shape() -> DecoderSpec:
 
 
 def random_weights(spec: DecoderSpec, fmt: str, pool: NativePool) -> DecoderWeights:
-    def linear(n: int, k: int, swiglu: bool = False) -> PackedLinear:
-        return pack_linear(torch.randn(n, k, dtype=torch.bfloat16) * 0.02, None, fmt, pool=pool, swiglu=swiglu)
+    pack = native_pack(fmt, fmt, pool)
+
+    def linear(role: str, n: int, k: int) -> LinearWeight:
+        return pack(role, LinearWeight(torch.randn(n, k, dtype=torch.bfloat16) * 0.02))
 
     def layer() -> LayerWeights:
         hidden, inner, head = torch.ones(spec.hidden_size), spec.intermediate_size, torch.ones(spec.head_dim)
-        qkv = linear(spec.q_size + 2 * spec.kv_size, spec.hidden_size)
-        o, down = linear(spec.hidden_size, spec.q_size), linear(spec.hidden_size, inner)
-        return LayerWeights(hidden, qkv, head, head, o, hidden, linear(2 * inner, spec.hidden_size, True), down)
+        qkv = linear("qkv", spec.q_size + 2 * spec.kv_size, spec.hidden_size)
+        o, down = linear("o", spec.hidden_size, spec.q_size), linear("down", spec.hidden_size, inner)
+        gate_up = linear("gate_up", 2 * inner, spec.hidden_size)
+        return LayerWeights(hidden, qkv, head, head, o, hidden, gate_up, down)
 
     layers = tuple(layer() for _ in range(spec.num_layers))
-    lm_head = linear(spec.vocab_size, spec.hidden_size)
+    lm_head = linear("lm_head", spec.vocab_size, spec.hidden_size)
     return DecoderWeights(lm_head.weight, layers, torch.ones(spec.hidden_size), lm_head)
 
 

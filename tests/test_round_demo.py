@@ -54,6 +54,8 @@ def test_a_projection_with_int8_activations_is_that_of_the_reference(tool: Modul
     q, scales = reference.quantize_rows(x.detach())
     torch.testing.assert_close(out, (q.float() * scales) @ weight.plain.T)
     torch.testing.assert_close(spread, (x.abs().amax(1) / x.square().mean(1).sqrt()).square().mean())
+    fine, _ = tool.linear(x, weight.tensors(), "fine", torch.float32)
+    torch.testing.assert_close(fine, x @ weight.plain.T, rtol=0, atol=5e-3)
     torch.autograd.backward(out.sum())
     assert x.grad is not None and torch.allclose(x.grad, weight.plain.sum(0).expand_as(x), atol=0.5)
 

@@ -11,7 +11,7 @@ as its scale a whole multiple of that, and a value is a 4-bit number times it; r
 gives them back, but for bf16's last bit. The gradient goes straight through.
 
 Activations: every batch is computed twice, plain and with int8 activations, one scale a token, as the int8 kernels have
-them. The loss is
+them; those of down and of the output head are two rows of int8 (mode "fine"). The loss is
 
     share KL(before || plain) + (1 - share) cross-entropy + a KL(plain || int8) + b hinge + c range
 
@@ -121,7 +121,7 @@ def snapped(model: StoryModel) -> StoryModel:
 
 
 def linear(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], mode: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x times `weight` in `mode`, plain, int8 or int4, in `dtype`; and the range (see above), 0 but for int8."""
+    """x times `weight` in `mode`, plain, int8, fine or int4, in `dtype`; and the range (see above), 0 but with int8."""
     plain, units, scale = weight
     nothing = x.new_zeros(())
     if mode == "plain":
@@ -136,13 +136,17 @@ def linear(x: Tensor, weight: tuple[Tensor, Tensor, Tensor], mode: str, dtype: t
     exact = wide / step
     whole = exact + (exact.round() - exact).detach()
     spread = (most.square() / wide.square().mean(-1, keepdim=True).clamp_min(1e-30)).mean()
-    return (F.linear(whole.to(units.dtype), units) * (step * scale.view(-1))).to(dtype), spread
+    sums = F.linear(whole.to(units.dtype), units)
+    if mode == "fine":
+        rest = ((exact - exact.round()).detach() * 254).round()
+        sums = sums + F.linear(rest.to(units.dtype), units) / 254
+    return (sums * (step * scale.view(-1))).to(dtype), spread
 
 
 def scores(hidden: Tensor, weight: tuple[Tensor, Tensor, Tensor], mode: str) -> tuple[Tensor, Tensor]:
     """Logits in fp32: those of bf16 are too coarse to tell near ties apart. And the range."""
     plain, units, scale = weight
-    return linear(hidden, (plain.float(), units.float(), scale), mode, torch.float32)
+    return linear(hidden, (plain.float(), units.float(), scale), "fine" if mode == "int8" else mode, torch.float32)
 
 
 def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -167,7 +171,7 @@ def block(
     x = x + out.to(x.dtype)
     wide, range_in = linear(norm(x, norms[3], eps), weights[2], mode, dtype)
     gate, up = wide.chunk(2, dim=-1)
-    out, range_down = linear(F.silu(gate) * up, weights[3], mode, dtype)
+    out, range_down = linear(F.silu(gate) * up, weights[3], "fine" if mode == "int8" else mode, dtype)
     return x + out.to(x.dtype), range_qkv + range_o + range_in + range_down
 
 

@@ -52,15 +52,20 @@ def pack_weights(weights: DecoderWeights, fmt: str, workers: NativePool) -> Deco
 
 
 def quantized_linear(x: Tensor, w: PackedLinear, q: Tensor, scales: Tensor) -> Tensor:
-    """x [rows, in] times an int8 or int4 weight in plain torch: the same rounding of activations, exact sums."""
+    """x [rows, in] times an int8 or int4 weight in plain torch: the same rounding of activations, exact sums.
+
+    Where the weight is fine, what the rounding left is rounded once more.
+    """
     group = w.in_features if w.fmt == "int8" else int(w.fmt.removeprefix("int4g"))
     total = torch.zeros((len(x), w.out_features), dtype=torch.float64)
     for g, start in enumerate(range(0, w.in_features, group)):
         part = x[:, start : start + group].float()
-        most = part.abs().amax(1, keepdim=True)  # 127.0 / most would multiply with a rounded reciprocal
-        rounded = torch.where(most > 0, torch.round(part * (torch.full_like(most, 127.0) / most)), 0.0)
-        sums = rounded.double() @ q[:, start : start + group].double().T
-        total += sums * (most / 127.0).double() * scales[:, g].double()
+        for _ in range(2 if w.fine else 1):
+            most = part.abs().amax(1, keepdim=True)  # 127.0 / most would multiply with a rounded reciprocal
+            rounded = torch.where(most > 0, torch.round(part * (torch.full_like(most, 127.0) / most)), 0.0)
+            sums = rounded.double() @ q[:, start : start + group].double().T
+            total += sums * (most / 127.0).double() * scales[:, g].double()
+            part = (part.double() - rounded.double() * (most / 127.0).double()).float()
     return total.float()
 
 

@@ -22,12 +22,14 @@ from kvik.errors import ConfigError
 from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.cpu.native import NativePool, available
 from kvik.kernels.cpu.ops import NativeOps
-from kvik.kernels.cpu.packing import FORMATS
+from kvik.kernels.cpu.packing import FORMATS, PackedLinear
 from kvik.kernels.reference import ReferenceOps
 from kvik.layers.rope import RopeSpec, RopeTable
 from kvik.models.decoder import Decoder, DecoderWeights, allocate_layer
 from kvik.models.spec import DecoderSpec
-from kvik.runtime.native_decoder import NativeDecoder
+from kvik.quantization.loading import QuantizedWeight
+from kvik.quantization.reference import quantize
+from kvik.runtime.native_decoder import NativeDecoder, native_pack, native_pack_quantized
 
 pytestmark = pytest.mark.skipif(not available(), reason="the native kernels were not compiled")
 
@@ -213,6 +215,22 @@ def test_quantised_greedy_equals_a_plain_integer_reference(name: str, fmt: str) 
         assert first - second < 0.05 and error(got[i], want[i]) < 0.05
 
 
+def test_down_and_the_head_take_fine_activations_where_they_are_int8() -> None:
+    weights = model()[1]
+    for fmt in FORMATS:
+        pack, stored = native_pack(fmt, "int8", pool()), native_pack_quantized(pool())
+        fine = {role for role in ("qkv", "o", "gate_up", "down", "lm_head") if is_fine(pack(role, weights.lm_head))}
+        assert fine == ({"down", "lm_head"} if fmt == "int8" else {"lm_head"})
+        if fmt.startswith("int"):
+            q, scales = quantize(weights.lm_head.weight, fmt)
+            assert is_fine(stored("down", QuantizedWeight(fmt, q, scales))) == (fmt == "int8")
+
+
+def is_fine(weight: LinearWeight) -> bool:
+    assert isinstance(weight, PackedLinear)
+    return weight.fine
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_a_tied_embedding_is_read_from_the_packed_lm_head(fmt: str) -> None:
     spec, weights, rope = model(tie_word_embeddings=True)
@@ -228,7 +246,7 @@ def test_a_tied_embedding_is_read_from_the_packed_lm_head(fmt: str) -> None:
 
 def test_bits_depend_on_neither_threads_nor_company() -> None:
     spec, weights, rope = model()
-    for fmt in ("fp32", "bf16", "int4g32"):
+    for fmt in ("fp32", "bf16", "int8", "int4g32"):
         results = []
         for threads in (1, 2, 4):
             workers = pool(threads=threads)

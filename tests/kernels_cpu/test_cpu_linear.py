@@ -67,6 +67,33 @@ def test_fused_norm_residual_and_swiglu(fmt: str, isa: str) -> None:
             assert close(got, reference.norm_linear_swiglu(x, norm, EPS, original), tolerance)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+def test_two_rows_a_token_are_activations_of_fifteen_bits(isa: str) -> None:
+    ops = NativeOps(pool(isa))
+    for n, k in (*SHAPES, (100, 640)):  # the last one fills tile registers
+        bias = noise(n, seed=3)
+        w = pack_linear(noise(n, k), bias, "int8", pool=pool(isa), fine=True)
+        plain = w.dequantize(pool(isa)).double()
+        for rows in ROWS:
+            x, residual = noise(rows, k, seed=1), noise(rows, n, seed=4)
+            x[:, k // 2] *= 30  # an outlier, which leaves little to the others
+            want = x.double() @ plain.T + bias + residual
+            step = x.double().abs().amax(1, keepdim=True) / 127 / 254
+            error = (ops.linear_add(x, w, residual).double() - want).abs()
+            assert (error <= step / 2 * plain.abs().sum(1) + 3e-6 * want.abs().max()).all(), (n, k, rows)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_two_rows_a_token_behind_norm_and_swiglu(isa: str) -> None:
+    ops, reference = NativeOps(pool(isa)), ReferenceOps()
+    for n, k in ((66, 130), (200, 192)):
+        weight, bias, norm, x = noise(n, k), noise(n, seed=2), noise(k, seed=5), noise(31, k, seed=1)
+        w = pack_linear(weight, bias, "int8", pool=pool(isa), swiglu=True, fine=True)
+        exact = LinearWeight(w.dequantize(pool(isa)), bias)
+        want = reference.norm_linear_swiglu(x, norm, EPS, exact)
+        assert close(ops.norm_linear_swiglu(x, norm, EPS, w), want, 1e-3)
+
+
 @pytest.mark.parametrize("fmt", FORMATS)
 @pytest.mark.parametrize("swiglu", [False, True])
 def test_packing_and_unpacking_are_inverse(fmt: str, swiglu: bool) -> None:
@@ -122,10 +149,12 @@ def test_rows_of_zeros_and_outliers() -> None:
 def test_bits_depend_on_neither_threads_nor_batch(fmt: str) -> None:
     for k in (200, 576):  # the second fills the steps of tile registers, and several slices of them
         check_bits(fmt, k)
+        if fmt == "int8":
+            check_bits(fmt, k, fine=True)
 
 
-def check_bits(fmt: str, k: int) -> None:
-    w = pack_linear(noise(300, k), noise(300, seed=2), fmt, pool=pool())
+def check_bits(fmt: str, k: int, fine: bool = False) -> None:
+    w = pack_linear(noise(300, k), noise(300, seed=2), fmt, pool=pool(), fine=fine)
     norm, x = noise(k, seed=5), noise(123, k, seed=1)
     whole = NativeOps(pool(threads=1)).norm_linear(x, norm, EPS, w)
     for threads in (2, 4):
@@ -147,13 +176,19 @@ def test_shapes_that_fill_tile_registers(isa: str) -> None:
                 assert close(got, expected(x[:rows], w, bias, isa), 3e-6), (fmt, n, k, rows)
                 assert close(gated, low.norm_linear_swiglu(x[:rows], noise(k), EPS, halved), 1e-2)
                 if fmt == "int8" and isa == "amx":  # whole numbers have the same sum in any order
-                    assert torch.equal(got, NativeOps(pool("avx512_bf16")).linear(x[:rows], w))
+                    lower = NativeOps(pool("avx512_bf16"))
+                    assert torch.equal(got, lower.linear(x[:rows], w))
+                    fine = pack_linear(weight, bias, fmt, pool=pool(isa), fine=True)
+                    assert torch.equal(ops.linear(x[:rows], fine), lower.linear(x[:rows], fine))
 
 
-def test_long_inputs_do_not_overflow_int8() -> None:
-    weight, x = torch.ones(2, 65536), torch.ones(1, 65536)
-    got = NativeOps(pool()).linear(x, pack_linear(weight, None, "int8", pool=pool()))
-    assert close(got, torch.full((1, 2), 65536.0), 1e-6)
+@pytest.mark.parametrize("isa", ISAS)
+def test_long_inputs_do_not_overflow_int8(isa: str) -> None:
+    weight, x = torch.ones(2, 65536), torch.full((1, 65536), 126.49 / 127)
+    x[0, 0] = 1  # so that both rows are as large as they can be
+    for fine in (False, True):
+        got = NativeOps(pool(isa)).linear(x, pack_linear(weight, None, "int8", pool=pool(isa), fine=fine))
+        assert close(got, x.sum().expand(1, 2), 1e-5 if fine else 0.01)
 
 
 def test_refusals() -> None:
@@ -165,6 +200,8 @@ def test_refusals() -> None:
         pack_linear(noise(5, 4), None, "bf16", pool=pool(), swiglu=True)
     with pytest.raises(ConfigError, match=r"cannot pack torch\.int64"):
         pack_linear(torch.ones(4, 4, dtype=torch.int64), None, "bf16", pool=pool())
+    with pytest.raises(ConfigError, match="bf16 weights have no fine activations"):
+        pack_linear(noise(4, 4), None, "bf16", pool=pool(), fine=True)
     with pytest.raises(ConfigError, match="needs 2 scales a row"):
         pack_quantized(torch.ones(4, 40, dtype=torch.int8), torch.ones(4), None, "int4g32", pool=pool())
     with pytest.raises(ConfigError, match="bf16 has no quantised values"):

@@ -26,13 +26,16 @@ from kvik.quantization.loading import PackQuantized, QuantizedWeight
 
 __all__ = ["NativeDecoder", "attention_parts_bytes", "native_pack", "native_pack_quantized"]
 
+_FINE_ROLES = ("down", "lm_head")
+"""Projections that lose most by int8 activations: down has outliers in its inputs, the head decides every token."""
+
 
 def native_pack(fmt: str, head_fmt: str, pool: NativePool) -> Pack:
     """Packs projections as they are loaded: `fmt` for those of the blocks, `head_fmt` for the output head."""
 
     def pack(role: str, weight: LinearWeight) -> LinearWeight:
         chosen = head_fmt if role == "lm_head" else fmt
-        return pack_linear(weight.weight, weight.bias, chosen, pool=pool, swiglu=role == "gate_up")
+        return pack_linear(weight.weight, weight.bias, chosen, pool=pool, **_options(role, chosen))
 
     return pack
 
@@ -41,9 +44,15 @@ def native_pack_quantized(pool: NativePool) -> PackQuantized:
     """Packs projections that are quantised already, as they are loaded."""
 
     def pack(role: str, weight: QuantizedWeight) -> LinearWeight:
-        return pack_quantized(weight.q, weight.scales, weight.bias, weight.fmt, pool=pool, swiglu=role == "gate_up")
+        options = _options(role, weight.fmt)
+        return pack_quantized(weight.q, weight.scales, weight.bias, weight.fmt, pool=pool, **options)
 
     return pack
+
+
+def _options(role: str, fmt: str) -> dict[str, bool]:
+    """How the packing of a projection depends on which one it is."""
+    return {"swiglu": role == "gate_up", "fine": fmt == "int8" and role in _FINE_ROLES}
 
 
 class _TapeAttention:

@@ -31,7 +31,7 @@ __all__ = [
     "usable_cores",
 ]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 _LIBRARY_NAME = "_kvik_cpu"
 _SPIN_NS = 200_000  # between steps; longer than what lies between two decode steps, shorter than anyone notices
 
@@ -58,8 +58,8 @@ class LinearStruct(ctypes.Structure):
     _fields_ = (
         ("format", ctypes.c_int32), ("group", ctypes.c_int32), ("n", ctypes.c_int32), ("k", ctypes.c_int32),
         ("panels", ctypes.c_int32), ("blocks", ctypes.c_int32), ("swiglu", ctypes.c_int32), ("words", ctypes.c_int32),
-        ("panel_bytes", ctypes.c_int64), ("data", ctypes.c_void_p), ("scales", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
+        ("fine", ctypes.c_int32), ("panel_bytes", ctypes.c_int64), ("data", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p), ("bias", ctypes.c_void_p),
     )  # fmt: skip
 
 

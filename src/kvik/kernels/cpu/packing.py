@@ -1,6 +1,7 @@
 """Weights in the layout of the native kernels: packed once at load, the same for every number of tokens.
 
-    bf16      2 bytes a weight           int8      1 byte, one fp32 scale per output; activations int8 per token
+    bf16      2 bytes a weight           int8      1 byte, one fp32 scale per output; activations int8 per token,
+                                                   in two rows where the weight is `fine`
     fp32      4 bytes                    int4g32   4.5 bits, one fp16 scale per 32 inputs; int4g128: 4.125 bits;
                                                    activations int8 per token and group
 
@@ -36,6 +37,7 @@ class PackedLinear(LinearWeight):
     out_features: int = 0
     in_features: int = 0
     swiglu: bool = False
+    fine: bool = False
     scales: Tensor | None = None
     struct: LinearStruct | None = None
 
@@ -71,23 +73,37 @@ class PackedLinear(LinearWeight):
 
 
 def pack_linear(
-    weight: Tensor, bias: Tensor | None = None, fmt: str = "bf16", *, pool: NativePool, swiglu: bool = False
+    weight: Tensor,
+    bias: Tensor | None = None,
+    fmt: str = "bf16",
+    *,
+    pool: NativePool,
+    swiglu: bool = False,
+    fine: bool = False,
 ) -> PackedLinear:
     """`weight` [out_features, in_features] of fp32, bf16 or fp16, quantised where `fmt` says so.
 
     `swiglu`: the rows are [gate | up] and the projection's result is silu(gate) * up, out_features / 2 wide.
-    Raises ConfigError for an unknown format and a shape that cannot be packed.
+    `fine`, for int8 alone: a token's activations are two int8 rows, the second of which is what rounding the first
+    left, about 15 bits in all. Raises ConfigError for an unknown format and a shape that cannot be packed.
     """
     if weight.dtype not in TYPE_CODES:
         raise ConfigError(f"cannot pack {weight.dtype}; the kernels take float32, bfloat16 and float16 weights")
-    packed = _allocate(weight.shape[0], weight.shape[1], fmt, bias, swiglu, pool)
+    packed = _allocate(weight.shape[0], weight.shape[1], fmt, bias, swiglu, fine, pool)
     source = weight.contiguous()
     pool.run_one(packed._op("pack", x=data_pointer(source), type=TYPE_CODES[source.dtype]))
     return packed
 
 
 def pack_quantized(
-    q: Tensor, scales: Tensor, bias: Tensor | None = None, fmt: str = "int8", *, pool: NativePool, swiglu: bool = False
+    q: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    fmt: str = "int8",
+    *,
+    pool: NativePool,
+    swiglu: bool = False,
+    fine: bool = False,
 ) -> PackedLinear:
     """Pack values that are quantised already: the inverse of `PackedLinear.quantized`.
 
@@ -96,7 +112,7 @@ def pack_quantized(
     """
     if not fmt.startswith("int"):
         raise ConfigError(f"{fmt} has no quantised values; use int8, int4g32 or int4g128")
-    packed = _allocate(q.shape[0], q.shape[1], fmt, bias, swiglu, pool)
+    packed = _allocate(q.shape[0], q.shape[1], fmt, bias, swiglu, fine, pool)
     if scales.numel() != q.shape[0] * packed.num_groups:
         raise ConfigError(f"{fmt} of {list(q.shape)} needs {packed.num_groups} scales a row, got {list(scales.shape)}")
     q, wide = q.to(torch.int8).contiguous(), scales.float().contiguous()
@@ -104,17 +120,21 @@ def pack_quantized(
     return packed
 
 
-def _allocate(n: int, k: int, fmt: str, bias: Tensor | None, swiglu: bool, pool: NativePool) -> PackedLinear:
+def _allocate(
+    n: int, k: int, fmt: str, bias: Tensor | None, swiglu: bool, fine: bool, pool: NativePool
+) -> PackedLinear:
     if fmt not in FORMATS:
         raise ConfigError(f"unknown weight format {fmt!r}{did_you_mean(fmt, FORMATS)}; Kvik has {', '.join(FORMATS)}")
+    if fine and fmt != "int8":
+        raise ConfigError(f"{fmt} weights have no fine activations; only int8 ones take them in two rows")
     code, group = FORMATS[fmt]
-    struct = LinearStruct(format=code, group=group, n=n, k=k, swiglu=swiglu)
+    struct = LinearStruct(format=code, group=group, n=n, k=k, swiglu=swiglu, fine=fine)
     pool.library.layout(struct)
     data = allocate_bytes(struct.panels * struct.panel_bytes)
     scales = torch.empty(struct.panels * 32) if fmt == "int8" else None
     packed_bias = None if bias is None else _pack_bias(bias, struct.panels, swiglu)
     struct.data, struct.scales, struct.bias = data.data_ptr(), data_pointer(scales), data_pointer(packed_bias)
-    return PackedLinear(data, packed_bias, fmt, n, k, swiglu, scales, struct)
+    return PackedLinear(data, packed_bias, fmt, n, k, swiglu, fine, scales, struct)
 
 
 def _pack_bias(bias: Tensor, panels: int, swiglu: bool) -> Tensor:

@@ -45,9 +45,9 @@ static void leave_tiles(Scratch& scratch) {
 
 static TileView wide_view(const Job& job, int tile) {
   uint32_t* words = (uint32_t*)(job.activations + job.tile_bytes * tile);
-  int rows = job.tiling.size(tile);
+  int tokens = job.tiling.size(tile), rows = tokens * rows_per_token(*job.op->linear);
   float* scales = (float*)(words + int64_t{job.op->linear->words} * kRowsAtOnce);
-  return {words, scales, (int32_t*)(scales + rows), job.tiling.start(tile), rows};
+  return {words, scales, (int32_t*)(scales + rows), job.tiling.start(tile), tokens, rows};
 }
 
 // 16 rows or fewer, step by step, so that what is written follows on: [step][row][64 bytes].
@@ -67,16 +67,16 @@ static void pack_bf16(const KvikOp& op, int row, int count, uint32_t* out) {
 }
 
 static void pack_int8(const KvikOp& op, const TileView& view, Scratch& scratch) {
-  int k = op.linear->k, steps = op.linear->words / kStepWords;
-  float* row = (float*)scratch.get((sizeof(float) + 1) * size_t(k));
+  int k = op.linear->k, steps = op.linear->words / kStepWords, times = rows_per_token(*op.linear);
+  float* row = (float*)scratch.get((sizeof(float) + size_t(times)) * size_t(k));
   int8_t* bytes = (int8_t*)(row + k);
   for (int m = 0; m < view.rows; ++m) {
-    normalise((const float*)op.x + (view.start + m) * op.width, op.norm, op.eps, k, k, row);
-    int32_t total;
-    view.scales[m] = quantise(row, k, bytes, &total);
-    view.sums[m] = -128 * total;
+    if (m % times == 0) {
+      normalise((const float*)op.x + (view.start + m / times) * op.width, op.norm, op.eps, k, k, row);
+      quantise_rows(row, k, times, bytes, k, view.scales + m, view.sums + m);
+    }
     uint32_t* out = view.words + (int64_t{m / kTileRows} * steps * kTileRows + m % kTileRows) * kStepWords;
-    for (int s = 0; s < steps; ++s, out += kTileRows * kStepWords) storew(out, loadw(bytes + s * 64));
+    for (int s = 0; s < steps; ++s, out += kTileRows * kStepWords) storew(out, loadw(bytes + m % times * k + s * 64));
   }
 }
 
@@ -154,7 +154,7 @@ static inline void fetch_results(const KvikOp& op, int panel, const TileView& vi
   const KvikLinear& w = *op.linear;
   int width = w.swiglu ? w.n / 2 : w.n, step = w.swiglu ? kPanel / 2 : kPanel;
   const float* y = (const float*)op.y + int64_t{view.start} * width + panel * step;
-  for (int m = 0; m < view.rows; ++m, y += width) {
+  for (int m = 0; m < view.tokens; ++m, y += width) {
     __builtin_prefetch(y, 1, 2);
     __builtin_prefetch(y + step - 1, 1, 2);
   }
@@ -172,7 +172,7 @@ static void gemm_tiles(const Job& job, int item, Scratch& scratch) {
   const uint8_t* next = panel + 1 < w.panels && count > 1 ? data + w.panel_bytes : nullptr;
   int64_t turns = int64_t{(steps + slice - 1) / slice} * count, fetched = 0;
   int64_t part = (w.panel_bytes / turns + 63) / 64 * 64, half = int64_t{steps} * kTileRows * 64;
-  configure(scratch, job.rows < kTileRows ? job.rows : kTileRows);
+  configure(scratch, min_int(job.rows * rows_per_token(w), kTileRows));
   float* sums = (float*)scratch.get(sizeof(float) * kRowsAtOnce * kPanel * size_t(count));
   for (int from = 0; from < steps; from += slice) {
     int now = min_int(slice, steps - from);

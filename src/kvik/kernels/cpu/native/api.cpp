@@ -73,7 +73,7 @@ const Kernels& kernels_for(int isa) {
 
 extern "C" {
 
-int32_t kvik_abi_version() { return 3; }
+int32_t kvik_abi_version() { return 4; }
 int32_t kvik_isa_best() { return kvik::best_isa(); }
 const char* kvik_isa_name(int32_t level) {
   return level >= 0 && level < kvik::kNumIsas ? kvik::kIsaNames[level] : nullptr;

@@ -55,7 +55,7 @@ static void pack_values(const Context<Cache>& context, int head, int begin, int 
 // How rows of queries, and of weights, are multiplied: a tile at a time, at most kRows of them.
 struct NarrowTiles {
   static constexpr int kRows = kMaxTile;
-  static Tiling tiling(int rows) { return Tiling::of(rows); }
+  static Tiling tiling(int rows) { return Tiling::of(rows, kRows); }
   static void begin(Scratch&) {}
 
   static void pack(const uint32_t* rows, int count, int words, uint32_t* out) { interleave(rows, words, count, words, out); }

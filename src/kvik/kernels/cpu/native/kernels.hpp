@@ -38,13 +38,16 @@ class Scratch {
   size_t size_ = 0;
 };
 
-// Rows of activations cut into tiles: of nearly equal size, at most kMaxTile, or of a given size but the last.
+// How many rows of activations a token takes.
+KVIK_INLINE int rows_per_token(const KvikLinear& w) { return 1 + w.fine; }
+
+// Rows (or tokens) cut into tiles: of nearly equal size, at most `most`, or of a given size but the last.
 struct Tiling {
   int rows = 0, tiles = 0, base = 0, extra = 0;
-  static KVIK_INLINE Tiling of(int rows) {
+  static KVIK_INLINE Tiling of(int rows, int most) {
     Tiling t;
     t.rows = rows;
-    t.tiles = (rows + kMaxTile - 1) / kMaxTile;
+    t.tiles = (rows + most - 1) / most;
     if (t.tiles) t.base = rows / t.tiles, t.extra = rows % t.tiles;
     return t;
   }
@@ -73,8 +76,8 @@ struct Job {
   const KvikOp* op = nullptr;
   const KvikStep* step = nullptr;
   int stage = 0, rows = 0;
-  Tiling tiling;
-  int tiles_per_item = 0;      // LINEAR, GEMM stage: tiles of rows that one item multiplies with one panel
+  Tiling tiling;               // LINEAR: of tokens
+  int tiles_per_item = 0;      // LINEAR, GEMM stage: tiles that one item multiplies with one panel
   uint8_t* activations = nullptr;  // LINEAR: packed tiles, tile_bytes apart
   int64_t tile_bytes = 0;
   const SequencePlan* sequences = nullptr;  // ATTENTION

@@ -38,6 +38,7 @@ struct KvikLinear {
   int32_t format, group, n, k;
   int32_t panels, blocks;  // panels of 32 outputs; words (or for int4 groups) along k
   int32_t swiglu, words;   // words: 32-bit words of an activation row
+  int32_t fine;            // int8: 1 where a token's activations take two rows, else 0
   int64_t panel_bytes;
   uint8_t* data;
   float* scales;  // int8: [panels * 32]

@@ -2,6 +2,9 @@
 // panels (gemm), whose results pass through an epilogue: scales, bias, residual or SwiGLU. Included per instruction set.
 //
 //     packed tile    words [words][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32     (the last two: int8, int4)
+//
+// A token is one row. Where a weight is `fine`, a token is two rows side by side, the second of which is what rounding
+// the first left, and its result is the sum of theirs: 15 bits for activations, and weights are still read once.
 
 static int few_rows(const KvikLinear&) { return kMaxTile; }
 static void stay(Scratch&) {}
@@ -54,7 +57,7 @@ static float quantise(const float* x, int n, int8_t* q, int32_t* total) {
   F top = setf(0);
   for (int i = 0; i < n; i += kLanes) top = maxf(top, absf(loadf(x + i)));
   float most = largest(top);
-  F inverse = setf(most > 0 ? 127.0f / most : 0.0f);
+  F inverse = setf(most > 1e-30f ? 127.0f / most : 0.0f);
   I count = seti(0);
   for (int i = 0; i < n; i += kLanes) {
     I value = to_int(mul(loadf(x + i), inverse));
@@ -65,7 +68,19 @@ static float quantise(const float* x, int n, int8_t* q, int32_t* total) {
   return most / 127.0f;
 }
 
-// The same for groups of `size` (32 or 128) values, a row of kLanes groups at a time; scales and sums are `step` apart.
+// `rows` rows of int8, `stride` bytes apart, whose scaled sum is x: each rounds what those before it left of x.
+static void quantise_rows(float* x, int n, int rows, int8_t* q, int64_t stride, float* scales, int32_t* sums) {
+  for (int r = 0; r < rows; ++r, q += stride) {
+    if (r > 0)
+      for (int i = 0; i < n; i += kLanes)
+        storef(x + i, fma(load_s8(q - stride + i), setf(-scales[r - 1]), loadf(x + i)));
+    int32_t total;
+    scales[r] = quantise(x, n, q, &total);
+    sums[r] = -128 * total;
+  }
+}
+
+// As `quantise`, for groups of `size` (32 or 128) values, a row of kLanes groups at a time; scales and sums are `step` apart.
 static void quantise_groups(const float* x, int groups, int size, int8_t* q, float* scales, int32_t* sums, int step) {
   alignas(64) float parts[kLanes * kLanes], most[kLanes], inverse[kLanes], totals[kLanes];
   for (int first = 0; first < groups; first += kLanes) {
@@ -100,15 +115,15 @@ struct TileView {
   uint32_t* words;
   float* scales;
   int32_t* sums;
-  int start, rows;
+  int start, tokens, rows;
 };
 
 static TileView tile_view(const Job& job, int tile) {
   const KvikLinear& w = *job.op->linear;
-  int rows = job.tiling.size(tile), groups = w.format == KVIK_INT4 ? w.blocks : 1;
+  int tokens = job.tiling.size(tile), rows = tokens * rows_per_token(w), groups = w.format == KVIK_INT4 ? w.blocks : 1;
   uint32_t* words = (uint32_t*)(job.activations + job.tile_bytes * tile);
   float* scales = (float*)(words + int64_t{w.words} * rows);
-  return {words, scales, (int32_t*)(scales + int64_t{groups} * rows), job.tiling.start(tile), rows};
+  return {words, scales, (int32_t*)(scales + int64_t{groups} * rows), job.tiling.start(tile), tokens, rows};
 }
 
 static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
@@ -116,20 +131,18 @@ static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
   const KvikLinear& w = *op.linear;
   TileView view = tile_view(job, tile);
   int per_word = w.format == KVIK_FP32 ? 1 : w.format == KVIK_BF16 ? 2 : 4;
-  int padded = (w.words * per_word + 15) / 16 * 16, row_words = padded / per_word + 16;
+  int padded = (w.words * per_word + 15) / 16 * 16, row_words = padded / per_word + 16, times = rows_per_token(w);
   float* row = (float*)scratch.get(sizeof(float) * padded + sizeof(uint32_t) * row_words * kMaxTile);
   uint32_t* packed = (uint32_t*)(row + padded);
-  for (int m = 0; m < view.rows; ++m) {
-    uint32_t* out = packed + m * row_words;
+  for (int m = 0; m < view.tokens; ++m) {
+    uint32_t* out = packed + m * times * row_words;
     normalise((const float*)op.x + (view.start + m) * op.width, op.norm, op.eps, w.k, padded, row);
     if (w.format == KVIK_FP32) {
       for (int i = 0; i < padded; i += kLanes) storef((float*)out + i, loadf(row + i));
     } else if (w.format == KVIK_BF16) {
       for (int i = 0; i < padded; i += kLanes) store_bf16((uint16_t*)out + i, loadf(row + i));
     } else if (w.format == KVIK_INT8) {
-      int32_t total;
-      view.scales[m] = quantise(row, padded, (int8_t*)out, &total);
-      view.sums[m] = -128 * total;
+      quantise_rows(row, padded, times, (int8_t*)out, 4 * row_words, view.scales + m * times, view.sums + m * times);
     } else {
       quantise_groups(row, w.blocks, w.group, (int8_t*)out, view.scales + m, view.sums + m, view.rows);
     }
@@ -169,15 +182,18 @@ static void epilogue(const KvikOp& op, int panel, const TileView& view, float* c
   const KvikLinear& w = *op.linear;
   const float* bias = w.bias ? w.bias + panel * kPanel : nullptr;
   int width = w.swiglu ? w.n / 2 : w.n, step = w.swiglu ? kPanel / 2 : kPanel;
-  int first = panel * step, valid = width - first < step ? width - first : step;
-  for (int m = 0; m < view.rows; ++m) {
-    float* row = c + m * kPanel;
-    if (w.format == KVIK_INT8) {
-      F scale = setf(view.scales[m]);
-      const I start = seti(view.sums[m]);
-      for (int i = 0; i < kPanel; i += kLanes)
-        storef(row + i, mul(to_float(addi(loadw(row + i), start)), mul(scale, loadf(w.scales + panel * kPanel + i))));
-    }
+  int first = panel * step, valid = width - first < step ? width - first : step, times = rows_per_token(w);
+  for (int m = 0; m < view.tokens; ++m) {
+    float* row = c + m * times * kPanel;
+    if (w.format == KVIK_INT8)
+      for (int i = 0; i < kPanel; i += kLanes) {
+        F scale = loadf(w.scales + panel * kPanel + i), y = setf(0);
+        for (int r = 0; r < times; ++r) {
+          F whole = to_float(addi(loadw(row + r * kPanel + i), seti(view.sums[m * times + r])));
+          y = fma(whole, mul(setf(view.scales[m * times + r]), scale), y);
+        }
+        storef(row + i, y);
+      }
     if (bias)
       for (int i = 0; i < kPanel; i += kLanes) storef(row + i, add(loadf(row + i), loadf(bias + i)));
     if (w.swiglu)

@@ -232,8 +232,8 @@ bool Pool::next_stage() {
 
 int Pool::plan_prepare(const KvikOp& op) {
   const KvikLinear& w = *op.linear;
-  int most = kernels_.rows_at_once(w);
-  job_.tiling = most > kMaxTile ? Tiling::whole(job_.rows, most) : Tiling::of(job_.rows);
+  int most = kernels_.rows_at_once(w), tokens = most / rows_per_token(w);
+  job_.tiling = most > kMaxTile ? Tiling::whole(job_.rows, tokens) : Tiling::of(job_.rows, tokens);
   // A tile holds the words of its rows and, for int8 and int4, a scale and a sum per row and group.
   int groups = w.format == KVIK_INT8 ? 1 : w.format == KVIK_INT4 ? w.blocks : 0;
   job_.tile_bytes = (int64_t{4} * most * (w.words + 2 * groups) + 63) / 64 * 64;
