@@ -339,7 +339,7 @@ class Trainer:
             if step == 3:
                 warm = self.seconds()  # compilation is over
             if warm is not None:
-                progress = max(progress, (self.seconds() - warm) / (args.seconds - warm))
+                progress = max(progress, (self.seconds() - warm) / max(args.seconds - warm, 1e-3))
             if progress >= looks / args.evaluations or progress >= 1:
                 self.note(step, sums / counted, counted, snapped(self.model))
                 looks, counted = looks + 1, 0
