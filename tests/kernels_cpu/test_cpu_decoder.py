@@ -258,6 +258,27 @@ def test_bits_depend_on_neither_threads_nor_company() -> None:
         assert all(torch.equal(row[0], whole[0]) for row, whole in zip(alone, results[0], strict=True))
 
 
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="threads are moved on Linux only")
+def test_a_busy_neighbour_changes_neither_bits_nor_where_threads_may_run() -> None:
+    """Workers that it suspends are pulled from processor to processor."""
+    spec, weights, rope = model(hidden_size=256, intermediate_size=512)
+    allowed, workers = os.sched_getaffinity(0), NativePool(len(os.sched_getaffinity(0)))
+    decoder = NativeDecoder(spec, pack_weights(weights, "fp32", workers), rope, workers, 128)
+    want = Paged(decoder, torch.float32).greedy(prompts(40), 30)[0]
+    command = [sys.executable, "-c", f"import os; os.sched_setaffinity(0, {{{min(allowed)}}})\nwhile True: pass"]
+    neighbour = subprocess.Popen(command)
+    try:
+        end = time.monotonic() + 2
+        while time.monotonic() < end:
+            got = Paged(decoder, torch.float32).greedy(prompts(40), 30)[0]
+            assert all(map(torch.equal, got, want))
+            assert os.sched_getaffinity(0) == allowed
+    finally:
+        neighbour.kill()
+        neighbour.wait()
+    workers.close()
+
+
 def test_threads_sleep_when_nothing_runs() -> None:
     workers = NativePool(4, pin=False)
     NativeOps(workers).rms_norm(noise(64, 64), noise(64), 1e-6)

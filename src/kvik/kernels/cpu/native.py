@@ -164,8 +164,9 @@ class NativeLibrary:
 class NativePool:
     """Threads that run the kernels: `threads` in all (by default one per core), the caller being one of them.
 
-    `pin` binds each thread to a core. Measured on two cores it gains nothing when they are free (107 and 109 tokens/s)
-    and loses when another process wants one of them (62 against 86 tokens/s), since a bound thread cannot move away.
+    `pin` binds each thread to a core. Measured on two cores it gains nothing when they are free, and loses more when
+    another process wants one of them, since a bound thread cannot move away. A thread that another process keeps from
+    running in the middle of its work is moved to the core of a thread that waits for it, on Linux (`placement.hpp`).
     One run at a time.
     """
 

@@ -19,6 +19,7 @@ constexpr uint64_t kIndexOne = uint64_t{1} << 20, kFieldMask = kIndexOne - 1;
 constexpr int kMaxItems = 1 << 20;
 constexpr size_t kHugePage = 2 << 20;
 constexpr int kSpins = 2000;        // pauses before a waiting worker starts to yield its core
+constexpr int64_t kLookNs = 10000;  // for which it then looks whether another one runs
 constexpr int64_t kTileBytes = 4 << 20;  // of packed activations that one item goes through, several tiles on a panel
 constexpr int64_t kWideBytes = 1 << 20;  // the same where tiles are larger and products so fast that only L2 keeps up
 constexpr int kItemsPerWorker = 6;  // of a large matrix product, so that the last ones finish together
@@ -56,13 +57,15 @@ void* Scratch::get(size_t bytes) {
 }
 
 Pool::Pool(int threads, int isa, const int32_t* cores, int64_t spin_ns)
-    : threads_(threads < 1 ? 1 : threads), kernels_(kernels_for(isa)), spin_ns_(spin_ns) {
+    : threads_(threads < 1 ? 1 : threads), kernels_(kernels_for(isa)), spin_ns_(spin_ns),
+      pulls_(threads_ <= usable_processors()) {
   if (cores) cores_.assign(cores, cores + threads_);
   ranges_.reset(new Range[threads_]);
   workers_.reset(new Worker[threads_]);
   for (int w = 1; w < threads_; ++w) {
     workers_[w].thread = std::thread([this, w] {
       pin(w);
+      workers_[w].placement.attach();
       work(w);
     });
   }
@@ -100,8 +103,12 @@ void Pool::run(const KvikOp* ops, int num_ops, const KvikStep* step) {
   job_ = Job();
   job_.step = step;
   stage_begin_ = profiling_ ? now_ns() : 0;
+  workers_[0].placement.attach();
+  workers_[0].waits.store(false, std::memory_order_relaxed);
   advance(workers_[0].scratch);
   work(0);
+  workers_[0].waits.store(true, std::memory_order_relaxed);
+  workers_[0].placement.detach();
   kernels_.leave(workers_[0].scratch);
 #if defined(__linux__)
   if (pinned) pthread_setaffinity_np(pthread_self(), sizeof before, &before);
@@ -118,17 +125,23 @@ void Pool::profile(double* seconds) {
 }
 
 void Pool::work(int worker) {
-  Scratch& scratch = workers_[worker].scratch;
+  Worker& self = workers_[worker];
   for (;;) {
     uint64_t phase = phase_.load(std::memory_order_acquire);
     if (worker == 0 && phase == idle_at_.load(std::memory_order_acquire)) return;
-    int done = 0;
-    for (int item; (item = take(phase, worker)) >= 0; ++done) execute(item, scratch);
-    if (done && remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) {
-      advance(scratch);
-    } else if (!wait(phase, scratch)) {
-      return;
+    int done = 0, item = -1;
+    while (!self.placement.pulled() && (item = take(phase, worker)) >= 0) {
+      execute(item, self.scratch);
+      ++done;
     }
+    if (done && remaining_.fetch_sub(done, std::memory_order_acq_rel) == done) {
+      advance(self.scratch);
+    } else if (item < 0 && !self.placement.pulled()) {
+      self.waits.store(true, std::memory_order_relaxed);
+      if (!wait(phase, worker)) return;
+      self.waits.store(false, std::memory_order_relaxed);
+    }
+    self.placement.leave();
   }
 }
 
@@ -319,12 +332,13 @@ void Pool::execute(int item, Scratch& scratch) {
 }
 
 // Until the stage `phase` is over. False when a worker is to end.
-bool Pool::wait(uint64_t phase, Scratch& scratch) {
+bool Pool::wait(uint64_t phase, int worker) {
   int64_t idle_since = 0;
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
     if (spins < kSpins) {
       pause();
     } else if (phase != idle_at_.load(std::memory_order_acquire)) {
+      if (pulls_) pull_the_suspended(phase, worker);
 #if defined(__linux__)
       sched_yield();
 #else
@@ -335,7 +349,7 @@ bool Pool::wait(uint64_t phase, Scratch& scratch) {
       int64_t time = now_ns();
       if (idle_since == 0) idle_since = time;
       if (time - idle_since > spin_ns_) {
-        kernels_.leave(scratch);
+        kernels_.leave(workers_[worker].scratch);
         std::unique_lock<std::mutex> lock(sleep_mutex_);
         sleeping_.fetch_add(1);
         sleep_.wait(lock, [&] { return phase_.load() != phase || stop_.load(); });
@@ -346,6 +360,20 @@ bool Pool::wait(uint64_t phase, Scratch& scratch) {
     }
   }
   return true;
+}
+
+// Pulls those that hold items and get no processor time, while the stage `phase` lasts.
+void Pool::pull_the_suspended(uint64_t phase, int worker) {
+  for (int w = 0; w < threads_; ++w) {
+    if (w == worker || workers_[w].waits.load(std::memory_order_relaxed)) continue;
+    Placement& other = workers_[w].placement;
+    int64_t before = other.cpu_time(), begin = now_ns();
+    while (now_ns() - begin < kLookNs) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      pause();
+    }
+    if (before >= 0 && other.cpu_time() == before) other.pull();
+  }
 }
 
 }  // namespace kvik

@@ -2,7 +2,8 @@
 //
 // A stage's items are dealt out as one contiguous range per worker; who has finished its own range takes from the
 // others'. `next` of a range packs (phase tag, index, end) in one word, so taking an item from a stage that is already
-// over fails by itself: a worker that the operating system suspended between two items delays nobody.
+// over fails by itself: a worker that the operating system suspended between two items delays nobody, and one that it
+// suspended within an item is pulled to the processor of whoever waits for it (placement.hpp).
 //
 //     range of worker w    | tag: 24 bits | index: 20 | end: 20 |       compare-and-swap index -> index + 1
 //     remaining            items not yet finished; whoever finishes the last one sets up the next stage and goes on
@@ -17,6 +18,7 @@
 #include <vector>
 
 #include "kernels.hpp"
+#include "placement.hpp"
 
 namespace kvik {
 
@@ -34,6 +36,8 @@ class Pool {
   struct alignas(64) Worker {
     Scratch scratch;
     std::thread thread;
+    Placement placement;
+    std::atomic<bool> waits{true};  // it holds nothing that others wait for
   };
 
   void work(int worker);        // take and do items until the run ends (caller) or for ever (others)
@@ -46,13 +50,15 @@ class Pool {
   int plan_attention(const KvikOp& op);
   bool is_tiny() const;
   void publish(int items);
-  bool wait(uint64_t phase, Scratch& scratch);
+  bool wait(uint64_t phase, int worker);
+  void pull_the_suspended(uint64_t phase, int worker);
   void pin(int worker) const;
 
   const int threads_;
   const Kernels& kernels_;
   std::vector<int32_t> cores_;
   const int64_t spin_ns_;
+  const bool pulls_;  // with more workers than processors somebody is always suspended, and pulling only moves them
   std::unique_ptr<Range[]> ranges_;
   std::unique_ptr<Worker[]> workers_;
 
