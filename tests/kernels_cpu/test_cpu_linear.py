@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from native_cases import ISAS, noise, pool, quantized_linear
@@ -143,6 +145,21 @@ def test_rows_of_zeros_and_outliers() -> None:
         assert torch.equal(got[0], torch.zeros(40))
         assert got[1, 3] == 0
         assert close(got, expected(x, w, None, ISAS[-1]), 3e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("broken", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(("fmt", "fine"), [*((fmt, False) for fmt in FORMATS), ("int8", True)])
+def test_what_is_broken_stays_broken_and_breaks_nobody_else(fmt: str, fine: bool, broken: float, isa: str) -> None:
+    """Rounding to integers would make a number of it."""
+    ops, x = NativeOps(pool(isa)), noise(20, 320, seed=1)
+    w = pack_linear(noise(40, 320), None, fmt, pool=pool(isa), fine=fine)
+    want = ops.linear(x, w)
+    x[3, 319] = broken
+    got = ops.linear(x, w)
+    assert not got[3].isfinite().any()
+    others = torch.arange(20) != 3
+    assert torch.equal(got[others], want[others])
 
 
 @pytest.mark.parametrize("fmt", FORMATS)

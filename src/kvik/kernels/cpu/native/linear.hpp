@@ -52,11 +52,21 @@ static void normalise(const float* x, const float* weight, float eps, int n, int
   for (; i < padded; ++i) out[i] = 0;
 }
 
+// max |x| of each lane; NaN where any x of the lane is not finite, which a maximum alone forgets
+static F tops_of(const float* x, int n) {
+  F top = setf(0), broken = setf(0);
+  for (int i = 0; i < n; i += kLanes) {
+    F value = loadf(x + i);
+    top = maxf(top, absf(value));
+    broken = fma(value, setf(0), broken);
+  }
+  return add(top, broken);
+}
+
 // q = round(x / scale) with scale = max |x| / 127; returns the scale and the sum of q. n is a multiple of 16.
 static float quantise(const float* x, int n, int8_t* q, int32_t* total) {
-  F top = setf(0);
-  for (int i = 0; i < n; i += kLanes) top = maxf(top, absf(loadf(x + i)));
-  float most = largest(top);
+  F tops = tops_of(x, n);
+  float most = largest(tops) + 0 * sum(tops);  // NaN if any x is broken, and so is the result then
   F inverse = setf(most > 1e-30f ? 127.0f / most : 0.0f);
   I count = seti(0);
   for (int i = 0; i < n; i += kLanes) {
@@ -86,13 +96,10 @@ static void quantise_groups(const float* x, int groups, int size, int8_t* q, flo
   for (int first = 0; first < groups; first += kLanes) {
     int count = groups - first < kLanes ? groups - first : kLanes;
     for (int g = 0; g < kLanes; ++g) {
-      F top = setf(0);
-      const float* group = x + (first + (g < count ? g : 0)) * size;
-      for (int i = 0; i < size; i += kLanes) top = maxf(top, absf(loadf(group + i)));
-      storef(parts + g * kLanes, top);
+      storef(parts + g * kLanes, tops_of(x + (first + (g < count ? g : 0)) * size, size));
     }
     F tops = reduce_rows(parts, Max());
-    storef(most, divide(tops, setf(127.0f)));
+    storef(most, divide(fma(reduce_rows(parts, Add()), setf(0), tops), setf(127.0f)));  // NaN for a broken group
     storef(inverse, divide(setf(127.0f), maxf(tops, setf(1e-30f))));
     for (int g = 0; g < count; ++g) {
       I total = seti(0);
