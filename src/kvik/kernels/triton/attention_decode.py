@@ -18,15 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, chunk_of
-from kvik.kernels.triton.attention_tile import (
-    AttentionTiles,
-    attend,
-    attend_across,
-    block_rows,
-    fits_tma,
-    merge,
-    tile_source,
-)
+from kvik.kernels.triton.attention_tile import AttentionTiles, attend, block_rows, fits_tma, merge, tile_source
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["LOG2_E", "decode_attention"]
@@ -113,18 +105,16 @@ def _decode(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, parts: tl.
             token = start + rows // GROUP
             offsets = (token * (NUM_KV_HEADS * GROUP) + head * GROUP + rows % GROUP)[:, None] * HEAD_DIM + dims[None, :]
             held = (rows // GROUP < num_queries)[:, None] & (dims < HEAD_DIM)[None, :]
-            table = tables + sequence.to(tl.int64) * table_stride
-            lo, hi = chunk * size, (chunk + 1) * size
-            positions = first_position + rows // GROUP
             if ACROSS:
                 tile = tl.load(q + tl.trans(offsets), mask=tl.trans(held), other=0.0)  # [BLOCK_D, BLOCK_M]
-                m, s, acc = attend_across(tile, lo, hi, first_position, seq_len, positions, k, v, head, table,
-                                          block_rows, scale, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
-                acc = tl.trans(acc)
             else:
                 tile = tl.load(q + offsets, mask=held, other=0.0)  # [BLOCK_M, BLOCK_D]
-                m, s, acc = attend(tile, lo, hi, first_position, seq_len, positions, k, v, head, table, block_rows,
-                                   scale, True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+            m, s, acc = attend(tile, chunk * size, (chunk + 1) * size, first_position, seq_len,
+                               first_position + rows // GROUP, k, v, head,
+                               tables + sequence.to(tl.int64) * table_stride, block_rows, scale, True, ACROSS, WINDOW,
+                               TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+            if ACROSS:
+                acc = tl.trans(acc)
             if num_parts <= 1:
                 _store_out(out, offsets, held, s, acc)
             else:

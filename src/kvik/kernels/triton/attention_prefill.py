@@ -60,12 +60,12 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
                 first_chunk = tl.maximum(first_position - WINDOW + 1, 0) // CHUNK
             for chunk in range(first_chunk, tl.cdiv(end, CHUNK)):
                 new_m, new_s, new_acc = attend(tile, chunk * CHUNK, (chunk + 1) * CHUNK, first_position, end,
-                                               before + query, k, v, head, table, block_rows, scale, True, WINDOW,
-                                               TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                                               before + query, k, v, head, table, block_rows, scale, True, False,
+                                               WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
                 m, s, acc = merge(m, s, acc, new_m, new_s, new_acc, scale)
         else:
             m, s, acc = attend(tile, 0, end, first_position, end, before + query, k, v, head, table, block_rows, scale,
-                               False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                               False, False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
         tl.store(out + offsets, (acc / s[:, None]).to(out.dtype.element_ty), mask=held)
 
 

@@ -19,17 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = [
-    "TIERS",
-    "AttentionTiles",
-    "attend",
-    "attend_across",
-    "attention_tiles",
-    "block_rows",
-    "fits_tma",
-    "merge",
-    "tile_source",
-]
+__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "block_rows", "fits_tma", "merge", "tile_source"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,10 +145,12 @@ def _tile(kv: tl.tensor, block: tl.tensor, start: tl.tensor, head: tl.tensor, bl
 @triton.jit
 def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.tensor, stop: tl.tensor, end: tl.tensor,
           positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor, block_rows: tl.tensor,
-          scale: tl.tensor, MASKED: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-          HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """Add the keys [first, stop) to the running maximum m [rows], sum s [rows] and acc [rows, BLOCK_D]."""
-    BLOCK_D: tl.constexpr = acc.shape[1]
+          scale: tl.tensor, MASKED: tl.constexpr, ACROSS: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
+          BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Add the keys [first, stop) to the running maximum m [rows], sum s [rows] and acc [rows, BLOCK_D]; with ACROSS to
+    acc [BLOCK_D, columns]."""
+    KEYS: tl.constexpr = 0 if ACROSS else 1  # the axis of keys in scores, and that of BLOCK_D in q and acc
+    BLOCK_D: tl.constexpr = acc.shape[KEYS]
     dims = tl.arange(0, BLOCK_D)
     # The blocks of a tile are looked up a tile ahead: Triton's pipeline keeps one tile less in flight for each load
     # that another load of the same iteration waits for.
@@ -173,20 +165,28 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
                          BLOCK_D)  # fmt: skip
         value_block = blocks
         blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        scores = tl.dot(q, tl.trans(key_tile), input_precision="tf32x3")  # [rows, BLOCK_N] fp32
+        if ACROSS:
+            scores = tl.dot(key_tile, q, input_precision="tf32x3")  # [BLOCK_N, columns] fp32
+        else:
+            scores = tl.dot(q, tl.trans(key_tile), input_precision="tf32x3")  # [rows, BLOCK_N] fp32
         if MASKED:
-            visible = keys[None, :] <= positions[:, None]
+            key, position = tl.expand_dims(keys, 1 - KEYS), tl.expand_dims(positions, KEYS)
+            visible = key <= position
             if WINDOW > 0:
-                visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
+                visible = visible & (key > position - WINDOW)
             scores = tl.where(visible, scores, float("-inf"))
-        top = tl.maximum(m, tl.max(scores, 1))
+        top = tl.maximum(m, tl.max(scores, KEYS))
         base = tl.where(top == float("-inf"), 0.0, top)
-        weights = tl.exp2(tl.fma(scores, scale, (-base * scale)[:, None]))
+        weights = tl.exp2(tl.fma(scores, scale, tl.expand_dims(-base * scale, KEYS)))
         old = tl.exp2((m - base) * scale)
-        s = tl.fma(s, old, tl.sum(weights, 1))
+        s = tl.fma(s, old, tl.sum(weights, KEYS))
         value_tile = _tile(v, value_block, start, head, block_rows, held, MASKED, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
                            BLOCK_D)  # fmt: skip
-        acc = tl.dot(weights.to(value_tile.dtype), value_tile, acc * old[:, None], input_precision="tf32x3")
+        weights, acc = weights.to(value_tile.dtype), acc * tl.expand_dims(old, KEYS)
+        if ACROSS:
+            acc = tl.dot(tl.trans(value_tile), weights, acc, input_precision="tf32x3")
+        else:
+            acc = tl.dot(weights, value_tile, acc, input_precision="tf32x3")
         m = top
     return m, s, acc
 
@@ -194,18 +194,21 @@ def _walk(q: tl.tensor, m: tl.tensor, s: tl.tensor, acc: tl.tensor, first: tl.te
 @triton.jit
 def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
            positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor, block_rows: tl.tensor,
-           scale: tl.tensor, ONE_LOOP: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr, BLOCK_SIZE: tl.constexpr,
-           HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
+           scale: tl.tensor, ONE_LOOP: tl.constexpr, ACROSS: tl.constexpr, WINDOW: tl.constexpr, TMA: tl.constexpr,
+           BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
     """Query rows against the keys [lo, hi) that any of them sees; lo is a multiple of BLOCK_N.
 
     q: [rows, BLOCK_D]; positions: [rows], of which the lowest is `first_position` and the highest `end - 1`.
     k, v: of the layer, as `tile_source` gives them; head: of keys and values; table: the sequence's block table;
     block_rows: rows from block to block; scale: of the scores, times log2(e).
+    ACROSS: queries are columns, of q and acc [BLOCK_D, columns]. The matrix instruction has 16 rows and 8 columns at
+    least; few queries in rows leave most of its work, and of acc's registers, to padding.
     ONE_LOOP masks every tile rather than those that need it in a second loop, whose first tile would be waited for.
     Returns the maximum of the unscaled scores [rows], the sum of weights [rows] and acc [rows, BLOCK_D], in fp32.
     """
-    m = tl.full([q.shape[0]], float("-inf"), tl.float32)
-    s = tl.zeros([q.shape[0]], tl.float32)
+    QUERIES: tl.constexpr = 1 if ACROSS else 0
+    m = tl.full([q.shape[QUERIES]], float("-inf"), tl.float32)
+    s = tl.zeros([q.shape[QUERIES]], tl.float32)
     acc = tl.zeros([q.shape[0], q.shape[1]], tl.float32)
     stop = tl.minimum(hi, end)
     if WINDOW > 0 or ONE_LOOP:
@@ -213,53 +216,13 @@ def attend(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor
         if WINDOW > 0:
             first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
         m, s, acc = _walk(q, m, s, acc, first, stop, end, positions, k, v, head, table, block_rows, scale,
-                          True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                          True, ACROSS, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
     else:
         full = tl.maximum(lo, tl.minimum(stop, (first_position + 1) // BLOCK_N * BLOCK_N))
         m, s, acc = _walk(q, m, s, acc, lo, full, end, positions, k, v, head, table, block_rows, scale,
-                          False, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
+                          False, ACROSS, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
         m, s, acc = _walk(q, m, s, acc, full, stop, end, positions, k, v, head, table, block_rows, scale,
-                          True, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
-    return m, s, acc
-
-
-@triton.jit
-def attend_across(q: tl.tensor, lo: tl.tensor, hi: tl.tensor, first_position: tl.tensor, end: tl.tensor,
-                  positions: tl.tensor, k: tl.tensor, v: tl.tensor, head: tl.tensor, table: tl.tensor,
-                  block_rows: tl.tensor, scale: tl.tensor, WINDOW: tl.constexpr, TMA: tl.constexpr,
-                  BLOCK_SIZE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr) -> tl.tensor:  # fmt: skip
-    """`attend` with queries as the columns of q and acc [BLOCK_D, columns], in one loop. The matrix instruction has 16
-    rows and 8 columns at least; few queries in rows leave most of its work, and of acc's registers, to padding."""
-    BLOCK_D: tl.constexpr = q.shape[0]
-    dims = tl.arange(0, BLOCK_D)
-    m = tl.full([q.shape[1]], float("-inf"), tl.float32)
-    s = tl.zeros([q.shape[1]], tl.float32)
-    acc = tl.zeros([BLOCK_D, q.shape[1]], tl.float32)
-    first = lo
-    if WINDOW > 0:
-        first = tl.maximum(lo, tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N)
-    blocks = _blocks(table, first, end, BLOCK_SIZE, BLOCK_N)  # a tile ahead, as in `_walk`
-    for start in tl.range(first, tl.minimum(hi, end), BLOCK_N):
-        keys = start + tl.arange(0, BLOCK_N)
-        held = (keys < end)[:, None] & (dims < HEAD_DIM)[None, :]
-        key_tile = _tile(k, blocks, start, head, block_rows, held, True, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
-                         BLOCK_D)  # fmt: skip
-        value_block = blocks
-        blocks = _blocks(table, start + BLOCK_N, end, BLOCK_SIZE, BLOCK_N)
-        scores = tl.dot(key_tile, q, input_precision="tf32x3")  # [BLOCK_N, columns] fp32
-        visible = keys[:, None] <= positions[None, :]
-        if WINDOW > 0:
-            visible = visible & (keys[:, None] > positions[None, :] - WINDOW)
-        scores = tl.where(visible, scores, float("-inf"))
-        top = tl.maximum(m, tl.max(scores, 0))
-        base = tl.where(top == float("-inf"), 0.0, top)
-        weights = tl.exp2(tl.fma(scores, scale, (-base * scale)[None, :]))
-        old = tl.exp2((m - base) * scale)
-        s = tl.fma(s, old, tl.sum(weights, 0))
-        value_tile = _tile(v, value_block, start, head, block_rows, held, True, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N,
-                           BLOCK_D)  # fmt: skip
-        acc = tl.dot(tl.trans(value_tile), weights.to(value_tile.dtype), acc * old[None, :], input_precision="tf32x3")
-        m = top
+                          True, ACROSS, WINDOW, TMA, BLOCK_SIZE, HEAD_DIM, BLOCK_N)  # fmt: skip
     return m, s, acc
 
 
