@@ -44,10 +44,10 @@ from kvik.structured.grammars import Grammars, available
 from kvik.tracing import NO_TRACE, NoTrace, TracedCalls
 
 if TYPE_CHECKING:
-    from kvik.kernels.triton.dispatch import Case, Table
+    from kvik.kernels.triton.dispatch import Table
     from kvik.runtime.kernel_compiler import KernelCompiler
 
-__all__ = ["ModelInfo", "StartupLedger", "build_engine", "fingerprint", "inspect_model", "load_decoder", "projections"]
+__all__ = ["ModelInfo", "StartupLedger", "build_engine", "fingerprint", "inspect_model", "load_decoder"]
 
 
 @dataclass(slots=True)
@@ -107,17 +107,6 @@ def fingerprint(config: EngineConfig, info: ModelInfo) -> str:
         config.seed if config.load_format == "dummy" else None,
     )  # fmt: skip
     return f"kvik-{__version__}-{blake2b(repr(facts).encode(), digest_size=6).hexdigest()}"
-
-
-def projections(info: ModelInfo, num_tokens: int) -> list[Case]:
-    """Every projection that a step of so many tokens launches on a GPU, once for each launch."""
-    from kvik.kernels.triton.tune import decoder_cases
-
-    spec, dtype = info.spec, str(info.resolved.dtype).removeprefix("torch.")
-    *block, head = decoder_cases(
-        spec.hidden_size, spec.q_size, spec.kv_size, spec.intermediate_size, spec.vocab_size, dtype, (num_tokens,)
-    )
-    return block * spec.num_layers + [head]
 
 
 def build_engine(
@@ -234,5 +223,7 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
 def _is_tuned(info: ModelInfo, table: Table) -> bool:
     """Whether any projection of the model was measured on this kind of GPU, by whoever ships Kvik or by its user."""
     from kvik.kernels.triton.dispatch import BUCKETS
+    from kvik.runtime.tune import Shape
 
-    return any(case.key in table.measured for size in BUCKETS for case in set(projections(info, size)))
+    shape = Shape(info.spec, info.resolved.dtype)
+    return any(case.key in table.measured for size in BUCKETS for case in shape.cases(size))

@@ -14,7 +14,8 @@ import pytest
 pytest.importorskip("triton", reason="triton is not installed")
 
 from kvik.errors import ConfigError
-from kvik.kernels.triton import dispatch, tune
+from kvik.kernels.triton import dispatch
+from kvik.kernels.triton.candidates import decoder_cases
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Plan, Rule, Table, cache_path, load_table, save_measured
 
 GPU = "NVIDIA H200"
@@ -23,7 +24,7 @@ QWEN3 = {"0.6B": (1024, 2048, 1024, 3072, 151936), "8B": (4096, 4096, 1024, 1228
 
 
 def cases(dtype: str = "bfloat16") -> list[Case]:
-    return [case for sizes in QWEN3.values() for case in tune.decoder_cases(*sizes, dtype, TOKENS)]
+    return [case for sizes in QWEN3.values() for case in decoder_cases(*sizes, dtype, TOKENS)]
 
 
 def test_nothing_imports_triton_before_a_kernel_is_wanted() -> None:
@@ -38,7 +39,7 @@ def test_the_shipped_table_takes_paths_that_can_run(gpu: str, tmp_path: Path) ->
         path = table.plan(case).path
         assert path != "gemv" or case.num_tokens <= 4
         assert path == "gemv" or case.num_tokens > 1
-        assert path == "blas" or case.num_tokens <= 128
+        assert path == "blas" or case.num_tokens <= 256
     assert {table.plan(case).path for case in cases("float32")} == {"gemv", "blas"}
 
 
@@ -54,8 +55,9 @@ def test_shipped_tensor_core_plans_fill_the_gpu_and_its_shared_memory_holds_them
         plan = table.plan(case)
         if plan.path == "skinny":
             rows = 2 if case.op == "norm_linear_swiglu" else 1
-            assert -(-case.n // plan.block_n) * plan.split_k >= 48
-            assert plan.block_t >= min(case.num_tokens, 64)
+            programs = -(-case.n // plan.block_n) * -(-case.num_tokens // plan.block_t) * plan.split_k
+            assert programs >= 48
+            assert case.num_tokens <= 2 * plan.block_t  # a tile of the weight is read twice at most
             assert plan.num_stages * plan.block_k * (rows * plan.block_n + plan.block_t) * 2 <= 227 * 1024
 
 

@@ -56,7 +56,7 @@ class TritonAttention:
         pdl: bool = False,
         tma: bool = False,
     ) -> None:
-        self.limits, self._pdl, self._tma = limits, pdl, tma
+        self.limits, self.pdl, self._tma = limits, pdl, tma
         self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
@@ -113,9 +113,7 @@ class TritonAttention:
         self._prepared = batch
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
-        pdl = (
-            self._pdl and batch is self._prepared
-        )  # decoding reads the work list before it waits for what comes before
+        pdl = self.pdl and batch is self._prepared  # decoding reads the work list before it waits for what comes before
         if batch is not self._prepared:
             self.prepare(batch)
         q = q.contiguous()
@@ -131,6 +129,6 @@ class TritonAttention:
             prefill_attention(
                 q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
                 block_tables=batch.block_tables, scale=scale, window=window,
-                tiles=self._tiles, pdl=self._pdl, tma=self._tma,
+                tiles=self._tiles, pdl=self.pdl, tma=self._tma,
             )  # fmt: skip
         return out

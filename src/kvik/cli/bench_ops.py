@@ -139,7 +139,7 @@ def _cpu_seconds(call: Callable[[int], object], copies: int) -> list[float]:
 
 
 def _gpu_timer() -> Timer:
-    from kvik.kernels.triton.tune import GraphTimer
+    from kvik.runtime.graphs import GraphTimer
 
     return GraphTimer()
 

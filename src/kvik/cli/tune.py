@@ -1,7 +1,8 @@
 """`kvik tune MODEL`: the projections of a model's decode steps, measured on the GPU at hand.
 
-For each projection and batch size all plans worth it are timed: which kernel, which tiles. The fastest goes to the
-user's cache, where the next engine finds it. No weight is read or downloaded: shapes follow from config.json.
+For each projection and batch size all plans worth it are timed within the step: which kernel, which tiles. The fastest
+goes to the user's cache, where the next engine finds it. No weight is read or downloaded: shapes follow from
+config.json.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ import argparse
 import dataclasses
 import datetime
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,13 +24,13 @@ from kvik.settings import ENGINE
 
 if TYPE_CHECKING:
     from kvik.config import EngineConfig
-    from kvik.kernels.triton.tune import Timing
+    from kvik.runtime.tune import Shape, Timing
     from kvik.startup import ModelInfo
 
 __all__ = ["run"]
 
 _FLAGS = ("device", "dtype", "revision")
-_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_BATCHES = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256)
 _PATH_FIELDS = {
     "gemv": ("block_n", "block_k", "num_warps"),
     "skinny": ("block_n", "block_k", "block_t", "split_k", "num_warps", "num_stages", "prefetch", "tma"),
@@ -44,33 +44,33 @@ def run(argv: Sequence[str]) -> int:
     configure(args.log_level)
     info = _inspect(read_engine_options(args).engine.make())
     from kvik.kernels.triton.dispatch import cache_path
-    from kvik.kernels.triton.tune import compile_candidates, tune
     from kvik.runtime.kernel_compiler import MAX_PROCESSES
     from kvik.runtime.platform import usable_cores
-    from kvik.startup import projections
+    from kvik.runtime.tune import Compilers, Shape, tune
 
-    launches = Counter(case for size in _sizes(args.batch) for case in projections(info, size))
+    shape, sizes = Shape(info.spec, info.resolved.dtype), _sizes(args.batch)
+    count = sum(len(shape.cases(size)) for size in sizes)
     info.platform.start(None)
     device, path = info.platform.device, cache_path(info.platform.name)
     begin = time.perf_counter()
+    layers = f"{shape.part.num_layers} of {info.spec.num_layers} layers"
     print(
-        f"{info.spec.architecture} in {_dtype(info)} on {info.platform.name}: {len(launches)} projections", flush=True
+        f"{info.spec.architecture} in {_dtype(info)} on {info.platform.name}: {count} projections, {layers}\n\n{_HEAD}"
     )
-    compile_candidates(list(launches), device, min(usable_cores(), MAX_PROCESSES))
-    print(f"compiled in {time.perf_counter() - begin:.0f} s\n\n{_HEAD}", flush=True)
     timings: list[Timing] = []
     try:
-        for timing in tune(list(launches), device):
-            timings.append(timing)
-            print(_row(_result(timing)), flush=True)
+        with Compilers(shape, device, min(usable_cores(), MAX_PROCESSES)) as compilers:
+            for timing in tune(shape, sizes, device, gpu=info.platform.name, compilers=compilers):
+                timings.append(timing)
+                print(_row(_result(timing)), flush=True)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; {len(timings)} of {len(launches)} projections are measured, and kept in {path}")
+        print(f"\ninterrupted; {len(timings)} of {count} projections are measured, and kept in {path}")
         raise
-    steps = _steps(timings, launches)
+    steps = _steps(timings)
     print("\n" + "\n".join(_step_line(step) for step in steps))
     print(f"\nmeasured in {time.perf_counter() - begin:.0f} s; engines that start from now on take the plans of {path}")
     if args.json:
-        append(Path(args.json), _record(args, info, timings, steps))
+        append(Path(args.json), _record(args, info, shape, timings, steps))
     return 0
 
 
@@ -79,7 +79,7 @@ def _parser() -> Parser:
     parser.add_argument("engine.model", metavar="MODEL", help=ENGINE.options["model"].help)
     parser.add_argument(
         "--batch", type=int, nargs="+", default=_BATCHES, metavar="N",
-        help=f"sequences of a decode step, rounded up to a power of two (default: {' '.join(map(str, _BATCHES))})",
+        help=f"sequences of a decode step, rounded up to what has plans (default: {' '.join(map(str, _BATCHES))})",
     )  # fmt: skip
     parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with options (or set KVIK_CONFIG)")
@@ -106,8 +106,8 @@ def _inspect(config: EngineConfig) -> ModelInfo:
 
 def _sizes(batch: Sequence[int]) -> list[int]:
     """The numbers of tokens to measure, each once: batch sizes rounded up to those that have plans of their own."""
+    from kvik.kernels.triton.candidates import MAX_TOKENS
     from kvik.kernels.triton.dispatch import BUCKETS
-    from kvik.kernels.triton.tune import MAX_TOKENS
 
     if wrong := [size for size in batch if not 1 <= size <= MAX_TOKENS]:
         raise ConfigError(f"--batch must be from 1 to {MAX_TOKENS}, above which the library computes; got {wrong[0]}")
@@ -119,65 +119,60 @@ def _dtype(info: ModelInfo) -> str:
 
 
 def _result(timing: Timing) -> dict[str, Any]:
-    """One projection: microseconds of the fastest plan, of the earlier one (None: it does not run), of the library."""
-    from kvik.kernels.triton.tune import BLAS
+    """One projection: microseconds of the step with the plan that is kept, with the earlier one, with the library.
 
-    case, best = timing.case, timing.times[timing.best]
+    None: that plan does not run.
+    """
+    from kvik.kernels.triton.candidates import BLAS
+
     return {
-        "case": case.key,
-        "us": best,
-        "bytes_per_s": 1e6 * timing.weight_bytes / best,
+        "case": timing.case.key,
+        "us": timing.times[timing.best],
         "before_us": timing.times.get(timing.before),
-        "library_us": timing.times[BLAS],
+        "library_us": timing.times.get(BLAS),
         "plan": dataclasses.asdict(timing.best),
         "before": dataclasses.asdict(timing.before),
         "candidates": len(timing.times),
     }
 
 
-_HEAD = f"{'case':<50} {'us':>8} {'TB/s':>6} {'before':>8} {'gain':>7} {'library':>8}  plan"
+_HEAD = f"{'case':<50} {'step us':>9} {'before':>9} {'gain':>7} {'library':>9}  plan"
 
 
 def _row(result: Mapping[str, Any]) -> str:
-    """TB/s of the weight; `before` and `library` in us; the gain is over `before`."""
-    before = result["before_us"]
-    earlier = f"{'-':>8} {'-':>7}" if before is None else f"{before:>8.2f} {100 * (before / result['us'] - 1):>5.1f} %"
+    """Microseconds of the whole step; the gain is over `before`."""
+    us, before, library = result["us"], result["before_us"], result["library_us"]
+    earlier = f"{'-':>9} {'-':>7}" if before is None else f"{before:>9.1f} {100 * (before / us - 1):>5.1f} %"
     plan = result["plan"]
     numbers = " ".join(f"{name} {plan[name]}" for name in _PATH_FIELDS[plan["path"]])
-    return (
-        f"{result['case']:<50} {result['us']:>8.2f} {result['bytes_per_s'] / 1e12:>6.2f} {earlier}"
-        f" {result['library_us']:>8.2f}  {plan['path']} {numbers}"
-    ).rstrip()
+    other = "-" if library is None else f"{library:.1f}"
+    return f"{result['case']:<50} {us:>9.1f} {earlier} {other:>9}  {plan['path']} {numbers}".rstrip()
 
 
-def _steps(timings: Sequence[Timing], launches: Mapping[Any, int]) -> list[dict[str, Any]]:
-    """Microseconds that the projections of one step take together, by number of tokens, with all their layers."""
+def _steps(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """By number of tokens, microseconds of the step with all plans of before and with all that are kept."""
     steps = []
     for size in sorted({timing.case.num_tokens for timing in timings}):
-        parts = [(_result(t), launches[t.case]) for t in timings if t.case.num_tokens == size]
-        total: dict[str, Any] = {"tokens": size}
-        for name in ("us", "before_us", "library_us"):
-            known = [result[name] is not None for result, _ in parts]
-            total[name] = sum(result[name] * count for result, count in parts) if all(known) else None
-        steps.append(total)
+        results = [_result(timing) for timing in timings if timing.case.num_tokens == size]
+        steps.append({"tokens": size, "us": results[-1]["us"], "before_us": results[0]["before_us"]})
     return steps
 
 
 def _step_line(step: Mapping[str, Any]) -> str:
     us, before = step["us"], step["before_us"]
     earlier = "-" if before is None else f"{before:,.0f} us before ({100 * us / before - 100:+.1f} %)"
-    library = f"{step['library_us']:,.0f} us by the library"
-    return f"projections of a step of {step['tokens']:>3}: {us:,.0f} us; {earlier}, {library}"
+    return f"step of {step['tokens']:>3}: {us:,.0f} us; {earlier}"
 
 
 def _record(
-    args: argparse.Namespace, info: ModelInfo, timings: Sequence[Timing], steps: list[dict[str, Any]]
+    args: argparse.Namespace, info: ModelInfo, shape: Shape, timings: Sequence[Timing], steps: list[dict[str, Any]]
 ) -> dict[str, Any]:
     return {
         "time": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "mode": "tune",
         "model": Path(getattr(args, "engine.model")).name,
         "dtype": _dtype(info),
+        "layers": shape.part.num_layers,
         "steps": steps,
         "results": [_result(timing) for timing in timings],
         "machine": {**machine(), "device": info.platform.name},

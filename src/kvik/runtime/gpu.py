@@ -43,9 +43,10 @@ def build_gpu_runner(
 ) -> GpuRunner:  # fmt: skip
     """A runner of `model`, which computes with `TritonOps` and `gpu_attention`, over the cache in `pool`."""
     vocab_size, device = model.spec.vocab_size, pool.layers[0].k.device
-    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars)
-    work = SamplingWorkspace(num_seqs, vocab_size, device)
     assert isinstance(model.attention, TritonAttention)
+    pdl = model.attention.pdl
+    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars, pdl=pdl)
+    work = SamplingWorkspace(num_seqs, vocab_size, device, pdl=pdl)
     graphs = GraphPool() if use_graphs else None
     decode = DecodeStep(model, model.attention, pool, table, work, graphs)
     mixed = MixedStep(model, model.attention, pool, table, graphs)
