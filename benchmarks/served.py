@@ -128,9 +128,9 @@ def served(server: LocalServer, row: str, args: argparse.Namespace, results: Pat
 def show(record: dict[str, Any]) -> None:
     """Print a row of the table."""
     cells = [f"{record['load']:>6}", f"{record['output_tok_s']:>9,.0f} tok/s"]
-    for name in ("ttft_s", "tpot_s"):
-        found = record[name] or {}
-        cells.append(f"{name[:4].upper()} ms " + " / ".join(f"{1e3 * value:.1f}" for value in found.values()))
+    for name, title in (("ttft_s", "TTFT"), ("later_ttft_s", "later"), ("tpot_s", "TPOT")):
+        if found := record.get(name):
+            cells.append(f"{title} ms " + " / ".join(f"{1e3 * value:.1f}" for value in found.values()))
     if "served_to_offline" in record:
         cells.append(f"{100 * record['served_to_offline']:.1f} % of offline")
     if record["failed"] or record["unfinished"]:

@@ -57,6 +57,16 @@ def test_numbers_follow_from_the_times_of_events() -> None:
     assert result["client"]["cpu_share"] == 0.25 and result["client"]["us_per_event"] == 2e6 / 6
 
 
+def test_the_first_requests_of_callers_who_begin_at_once_are_shown_apart() -> None:
+    starts = (0.0, 3.0, 0.1, 5.0)
+    run = Run(answers=[Answer(start=start, end=9.0, times=[start + 1 + start], usage=(1, 1)) for start in starts])
+    run.seconds = 9.0
+    result = summarize(run, {}, callers=2)
+    assert result["ttft_s"] == {"p50": 1.1, "p90": 6.0, "p99": 6.0}
+    assert result["later_ttft_s"] == {"p50": 4.0, "p90": 6.0, "p99": 6.0}
+    assert summarize(run, {}, callers=4)["later_ttft_s"] is None and "later_ttft_s" not in summarize(run, {})
+
+
 def test_arrivals_are_poisson_and_the_same_for_a_seed() -> None:
     load = Load("rate", 4.0)
     first = list(planned(_workload(), load))

@@ -54,9 +54,10 @@ def _timing(answer: Answer) -> _Timing:
     )
 
 
-def summarize(run: Run, goals: Mapping[str, float]) -> dict[str, Any]:
+def summarize(run: Run, goals: Mapping[str, float], callers: int = 0) -> dict[str, Any]:
     """The numbers of a run. Speeds are of completed requests over the whole time, first request to last answer.
 
+    The first requests of the `callers` of a closed load come all at once; `later_ttft_s` leaves them out.
     `itl_s` are the times between events with text; a server that puts several tokens into one event has longer ones.
     """
     done = [answer for answer in run.answers if not answer.error]
@@ -84,6 +85,9 @@ def summarize(run: Run, goals: Mapping[str, float]) -> dict[str, Any]:
             "us_per_event": 1e6 * run.cpu_seconds / events if events else None,
         },
     }
+    if callers:
+        later = sorted(done, key=lambda answer: answer.start)[callers:]
+        summary["later_ttft_s"] = percentiles([_timing(answer).ttft for answer in later])
     if goals:
         good = sum(timing.meets(goals) for timing in timings)
         ended = len(run.answers)
@@ -112,6 +116,8 @@ def render(record: Mapping[str, Any]) -> str:
         f"  {'output':<16} {result['output_tok_s']:,.1f} tok/s",
         *(f"  {name.upper():<16} {_milliseconds(result[f'{name}_s'])}" for name in GOALS),
     ]
+    if result.get("later_ttft_s"):
+        lines.insert(5, f"  {'TTFT, later ones':<16} {_milliseconds(result['later_ttft_s'])}")
     if "goodput" in result:
         goals = ", ".join(f"{name} {goal:g} ms" for name, goal in result["goodput"]["goals_ms"].items())
         share = result["goodput"]["share"]

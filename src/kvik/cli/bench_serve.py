@@ -190,7 +190,7 @@ class _Session:
             "load": str(load),
             "options": {name: value for name, value in vars(self.args).items() if name not in _NOT_RECORDED},
             "ignore_eos": self.recipe.ignore_eos,
-            "result": summarize(found, self.goals),
+            "result": summarize(found, self.goals, int(load.value) if load.kind == "clients" else 0),
         }
 
 
