@@ -104,7 +104,9 @@ class EngineConfig:
     quantization: str | None = option(
         None, "form in which weights are kept, from any float checkpoint", choices=("int8", "int4", "int4g128")
     )
-    attention_backend: str = option("auto", "attention implementation", choices=("auto", "reference", "cpu", "triton"))
+    attention_backend: str = option(
+        "auto", "attention implementation", choices=("auto", "reference", "cpu", "triton", "flashinfer")
+    )
     scheduling_policy: str = option("fcfs", "order of waiting requests", choices=SCHEDULING_POLICIES)
     run_ahead: int | None = option(
         None, "steps that may be planned before the result of the previous one is known", low=0, high=16

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from kvik.attention.flashinfer import flashinfer_obstacle
 from kvik.config import EngineConfig, SchedulerConfig
 from kvik.errors import CapacityError, ConfigError
 from kvik.kernels.cpu import native
@@ -30,6 +31,7 @@ class ResolvedConfig:
     dtype: torch.dtype
     kv_dtype: torch.dtype  # of the KV cache
     kernels: str  # native, triton or torch
+    graphs: bool  # whether steps are CUDA graphs
     weight_format: str  # of the blocks' projections: bf16, fp32, int8, int4g32, int4g128
     head_format: str  # of the output head
     scheduler: SchedulerConfig
@@ -52,13 +54,13 @@ def resolve(
     dtype = _dtype(config, checkpoint_dtype, platform, notes)
     block_size = config.kvcache_block_size or platform.default_block_size
     kernels = _kernels(config, dtype, spec, platform)
-    kv_dtype = _kv_dtype(config, dtype, kernels)
+    graphs, kv_dtype = _graphs(config, kernels, notes), _kv_dtype(config, dtype, kernels)
     weight_format, head_format = _formats(config, dtype, stored)
     num_seqs, budget_tokens = _batch(config, platform)
     wanted_len = _wanted_context(config, spec)
     weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
-    activations = platform.reserved_memory
-    activations += _activation_bytes(config, spec, dtype, kernels, (num_seqs, budget_tokens, wanted_len, block_size))
+    sizes = num_seqs, budget_tokens, wanted_len, block_size
+    activations = platform.reserved_memory + _activation_bytes(config, spec, dtype, kernels, graphs, sizes)
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
     kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
     block_bytes = block_size * kv_bytes_per_token
@@ -90,6 +92,7 @@ def resolve(
         dtype=dtype,
         kv_dtype=kv_dtype,
         kernels=kernels,
+        graphs=graphs,
         weight_format=weight_format,
         head_format=head_format,
         scheduler=scheduler,
@@ -114,9 +117,10 @@ def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platfo
     if config.kernels not in ("auto", *own):
         raise ConfigError(f"kernels={config.kernels!r} do not run on {platform.device}, which has {' and '.join(own)}")
     if on_gpu:
-        if config.attention_backend not in ("auto", "triton"):
-            raise ConfigError(f"attention_backend={config.attention_backend!r} does not run on a GPU; leave it out")
+        _check_gpu_attention(config, dtype, spec)
         return "triton"
+    if config.attention_backend in ("triton", "flashinfer"):
+        raise ConfigError(f"attention_backend={config.attention_backend!r} runs on NVIDIA GPUs only; leave it out")
     obstacle = None
     if not native.available():
         obstacle = "Kvik was installed without them; reinstall it where a C++ compiler is"
@@ -136,6 +140,25 @@ def _kernels(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec, platfo
     if obstacle and config.kernels == "native":
         raise ConfigError(f"kernels='native' needs the native CPU kernels: {obstacle}")
     return "torch" if obstacle else "native"
+
+
+def _check_gpu_attention(config: EngineConfig, dtype: torch.dtype, spec: DecoderSpec) -> None:
+    name, obstacle = config.attention_backend, None
+    if name == "flashinfer":
+        obstacle = flashinfer_obstacle(spec.head_dim, dtype, deterministic=config.deterministic)
+    elif name not in ("auto", "triton"):
+        obstacle = "it does not run on a GPU"
+    if obstacle:
+        raise ConfigError(f"attention_backend={name!r}: {obstacle}; or leave attention_backend out, which is triton")
+
+
+def _graphs(config: EngineConfig, kernels: str, notes: list[str]) -> bool:
+    """Whether steps are CUDA graphs: on GPUs, unless the user or the attention backend wants none."""
+    wanted = kernels == "triton" and not config.enforce_eager
+    if wanted and config.attention_backend == "flashinfer":
+        notes.append("attention_backend='flashinfer': it plans every step on the host, so there are no CUDA graphs")
+        return False
+    return wanted
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype, kernels: str) -> torch.dtype:
@@ -191,17 +214,20 @@ def _batch(config: EngineConfig, platform: Platform) -> tuple[int, int]:
 
 
 def _activation_bytes(
-    config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, kernels: str, sizes: tuple[int, int, int, int]
-) -> int:
+    config: EngineConfig, spec: DecoderSpec, dtype: torch.dtype, kernels: str, graphs: bool,
+    sizes: tuple[int, int, int, int],
+) -> int:  # fmt: skip
     """What a step takes beside weights and KV cache, at most; sizes: (sequences, tokens, context, block size)."""
     num_seqs, num_tokens, max_model_len, _ = sizes
     needed = activation_bytes(spec, dtype, num_tokens, num_seqs)
     if kernels == "triton":
         from kvik.runtime.gpu import partial_bytes, workspace_bytes  # imports triton
 
-        if not config.enforce_eager:  # graphs keep what they compute in between
+        if graphs:  # they keep what they compute in between
             needed += activation_bytes(spec, dtype, num_tokens, num_seqs)
-        needed += workspace_bytes(spec, dtype, *sizes, deterministic=config.deterministic)
+        needed += workspace_bytes(
+            spec, dtype, *sizes, deterministic=config.deterministic, backend=config.attention_backend
+        )
         needed += partial_bytes(spec, dtype, num_tokens, num_seqs) if config.deterministic else 0
     elif config.deterministic:
         needed += attention_parts_bytes(spec, num_tokens, max_model_len)

@@ -152,6 +152,7 @@ def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextMa
     job = CompileJob(
         spec=info.spec, settings=settings, dtype=info.resolved.dtype, gpu=info.platform.name,
         capability=compute_capability(info.platform.device), deterministic=config.deterministic,
+        attention_backend=config.attention_backend,
     )  # fmt: skip
     return KernelCompiler(job, usable_cores())
 
@@ -175,7 +176,7 @@ def _runner(
 
         assert isinstance(model, Decoder)
         return build_gpu_runner(
-            model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=not config.enforce_eager,
+            model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=info.resolved.graphs,
             tracer=tracer, grammars=grammars,
         )  # fmt: skip
     table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
@@ -214,7 +215,7 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
         logger.info("projections of this model are not tuned for %s: kvik tune %s", info.platform.name, config.model)
     attention = gpu_attention(
         info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
-        dtype=resolved.dtype, deterministic=config.deterministic,
+        dtype=resolved.dtype, deterministic=config.deterministic, backend=config.attention_backend,
     )  # fmt: skip
     ops = TritonOps(device, table=table, deterministic=config.deterministic, defer=True)
     return Decoder(info.spec, weights, rope, ops, attention)

@@ -1,6 +1,6 @@
 """Prints which kernels warming up launches, and which more the steps of all kinds of batches do, compiling none.
 
-python launched_kernels.py qwen3|qwen2
+python launched_kernels.py qwen3|qwen2 ATTENTION_BACKEND
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def steps() -> Iterator[StepPlan]:
         yield step([1] * rows, SamplingParams(**asked))
 
 
-def main(config: dict[str, Any]) -> None:
+def main(config: dict[str, Any], attention_backend: str) -> None:
     launched: set[str] = set()
 
     def refuse(kernel: str) -> bool:
@@ -75,6 +75,7 @@ def main(config: dict[str, Any]) -> None:
         gpu="NVIDIA H200",
         capability=(9, 0),
         deterministic=False,
+        attention_backend=attention_backend,
     )
     runner = job.meta_runner()
     warm_up(runner, SETTINGS)
@@ -85,4 +86,4 @@ def main(config: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main({"qwen3": QWEN3, "qwen2": QWEN2}[sys.argv[1]])
+    main({"qwen3": QWEN3, "qwen2": QWEN2}[sys.argv[1]], sys.argv[2])

@@ -47,7 +47,9 @@ ASKED: list[dict[str, Any]] = [
 ]
 
 
-def gpu_runner(device: torch.device, settings: SchedulerConfig, grammars: Grammars | None = None) -> Runner:
+def gpu_runner(
+    device: torch.device, settings: SchedulerConfig, grammars: Grammars | None = None, backend: str = "auto"
+) -> Runner:
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
     attention = gpu_attention(
         spec,
@@ -57,6 +59,7 @@ def gpu_runner(device: torch.device, settings: SchedulerConfig, grammars: Gramma
         device,
         dtype=torch.float32,
         deterministic=False,
+        backend=backend,
     )
     decoder = Decoder(
         spec, weights, RopeTable(spec.rope, LENGTH, device), TritonOps(device, table=TABLE), attention

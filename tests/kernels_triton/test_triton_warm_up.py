@@ -68,11 +68,12 @@ def test_plans_stay_within_the_limits() -> None:
             assert all(blocks[row] for row in plan.decodes)
 
 
-@pytest.mark.parametrize("model", ["qwen3", "qwen2"])
-def test_no_step_launches_a_kernel_that_warming_up_did_not(model: str, cache: Path) -> None:
-    command = [sys.executable, str(Path(__file__).with_name("launched_kernels.py")), model]
+@pytest.mark.parametrize(("model", "backend"), [("qwen3", "triton"), ("qwen2", "triton"), ("qwen3", "flashinfer")])
+def test_no_step_launches_a_kernel_that_warming_up_did_not(model: str, backend: str, cache: Path) -> None:
+    command = [sys.executable, str(Path(__file__).with_name("launched_kernels.py")), model, backend]
     found = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     assert len(found["warm"]) > 30
+    assert any("_prefill" in name for name in found["warm"]) == (backend == "triton")
     assert found["more"] == []
     assert not kernels(cache)
 
@@ -81,7 +82,8 @@ def test_the_mark_of_a_job_depends_on_it(cache: Path) -> None:
     assert JOB.mark.parent == cache
     assert JOB.mark == replace(JOB).mark
     others = [replace(JOB, dtype=torch.float16), replace(JOB, capability=(8, 0)), replace(JOB, gpu="x")]
-    assert len({JOB.mark, *(other.mark for other in others)}) == 4
+    others.append(replace(JOB, attention_backend="flashinfer"))
+    assert len({JOB.mark, *(other.mark for other in others)}) == 5
 
 
 def test_processes_share_the_kernels_and_leave_none_out(cache: Path) -> None:

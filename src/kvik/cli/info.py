@@ -94,9 +94,9 @@ def _model(config: EngineConfig) -> dict[str, Any]:
 
 
 def _kernels(config: EngineConfig, resolved: ResolvedConfig, platform: Platform) -> str:
-    """What computes: the native kernels and their instruction set, triton, or torch and its attention."""
+    """What computes: the native kernels and their instruction set, triton, or torch; and whose attention."""
     if resolved.kernels == "triton":
-        return "triton"
+        return "triton (FlashInferAttention)" if config.attention_backend == "flashinfer" else "triton"
     from kvik.attention.registry import select_backend
     from kvik.kernels.cpu.native import load_library
 

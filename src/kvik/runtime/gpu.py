@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvik.attention.flashinfer import FlashInferAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.kernels.triton.dispatch import Case, load_table
 from kvik.kernels.triton.ops import supports_pdl
@@ -16,7 +17,7 @@ from kvik.runtime.device_table import DeviceTable
 from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.graphs import GraphPool
 from kvik.runtime.kv_pool import KVPool
-from kvik.runtime.mixed_step import MixedStep
+from kvik.runtime.mixed_step import GpuAttention, MixedStep
 from kvik.structured.grammars import Grammars
 from kvik.tracing import NO_TRACE, NoTrace
 
@@ -25,14 +26,17 @@ __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_byte
 
 def gpu_attention(
     spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device, *,
-    dtype: torch.dtype, deterministic: bool, pdl: bool | None = None,
-) -> TritonAttention:  # fmt: skip
-    """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`."""
+    dtype: torch.dtype, deterministic: bool, pdl: bool | None = None, backend: str = "auto",
+) -> GpuAttention:  # fmt: skip
+    """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`; `backend` is
+    flashinfer, or triton, which is auto."""
     limits = AttentionLimits(
         num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
         max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
         itemsize=dtype.itemsize,
     )  # fmt: skip
+    if backend == "flashinfer":
+        return FlashInferAttention(limits, device)
     pdl = supports_pdl(device) if pdl is None else pdl
     return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl, tma=pdl)
 
@@ -43,26 +47,31 @@ def build_gpu_runner(
 ) -> GpuRunner:  # fmt: skip
     """A runner of `model`, which computes with `TritonOps` and `gpu_attention`, over the cache in `pool`."""
     vocab_size, device = model.spec.vocab_size, pool.layers[0].k.device
-    assert isinstance(model.attention, TritonAttention)
-    pdl = model.attention.pdl
+    attention = model.attention
+    assert isinstance(attention, GpuAttention)
+    pdl = isinstance(attention, TritonAttention) and attention.pdl
     table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars, pdl=pdl)
     work = SamplingWorkspace(num_seqs, vocab_size, device, pdl=pdl)
     graphs = GraphPool() if use_graphs else None
-    decode = DecodeStep(model, model.attention, pool, table, work, graphs)
-    mixed = MixedStep(model, model.attention, pool, table, graphs)
+    decode = None  # only mixed steps know on the host how long each sequence is
+    if isinstance(attention, TritonAttention):
+        decode = DecodeStep(model, attention, pool, table, work, graphs)
+    mixed = MixedStep(model, attention, pool, table, graphs)
     return GpuRunner(model, table, decode, mixed, work, tracer)
 
 
 def workspace_bytes(
     spec: DecoderSpec, dtype: torch.dtype, num_seqs: int, num_tokens: int, max_model_len: int, block_size: int,
-    *, deterministic: bool,
+    *, deterministic: bool, backend: str = "auto",
 ) -> int:  # fmt: skip
     """Bytes of the tensors that live as long as an engine, weights and KV cache excepted.
 
     They are built on torch's meta device, where tensors have sizes and no memory: there is no second formula to keep.
     """
     meta = torch.device("meta")
-    attention = gpu_attention(spec, num_seqs, num_tokens, max_model_len, meta, dtype=dtype, deterministic=deterministic)
+    attention = gpu_attention(
+        spec, num_seqs, num_tokens, max_model_len, meta, dtype=dtype, deterministic=deterministic, backend=backend
+    )
     table = DeviceTable(num_seqs, max_model_len, block_size, spec.vocab_size, meta)
     work = SamplingWorkspace(num_seqs, spec.vocab_size, meta)
     fields = [getattr(table.fields, name) for name in SamplingTable.__slots__]

@@ -67,12 +67,12 @@ class _DecodeRows:
 class GpuRunner:
     """Executes plans one after the other. Not thread-safe.
 
-    `model` computes with `TritonOps` and `TritonAttention`. On CPU tensors everything runs through Triton's
-    interpreter, which is how it is tested without a GPU.
+    `model` computes with `TritonOps`. Without `decode` every step is a mixed one. On CPU tensors everything runs
+    through Triton's interpreter, which is how it is tested without a GPU.
     """
 
     def __init__(
-        self, model: Decoder, table: DeviceTable, decode: DecodeStep, mixed: MixedStep, work: SamplingWorkspace,
+        self, model: Decoder, table: DeviceTable, decode: DecodeStep | None, mixed: MixedStep, work: SamplingWorkspace,
         tracer: NoTrace = NO_TRACE,
     ) -> None:  # fmt: skip
         self._model, self._table, self._decode, self._mixed_step, self._work = model, table, decode, mixed, work
@@ -100,7 +100,7 @@ class GpuRunner:
             needs = int(np.bitwise_or.reduce(self._needs[decodes.index]))
         num_rows = len(plan.decodes) + len(plan.chunks)
         with self._tracer.span("launch", tokens=plan.num_tokens, sequences=num_rows):
-            if plan.chunks or needs & MIXED:
+            if self._decode is None or plan.chunks or needs & MIXED:
                 step = self._mixed(plan.chunks, decodes)
             else:
                 step = _Step(decodes.rows, self._decode.run(decodes.rows, _path(needs)))

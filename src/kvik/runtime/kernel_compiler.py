@@ -65,6 +65,7 @@ class CompileJob:
     gpu: str  # its name, by which `load_table` knows it
     capability: tuple[int, int]
     deterministic: bool
+    attention_backend: str = "auto"
 
     @property
     def mark(self) -> Path:
@@ -88,7 +89,7 @@ class CompileJob:
         ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, defer=True, pdl=pdl)
         attention = gpu_attention(
             spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, dtype=self.dtype,
-            deterministic=self.deterministic, pdl=pdl,
+            deterministic=self.deterministic, pdl=pdl, backend=self.attention_backend,
         )  # fmt: skip
         decoder = Decoder(spec, weights, RopeTable(spec.rope, max_len, meta), ops, attention)
         pool = KVPool(spec, settings.num_blocks, settings.block_size, self.dtype, meta)

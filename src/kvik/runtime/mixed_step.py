@@ -18,13 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.attention.base import ForwardBatch
+from kvik.attention.flashinfer import FlashInferAttention
 from kvik.attention.triton import TritonAttention
 from kvik.models.decoder import Decoder
 from kvik.runtime.device_table import NO_SLOT, DeviceTable, upload, upload_parts
 from kvik.runtime.graphs import Graph, GraphPool
 from kvik.runtime.kv_pool import KVPool
 
-__all__ = ["MixedParts", "MixedStep", "graph_size", "graph_sizes"]
+__all__ = ["GpuAttention", "MixedParts", "MixedStep", "graph_size", "graph_sizes"]
 
 _FINE = 2048
 _LEAST = 7 / 8  # of the tokens of a graph, above _FINE
@@ -42,6 +43,7 @@ def graph_size(num_tokens: int, sizes: Sequence[int]) -> int | None:
     return size if size is not None and (size <= _FINE or num_tokens >= _LEAST * size) else None
 
 
+GpuAttention: TypeAlias = TritonAttention | FlashInferAttention
 Ints: TypeAlias = NDArray[np.int64]
 
 
@@ -71,7 +73,7 @@ class MixedStep:
     """Computes mixed steps of the rows of `table`, through graphs if there is a pool for them."""
 
     def __init__(
-        self, model: Decoder, attention: TritonAttention, kv_pool: KVPool, table: DeviceTable, pool: GraphPool | None
+        self, model: Decoder, attention: GpuAttention, kv_pool: KVPool, table: DeviceTable, pool: GraphPool | None
     ) -> None:
         self._model, self._attention, self._kv_pool, self._table = model, attention, kv_pool, table
         self._pool = pool
