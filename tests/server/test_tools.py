@@ -357,6 +357,20 @@ def test_wrong_tools_are_refused(qwen: Scripted, tools: Any) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools"
 
 
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+@pytest.mark.parametrize("path", ["v1/chat/completions", "v1/responses", "apply-template", "tokenize"])
+def test_two_functions_of_one_name_are_refused(qwen: Scripted, path: str, choice: str) -> None:
+    tools = [*TOOLS, TOOLS[0]]
+    if path == "v1/responses":
+        body: dict[str, Any] = {"input": USER, "tools": [{"type": "function", **tool["function"]} for tool in tools]}
+    else:
+        body = {"messages": USER, "tools": tools}
+    answer = httpx.post(f"{qwen.url}/{path}", json={**body, "tool_choice": choice})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "tools"
+    assert error["message"].startswith("tools[0] and tools[2] are both named 'weather'")
+
+
 def test_formats_are_told_from_templates_and_can_be_chosen() -> None:
     def detected(template: str, **options: Any) -> tuple[str | None, str | None]:
         found = ModelSyntax.detect([template], ServerConfig(**options))
