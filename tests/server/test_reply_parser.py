@@ -143,6 +143,15 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
         {"tools": QWEN3_CODER},
         ("", "", [("weather", '{"city": "", "days": 4}')]),
     ),
+    "qwen3_coder, no opening marks": (
+        f"I look.\n{xml_call(**LINES)[12:]}\n{xml_call('now')[12:]}\n<function=other>\n</function>",
+        {"tools": QWEN3_CODER},
+        (
+            "",
+            "I look.<function=other>\n</function>",
+            [("weather", '{"city": "a <b>\\n\\nc", "days": 3}'), ("now", "{}")],
+        ),
+    ),
     "qwen3_coder, a parameter twice": (
         "<tool_call><function=now><parameter=a>1</parameter><parameter=a>2</parameter></function>",
         {"tools": QWEN3_CODER},
@@ -218,6 +227,8 @@ MALFORMED = [
     "<tool_call>\n<function=now>\n<parameter=a>\n1\n</param",
     "<tool_call>\n<function=now>\n<parameter=a\n</function>\n</tool_call>",
     "<tool_call>\n<function=now>\nSo <functi\n</function>",
+    "So <function=now>\n<parameter=a>\n",
+    "<function=other>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
     "<tool_call>Not a call</tool_call>",
     "<tool_call></tool_call>",
     "<tool_call>now<arg_key>a</arg_key>1</tool_call>",

@@ -131,9 +131,12 @@ class ReplyParser:
     def _say(self) -> bool:
         """Content in which a call may begin."""
         assert self._tools is not None
-        found = self._until(self._tools.begin)
-        if found:
+        found = self._until(*filter(None, (self._tools.begin, self._tools.inner_begin)))
+        if found == self._tools.begin:
             self._begin_call(found)
+        elif found:
+            self._text = found + self._text
+            self._begin_call("")
         return bool(found)
 
     def _say_all(self) -> bool:
@@ -198,9 +201,9 @@ class ReplyParser:
         self._text = rest.removeprefix(marker)
         return None if not found and marker.startswith(rest) else found
 
-    def _until(self, marker: str) -> str:
-        """Write the text up to `marker`, and read and give that; "" where there is none."""
-        at, marker = first_mark(self._text, (marker,))
+    def _until(self, *markers: str) -> str:
+        """Write the text up to one of the markers, and read and give that; "" where there is none."""
+        at, marker = first_mark(self._text, markers)
         self._write(self._text[:at])
         self._text = self._text[at + len(marker) :]
         return marker
@@ -208,7 +211,7 @@ class ReplyParser:
     def _begin_call(self, marker: str) -> None:
         assert self._tools is not None
         self._mark = marker
-        self._reader = reader_of(self._tools, self._schemas, offered_only=self._tools.bare)
+        self._reader = reader_of(self._tools, self._schemas, offered_only=self._tools.bare or not marker)
         self._state = ReplyParser._call
 
     def _tell(self, reader: CallReader) -> None:
