@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-from kvik.server.call_readers import is_object
-from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.call_readers import Arguments, is_object
+from kvik.server.reply_parser import Content, Piece, Reasoning, ReplyParser, ToolCall
 from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 
 HERMES, QWEN3_CODER, GLM45, MISTRAL, MISTRAL_ARGS, LLAMA = TOOL_FORMATS
@@ -56,11 +56,19 @@ def message_of(pieces: list[Piece]) -> Message:
 
 
 def parse(parts: list[str], *options: Any, **more: Any) -> Message:
+    """What is told of an answer that arrives in these parts, at once where it is one."""
     parser = ReplyParser(*options, **more)
-    pieces = [piece for part in parts for piece in parser.feed(part)] + parser.finish()
-    whole = all(is_object(arguments) for _, arguments in message_of(pieces)[2])
-    assert parser.has_called == (whole and any(isinstance(piece, ToolCall) for piece in pieces))
+    pieces = [piece for part in parts[:-1] for piece in parser.feed(part)] + parser.feed(
+        *parts[-1:] or [""], ended=True
+    )
+    whole = [is_object(arguments) for _, arguments in message_of(pieces)[2]]
+    assert parser.has_called == (any(whole) and (all(whole) or not more.get("forced")))
     return message_of(pieces)
+
+
+def right(message: Message) -> Message:
+    """A message without the calls that turned out to be none, which a stream cannot take back."""
+    return *message[:2], [call for call in message[2] if is_object(call[1])]
 
 
 def xml_call(name: str = "weather", **values: str) -> str:
@@ -91,6 +99,22 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
     "half an end mark": (f"<tool_call>{NOW}\n</tool_", {"tools": HERMES}, ("", "", [("now", "{}")])),
     "text after": (f"<tool_call>{NOW}</tool_call>\nDone. ", {"tools": HERMES}, ("", "Done. ", [("now", "{}")])),
     "no arguments": ('<tool_call>{"name": "now"}</tool_call>', {"tools": HERMES}, ("", "", [("now", "{}")])),
+    "members in any order": (
+        '<tool_call>{"id": {"name": "x"}, "arguments": null, "parameters": {"a": {}}, "n": -1e999, "name": "now"}',
+        {"tools": HERMES},
+        ("", "", [("now", '{"a": {}}')]),
+    ),
+    "members twice": (
+        '<tool_call>{"name": "now", "arguments": {"a": 1}, "name": "weather", "parameters": {}}',
+        {"tools": HERMES},
+        ("", "", [("now", '{"a": 1}')]),
+    ),
+    "escapes": (
+        r'<tool_call>{"name": "n\u006fw", "arguments" : { "\ud83d\ude00\\": "\"}</tool_call>\\" } }</tool_call>',
+        {"tools": HERMES},
+        ("", "", [("now", r'{ "\ud83d\ude00\\": "\"}</tool_call>\\" }')]),
+    ),
+    "a bracket too many": (f"<tool_call>{NOW}}}</tool_", {"tools": HERMES}, ("", "}</tool_", [("now", "{}")])),
     "arguments in a string": (
         '<tool_call>{"name": "now", "arguments": "{\\"a\\": 1}"}</tool_call>',
         {"tools": HERMES},
@@ -99,6 +123,10 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
     "mistral": (
         f"[TOOL_CALLS] [{WEATHER}, {NOW}]", {"tools": MISTRAL}, ("", "", [("weather", ARGUMENTS), ("now", "{}")])
     ),
+    "mistral, the second call is none": (
+        f'[TOOL_CALLS] [{NOW}, {{"name": 1}}] ', {"tools": MISTRAL}, ("", ', {"name": 1}] ', [("now", "{}")])
+    ),
+    "mistral, no end": (f"[TOOL_CALLS] [{NOW} ", {"tools": MISTRAL}, ("", "", [("now", "{}")])),
     "mistral, text before": (f"Well [TOOL_CALLS][{NOW}]", {"tools": MISTRAL}, ("", "Well", [("now", "{}")])),
     "mistral, name and arguments": (
         f"Well [TOOL_CALLS]weather[ARGS]{ARGUMENTS}[TOOL_CALLS]now[CALL_ID]abcdefghi[ARGS] {{}}",
@@ -114,6 +142,20 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
         "<tool_call><function=weather><parameter=city></parameter> <parameter=days>4</parameter></function>",
         {"tools": QWEN3_CODER},
         ("", "", [("weather", '{"city": "", "days": 4}')]),
+    ),
+    "qwen3_coder, no opening marks": (
+        f"I look.\n{xml_call(**LINES)[12:]}\n{xml_call('now')[12:]}\n<function=other>\n</function>",
+        {"tools": QWEN3_CODER},
+        (
+            "",
+            "I look.<function=other>\n</function>",
+            [("weather", '{"city": "a <b>\\n\\nc", "days": 3}'), ("now", "{}")],
+        ),
+    ),
+    "qwen3_coder, a parameter twice": (
+        "<tool_call><function=now><parameter=a>1</parameter><parameter=a>2</parameter></function>",
+        {"tools": QWEN3_CODER},
+        ("", "", [("now", '{"a": 1, "a": 2}')]),
     ),
     "qwen3_coder, one call only": (
         f"{xml_call('now')}\n{xml_call()}", {"tools": QWEN3_CODER, "max_calls": 1}, ("", "", [("now", "{}")])
@@ -158,14 +200,24 @@ MALFORMED = [
     '<tool_call>{"name": "now", "arguments": {"a": "1}}</tool_call>',
     '<tool_call>{"name": "now", "arguments": [1]}</tool_call>',
     '<tool_call>{"name": "now", "arguments": {}\n</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": [1}}}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"}}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": 1}, so}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": 1},}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": {"a": 1}, "b": tru}</tool_call>',
+    '<tool_call>{"name": "now", "arguments": "a"}</tool_call>',
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
+    '<tool_call>{"name": "", "arguments": {}}</tool_call>',
     '<tool_call>{"arguments": {}}</tool_call>',
     "<tool_call>[]</tool_call>",
     '<tool_call>{"name": "now", "argum',
     'Look: <tool_call> \n{"a\\',
     "<tool_call>",
     "[TOOL_CALLS]weather {",
-    '[TOOL_CALLS] [{"name": "now"}, {"name": 1}]',
+    "[TOOL_CALLS] [,",
+    '[TOOL_CALLS] [{"name": "now"]',
+    '[TOOL_CALLS]now[ARGS]{"a": 1 <',
+    '[TOOL_CALLS]now[ARGS]{"a": [1}}',
     "[TOOL_CALLS]now[ARGS][1]",
     "[TOOL_CALLS][ARGS]{}",
     '[TOOL_CALLS]now[ARGS]{"a": 1',
@@ -175,6 +227,8 @@ MALFORMED = [
     "<tool_call>\n<function=now>\n<parameter=a>\n1\n</param",
     "<tool_call>\n<function=now>\n<parameter=a\n</function>\n</tool_call>",
     "<tool_call>\n<function=now>\nSo <functi\n</function>",
+    "So <function=now>\n<parameter=a>\n",
+    "<function=other>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
     "<tool_call>Not a call</tool_call>",
     "<tool_call></tool_call>",
     "<tool_call>now<arg_key>a</arg_key>1</tool_call>",
@@ -202,8 +256,9 @@ def test_messages(name: str) -> None:
 @pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
 def test_what_is_no_call_is_content_to_the_last_character(tools: Any, text: str) -> None:
-    for parts in ([text], list(text), [text[:13], text[13:]]):
-        assert parse(parts, tools, SCHEMAS, reasoning=True) == ("", text, [])
+    assert parse([text], tools, SCHEMAS, reasoning=True) == ("", text, [])
+    for parts in (list(text), [text[:13], text[13:]]):
+        assert right(parse(parts, tools, SCHEMAS, reasoning=True)) == ("", text, [])
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
@@ -211,32 +266,43 @@ def test_any_cut_of_any_text_gives_the_same_message(tools: Any) -> None:
     shards = [
         "<think>", "</think>", "<tool_call>", "</tool_call>", "[TOOL_CALLS]", "<|python_tag|>", NOW, WEATHER, "[", "]",
         "{", "}", '"', "\\", ";", ",", " ", "\n\n", "text", "<", "</", "é", *(tools.marks * 2 if tools.states else ()),
-        "now", xml_call(), "[TOOL_CALLS]now[ARGS]{}", "now<arg_key>", "<function=now>", "n" * 250,
+        "now", xml_call(), "[TOOL_CALLS]now[ARGS]{}", "now<arg_key>", "<function=now>", "n" * 250, WEATHER[:-9],
+        '{"name": "now", "arguments": {', '"a": 1', "}}", f"[{NOW}, ",
     ]  # fmt: skip
     draw = random.Random(tools.name)
     for _ in range(1500):
         text = "".join(draw.choices(shards, k=draw.randint(1, 12)))
         options = {"reasoning": draw.random() < 0.5, "opened": draw.random() < 0.3}
         whole = parse([text], tools, SCHEMAS, **options)
+        assert right(whole) == whole
         for _ in range(3):
             cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(1, 9)))
             parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
-            assert parse(parts, tools, SCHEMAS, **options) == whole, parts
-        assert parse(list(text), tools, SCHEMAS, **options) == whole, text
-        for _, arguments in whole[2]:
-            assert isinstance(json.loads(arguments), dict)
+            assert right(parse(parts, tools, SCHEMAS, **options)) == whole, parts
+        assert right(parse(list(text), tools, SCHEMAS, **options)) == whole, text
 
 
-def test_reasoning_comes_as_it_is_written_and_a_call_when_it_is_whole() -> None:
+def test_reasoning_and_calls_come_as_they_are_written() -> None:
     parser = ReplyParser(HERMES, SCHEMAS, reasoning=True)
     assert parser.feed("<think>a") == [Reasoning("a")] and parser.is_reasoning
     assert parser.feed("b ") == [Reasoning("b")]
     assert parser.feed("c</thi") == [Reasoning(" c")]
     assert parser.feed("nk>\n\nSo") == [Content("So")] and not parser.is_reasoning
-    assert parser.feed(f"\n<tool_call>{NOW[:-1]}") == []
-    call, arguments = parser.feed("}")
+    assert parser.feed('\n<tool_call>{"name": "now') == []
+    (call,) = parser.feed('", "argu')
     assert isinstance(call, ToolCall) and call.name == "now" and call.id.startswith("call_")
-    assert arguments == Arguments("{}")
+    assert parser.feed('ments": {"a": "\\') == [Arguments('{"a": "\\')]
+    assert parser.feed('"</to') == [Arguments('"</to')]
+    assert parser.feed('ol_call>"}') == [Arguments('ol_call>"')] and not parser.has_called
+    assert parser.feed("}</tool") == [Arguments("}")] and parser.has_called
+    assert parser.feed("_call>", ended=True) == []
+
+
+def test_a_call_that_is_none_is_content_and_its_arguments_are_no_json() -> None:
+    parser, text = ReplyParser(HERMES, SCHEMAS), 'So <tool_call>{"name": "now", "arguments": {"a": 1}'
+    content, call, *arguments = parser.feed(text)
+    assert isinstance(call, ToolCall) and content == Content("So") and arguments == [Arguments('{"a": 1')]
+    assert parser.feed(", oh", ended=True) == [Content(f" {text[3:]},"), Content(" oh")] and not parser.has_called
 
 
 FORCED = [("weather", '{"city": "a } \\"b\\\\", "days": 3}'), ("now", "{}"), ("weather", '{"where": {"a": [1, "x"]}}')]
@@ -254,31 +320,54 @@ def written(form: ToolFormat, name: str, arguments: str) -> str:
 
 @pytest.mark.parametrize("thoughts", ["", "<think>\nHm.</think>\n\n"], ids=["at once", "after thoughts"])
 @pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
-def test_forced_calls_are_told_while_they_are_written(form: ToolFormat, thoughts: str) -> None:
+def test_calls_are_told_while_they_are_written(form: ToolFormat, thoughts: str) -> None:
     before, between, after = form.layout
     text = thoughts + before + between.join(written(form, *call) for call in FORCED) + after
     reasoning = "Hm." if thoughts else ""
     options: dict[str, Any] = {"forced": True, "reasoning": True}
     for end in range(len(text) + 1):
+        free = right(parse([text[:end]], form, SCHEMAS, reasoning=True))
+        assert right(parse(list(text[:end]), form, SCHEMAS, reasoning=True)) == free
         whole = parse([text[:end]], form, SCHEMAS, **options)
         assert parse(list(text[:end]), form, SCHEMAS, **options) == whole
         told = "".join(name + arguments for name, arguments in whole[2])
         assert "".join(name + arguments for name, arguments in FORCED).startswith(told)
-    assert whole == (reasoning, "", FORCED)
+    assert free == whole == (reasoning, "", FORCED)
     for at in range(len(text)):
         assert parse([text[:at], text[at:]], form, SCHEMAS, **options) == whole
     one = parse([text], form, SCHEMAS, max_calls=1, **options)
     assert one == (reasoning, "", FORCED[:1])
-    parser = ReplyParser(form, SCHEMAS, **options)
-    pieces = [piece for char in text for piece in parser.feed(char)]
-    assert sum(isinstance(piece, Arguments) for piece in pieces) > len(FORCED)
+
+
+@pytest.mark.parametrize("form", [form for form in TOOL_FORMATS if not form.argument], ids=lambda form: form.name)
+def test_arguments_in_json_are_told_to_the_last_character(form: ToolFormat) -> None:
+    name, arguments = FORCED[0]
+    before, after = (form.layout[0] + written(form, name, arguments) + form.layout[2]).split(arguments)
+    parser = ReplyParser(form, SCHEMAS)
+    (call,) = parser.feed(before)
+    assert isinstance(call, ToolCall) and call.name == name
+    for char in arguments[:-1]:
+        assert parser.feed(char) == [Arguments(char)]
+    assert parser.feed(arguments[-1] + after, ended=True) == [Arguments("}")]
+
+
+@pytest.mark.parametrize("form", [form for form in TOOL_FORMATS if form.argument], ids=lambda form: form.name)
+def test_arguments_between_marks_are_told_one_by_one(form: ToolFormat) -> None:
+    assert form.argument is not None
+    parser, (before, after) = ReplyParser(form, SCHEMAS), form.argument
+    (call,) = parser.feed(form.layout[0] + form.head % "weather" + before % "city")
+    assert isinstance(call, ToolCall) and call.name == "weather"
+    assert parser.feed("a } ") == []
+    assert parser.feed(after) == [Arguments('{"city": "a } "')]
+    assert parser.feed(before % "days" + "3" + after) == [Arguments(', "days": 3')]
+    assert parser.feed(form.tail + form.layout[2], ended=True) == [Arguments("}")]
 
 
 def test_a_forced_call_that_is_cut_is_no_reason_to_end() -> None:
     parser = ReplyParser(HERMES, SCHEMAS, forced=True)
     call, arguments = parser.feed('<tool_call>\n{"name": "now", "arguments": {"a": "b')
     assert isinstance(call, ToolCall) and arguments == Arguments('{"a": "b')
-    assert parser.finish() == [] and not parser.has_called
+    assert parser.feed("", ended=True) == [] and not parser.has_called
 
 
 def test_ids_of_mistral_are_nine_letters_and_digits() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,15 @@ from chat_templates import TEMPLATES
 from openai import OpenAI
 from scripted_server import Scripted, scripted_server
 
+from kvik.server.call_readers import is_object
+from kvik.server.reply_parser import ReplyParser
 from kvik.server.reply_syntax import ModelSyntax
+from kvik.server.responses_items import OutputItems
 from kvik.server.tool_formats import TOOL_FORMATS
 from kvik.server_config import ServerConfig
 from kvik.structured.grammars import available
 
+HERMES = TOOL_FORMATS[0]
 needs_grammars = pytest.mark.skipif(not available(), reason="llguidance is not installed")
 
 USER: Any = [{"role": "user", "content": "What's the weather in Zürich?"}]
@@ -105,6 +110,7 @@ def joined(chunks: list[Any]) -> dict[str, Any]:
 
 
 def calls_of(message: dict[str, Any]) -> list[tuple[str, str]]:
+    """Names and arguments."""
     calls = message["tool_calls"] or []
     assert len({call["id"] for call in calls}) == len(calls) and all(call["type"] == "function" for call in calls)
     return [(call["function"]["name"], call["function"]["arguments"]) for call in calls]
@@ -130,24 +136,55 @@ def test_calls(
     num_tokens = qwen.say(text)
     whole, streamed = whole_and_streamed(qwen, **{"tools": TOOLS, **options})
     assert (whole["content"], calls_of(whole), whole["reason"]) == (content, calls, reason)
-    assert (streamed["content"], calls_of(streamed), streamed["reason"]) == (content or "", calls, reason)
+    told = [call for call in calls_of(streamed) if is_object(call[1])]
+    assert (streamed["content"], told, streamed["reason"]) == (content or "", calls, reason)
     assert whole["usage"] == streamed["usage"]
     if "stop" not in options:
         assert whole["usage"]["completion_tokens"] == num_tokens + 1  # and the end of the sequence
 
 
-def test_a_call_that_is_cut_is_content(qwen: Scripted) -> None:
+@pytest.mark.parametrize("max_tokens", [12, 45])
+def test_a_call_that_is_cut_is_content(qwen: Scripted, max_tokens: int) -> None:
     qwen.say(ONE)
-    content = qwen.tokenizer.decode(qwen.executor.script[:12])
-    for message in whole_and_streamed(qwen, tools=TOOLS, max_tokens=12):
-        assert (message["content"], calls_of(message), message["reason"]) == (content, [], "length")
-        assert message["usage"]["completion_tokens"] == 12
+    content = qwen.tokenizer.decode(qwen.executor.script[:max_tokens])
+    whole, streamed = whole_and_streamed(qwen, tools=TOOLS, max_tokens=max_tokens)
+    for message in (whole, streamed):
+        assert (message["content"], message["reason"]) == (content, "length")
+        assert message["usage"]["completion_tokens"] == max_tokens
+    assert not calls_of(whole) and len(calls_of(streamed)) <= (max_tokens > 12)
+    for name, arguments in calls_of(streamed):  # how far the stream was when the call was cut depends on its pace
+        assert name == "weather" and ARGUMENTS.startswith(arguments) and arguments != ARGUMENTS
 
 
-@needs_grammars
-def test_arguments_of_a_forced_call_come_while_they_are_written(qwen: Scripted) -> None:
+def test_responses_tell_of_a_call_that_is_none_as_incomplete() -> None:
+    text = ONE.replace("}}", "}, oh}")
+    parser, items = ReplyParser(HERMES), OutputItems()
+    pieces = [piece for char in text for piece in parser.feed(char)] + parser.feed("", ended=True)
+    events = [*itertools.chain.from_iterable(map(items.add, pieces)), *items.finish("completed")]
+    call, message = items.items
+    assert (call["type"], call["arguments"], call["status"]) == ("function_call", ARGUMENTS[:-1], "incomplete")
+    assert (message["content"][0]["text"], message["status"]) == (text, "completed")
+    assert [fields["item"] for kind, fields in events if kind == "response.output_item.done"] == items.items
+
+
+def test_the_official_client_puts_calls_together_while_they_are_written(qwen: Scripted) -> None:
+    arguments = r'{"city": "\ud83d\ude00\\ \"Zürich\" </tool_call> \u00e9 😀", "days": [1, {"a": null}]}'
+    qwen.say(f'I look.\n<tool_call>\n{{"name": "weather", "arguments": {arguments}}}\n</tool_call>\n{TWO}')
+    tools = [{**tool, "function": {**tool["function"], "strict": True}} for tool in TOOLS]
+    with client_of(qwen) as client, client.chat.completions.stream(model="tiny", messages=USER, tools=tools) as stream:
+        told = [event for event in stream if event.type == "tool_calls.function.arguments.delta" and event.index == 0]
+        (choice,) = stream.get_final_completion().choices
+    calls = calls_of(choice.message.model_dump())
+    assert calls == [("weather", arguments), ("weather", ARGUMENTS), ("now", "{}")]
+    assert (choice.message.content, choice.finish_reason) == ("I look.", "tool_calls")
+    assert told[0].name == "weather" and "".join(event.arguments_delta for event in told) == arguments
+    assert len(told) > 2
+
+
+@pytest.mark.parametrize("choice", ["auto", pytest.param("required", marks=needs_grammars)])
+def test_arguments_come_while_they_are_written(qwen: Scripted, choice: str) -> None:
     qwen.say(f"<think>Hm.</think>\n\n{ONE}")
-    options: dict[str, Any] = {"model": "tiny", "tools": TOOLS[:1], "tool_choice": "required"}
+    options: dict[str, Any] = {"model": "tiny", "tools": TOOLS[:1], "tool_choice": choice}
     whole, streamed = whole_and_streamed(qwen, **options)
     for message in (whole, streamed):
         assert (calls_of(message), message["reason"]) == ([("weather", ARGUMENTS)], "tool_calls")
@@ -355,6 +392,20 @@ def test_strict_is_reported_and_not_shown_to_the_model(qwen: Scripted) -> None:
 def test_wrong_tools_are_refused(qwen: Scripted, tools: Any) -> None:
     answer = httpx.post(f"{qwen.url}/v1/chat/completions", json={"messages": USER, "tools": tools})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "tools"
+
+
+@pytest.mark.parametrize("choice", ["auto", "none", "required"])
+@pytest.mark.parametrize("path", ["v1/chat/completions", "v1/responses", "apply-template", "tokenize"])
+def test_two_functions_of_one_name_are_refused(qwen: Scripted, path: str, choice: str) -> None:
+    tools = [*TOOLS, TOOLS[0]]
+    if path == "v1/responses":
+        body: dict[str, Any] = {"input": USER, "tools": [{"type": "function", **tool["function"]} for tool in tools]}
+    else:
+        body = {"messages": USER, "tools": tools}
+    answer = httpx.post(f"{qwen.url}/{path}", json={**body, "tool_choice": choice})
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == "tools"
+    assert error["message"].startswith("tools[0] and tools[2] are both named 'weather'")
 
 
 def test_formats_are_told_from_templates_and_can_be_chosen() -> None:

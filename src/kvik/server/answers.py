@@ -38,7 +38,7 @@ def _read(
     completions = [completion for output in outputs for completion in output.outputs]
     for choice, completion in zip(choices, completions, strict=True):
         parser = syntax.parser()
-        message = message_of([*parser.feed(completion.text), *parser.finish()], syntax.field)
+        message = message_of(parser.feed(completion.text, ended=True), syntax.field)
         reason = finish_reason(completion.finish_reason, has_called=parser.has_called)
         read.append({**choice, "message": message, "finish_reason": reason})
         num_reasoning += count_reasoning(completion.token_ids, tokenizer) if parser.has_reasoned else 0

@@ -1,26 +1,42 @@
-"""Reads calls out of an answer that arrives in pieces, in JSON or in markup: where they end, and what they say.
+"""Reads calls out of an answer that arrives in pieces, in JSON or in markup, and tells of them while they are written.
 
-A reader is fed from behind the mark that begins a call. Where it stops does not depend on how the text was cut.
+A reader is fed from behind the mark that begins a call. Where it stops, and what it tells in all, do not depend on how
+the text was cut. Arguments lack their last bracket until the call is whole, so those of a call that turns out to be
+none are not JSON.
 """
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from kvik.server.argument_types import argument_json, argument_types
 from kvik.server.tool_formats import ToolFormat
 
-__all__ = ["Call", "CallReader", "JsonReader", "MarkupReader", "News", "is_object", "reader_of"]
+__all__ = ["Arguments", "Begun", "CallReader", "Ended", "News", "first_mark", "is_object", "reader_of"]
 
-Call = tuple[str, str]
-"""The name of a function, and its arguments: a JSON object, as the model wrote it where it wrote JSON."""
 
-News = tuple[str | None, str]
-"""The name of a function with which a call begins, or None for the last one, and more of the arguments."""
+class Begun(NamedTuple):
+    """A call of a function has begun."""
+
+    name: str
+
+
+class Arguments(NamedTuple):
+    """More of the last call's arguments: together a JSON object, as the model wrote it where it wrote JSON."""
+
+    text: str
+
+
+class Ended(NamedTuple):
+    """The last call is whole, and right."""
+
+
+News = Begun | Arguments | Ended
 
 _MAX_SLOT = 256
 """Most characters between two marks, but for values."""
@@ -30,88 +46,175 @@ _SLOTS: Mapping[str, re.Pattern[str]] = {
     "key": re.compile(r"(?s:.*)"),
     "id": re.compile(r"(?s:.*)"),
 }
-_STRING = r'("(?:[^"\\]|\\.)*")'
 _BLANK = re.compile(r"\s*")
 
 
-class JsonReader:
-    """Reads a call that is a JSON object, or a list of such calls. `is_broken` once it cannot be one any more."""
+class CallReader(ABC):
+    """Reads one call, or several where a format has lists. `is_broken` once it cannot be what it has to be.
 
-    def __init__(self, form: ToolFormat) -> None:
-        self._head = re.compile(re.escape(form.head).replace("%s", _STRING))
+    `schemas` are the parameters of the functions that the request offers; with `offered_only` calls of others are none.
+    """
+
+    def __init__(self, schemas: Mapping[str, Any], *, offered_only: bool) -> None:
+        self.is_broken = False
+        self._schemas = schemas
+        self._offered_only = offered_only
         self._read: list[str] = []
-        self._value = _JsonValue()
-        self._num_told = 0  # of what was read
-        self._untold = ""
-        self._arguments: _JsonValue | None = None  # while they are told
-
-    @property
-    def is_broken(self) -> bool:
-        return self._value.is_broken
+        self._news: list[News] = []
+        self._arguments: list[str] = []  # of a call that has begun
 
     @property
     def text(self) -> str:
-        """What was read."""
+        """What was read since the last call that is whole."""
         return "".join(self._read)
 
+    @abstractmethod
     def read(self, text: str) -> str | None:
         """What is left of the next piece of text behind the end; None where there is no end yet."""
-        end = self._value.end(text)
-        self._read.append(text[:end])
-        return None if end is None else text[end:]
 
-    def calls(self, schemas: Mapping[str, Any]) -> list[Call]:
-        """The calls, once all was read; none if anything of them is wrong."""
-        text = self.text
+    def news(self) -> list[News]:
+        """What there is to tell since the last time."""
+        news, self._news = self._news, []
+        return news
+
+    def _begin(self, name: str) -> None:
+        self.is_broken = not name or (self._offered_only and name not in self._schemas)
+        if not self.is_broken:
+            self._news.append(Begun(name))
+            self._arguments.clear()
+
+    def _tell(self, text: str) -> None:
+        if text:
+            self._news.append(Arguments(text))
+            self._arguments.append(text)
+
+    def _end(self, rest: str) -> None:
+        """The call is over, if its arguments are right with this rest of them."""
+        self.is_broken = not is_object("".join(self._arguments) + rest)
+        if not self.is_broken:
+            self._tell(rest)
+            self._news.append(Ended())
+            self._read.clear()
+
+
+class _JsonReader(CallReader):
+    """Reads a call that is a JSON object, or a list of such calls: member by member, in any order."""
+
+    def __init__(self, schemas: Mapping[str, Any], *, offered_only: bool) -> None:
+        super().__init__(schemas, offered_only=offered_only)
+        self._in_list = False
+        self._state = "begin"
+        self._value: _JsonValue | None = None  # the key or value that is being read
+        self._texts: list[str] = []  # of it
+        self._key = ""
+        self._name: str | None = None
+        self._early: list[str] = []  # arguments that came before the name
+        self._rest: str | None = None  # what of the arguments is told when the call is whole
+
+    def read(self, text: str) -> str | None:
+        at = 0
+        while at < len(text) and self._state != "end" and not self.is_broken:
+            begin, at = at, self._value_end(text, at) if self._value is not None else self._mark_end(text, at)
+            self._read.append(text[begin:at])
+            if self._state == "whole" and not self.is_broken:
+                self._end("{}" if self._rest is None else self._rest)
+                self._state = "between" if self._in_list else "end"
+                self._name = self._rest = None
+        return text[at:] if self._state == "end" or self.is_broken else None
+
+    def _mark_end(self, text: str, at: int) -> int:
+        """Read white space and what stands behind it: a bracket, a comma or a colon, or nothing of a value."""
+        found = _INK.search(text, at)
+        if found is None:
+            return len(text)
+        mark, at = found[0], found.start()
+        if self._state == "value" or (mark == '"' and self._state in ("first", "key")):
+            self._value = _JsonValue()
+            return at
+        self._in_list |= mark == "["
+        self._state = _JSON_STATES.get((self._state, mark), "")
+        # A call without a name is none.
+        self.is_broken = not self._state or (self._state == "whole" and self._name is None)
+        return at if not self._state else at + 1
+
+    def _value_end(self, text: str, begin: int) -> int:
+        assert self._value is not None
+        end = self._value.end(text, begin)
+        at = len(text) if end is None else end
+        self._texts.append(text[begin:at])
+        self.is_broken = self._value.is_broken
+        if self.is_broken:
+            return at
+        if self._is_arguments and self._texts[0][:1] == "{":
+            self._add(text[begin : at if end is None else at - 1])
+        if end is not None:
+            self._close("".join(self._texts))
+            self._value = None
+            self._texts.clear()
+        return at
+
+    @property
+    def _is_arguments(self) -> bool:
+        """Whether the value that is being read is what the call's arguments are taken from."""
+        return self._state == "value" and self._key in ("arguments", "parameters") and self._rest is None
+
+    def _add(self, text: str) -> None:
+        """More of the arguments."""
+        if self._name is None:
+            self._early.append(text)
+        else:
+            self._tell(text)
+
+    def _close(self, text: str) -> None:
+        """A key or a value was read."""
         try:
-            calls = _many_calls.decode(text) if text.lstrip()[0] == "[" else [_one_call.decode(text)]
-            return [(call.name, _arguments_of(call)) for call in calls]
-        except (msgspec.DecodeError, RecursionError):
-            return []
-
-    def news(self, schemas: Mapping[str, Any]) -> list[News]:
-        """What is new in calls that are certain to be right, and written as the format has them."""
-        self._untold += "".join(self._read[self._num_told :])
-        self._num_told = len(self._read)
-        found: list[News] = []
-        while self._untold:
-            if self._arguments is None:
-                head = self._head.search(self._untold)
-                if head is None:
-                    break
-                found.append((_strings.decode(head[1]), ""))
-                self._untold, self._arguments = self._untold[head.end() :], _JsonValue()
+            if self._state != "value":
+                self._key, self._state = _strings.decode(text), "colon"
+                return
+            if self._is_arguments and text[:1] == "{":
+                self._rest = "}"
+            elif self._is_arguments and text != "null":
+                # Some models put the object into a string.
+                rest = _strings.decode(text)
+                self._rest = "{}" if rest in ("null", "") else rest
+            elif self._key == "name" and self._name is None:
+                self._name = _strings.decode(text)
+                self._begin(self._name)
+                self._tell("".join(self._early))
+                self._early.clear()
             else:
-                end = self._arguments.end(self._untold)
-                found.append((None, self._untold[:end]))
-                self._untold = "" if end is None else self._untold[end:]
-                self._arguments = self._arguments if end is None else None
-        return found
+                _values.decode(text)
+            self._state = "next"
+        except (msgspec.DecodeError, RecursionError):
+            self.is_broken = True
 
 
-class MarkupReader:
-    """Reads one call of a format with states, from mark to mark. `is_broken` once it cannot be one any more."""
+_INK = re.compile(r"\S")
+_JSON_STATES: Mapping[tuple[str, str], str] = {
+    ("begin", "{"): "first", ("begin", "["): "item", ("item", "{"): "first",
+    ("first", "}"): "whole", ("colon", ":"): "value", ("next", ","): "key", ("next", "}"): "whole",
+    ("between", ","): "item", ("between", "]"): "end",
+}  # fmt: skip
+"""What follows a mark. Keys are read in `first` and `key`, values in `value`."""
 
-    def __init__(self, form: ToolFormat) -> None:
-        self.is_broken = False
+
+class _MarkupReader(CallReader):
+    """Reads one call of a format with states, from mark to mark."""
+
+    def __init__(self, form: ToolFormat, schemas: Mapping[str, Any], *, offered_only: bool) -> None:
+        super().__init__(schemas, offered_only=offered_only)
         self._form = form
         self._state = next(iter(form.states))
-        self._read: list[str] = []
         self._unread = ""  # between two pieces only what may become a mark, and names that are not over
         self._slot: list[str] = []  # what was read in this state
         self._slots: dict[str, str] = {}  # the last text of each state
-        self._arguments: list[tuple[str, str]] = []
-        self._json = _JsonValue()
-        self._is_named = False  # whether the name was told
-        self._num_told = 0  # of the arguments, or of the pieces of JSON
+        self._json: _JsonValue | None = None
 
     @property
     def text(self) -> str:
-        """What was read."""
-        return "".join(self._read) + self._unread
+        return super().text + self._unread
 
     def read(self, text: str) -> str | None:
-        """What is left of the text behind the end; None where there is no end yet."""
         self._unread += text
         while self._state != "end" and not self.is_broken:
             if not (self._read_json() if self._state == "json" else self._read_slot()):
@@ -119,39 +222,10 @@ class MarkupReader:
         rest, self._unread = self._unread, ""
         return rest
 
-    def calls(self, schemas: Mapping[str, Any]) -> list[Call]:
-        """The call, once all was read; none if anything of it is wrong."""
-        name = self._slots.get("name", "").strip()
-        if not name:
-            return []
-        if "json" in self._slots:
-            arguments = self._slots["json"].strip()
-            return [(name, arguments)] if is_object(arguments) else []
-        given = dict(self._arguments)
-        return [(name, "{" + ", ".join(_member(key, given[key], schemas.get(name, {})) for key in given) + "}")]
-
-    def news(self, schemas: Mapping[str, Any]) -> list[News]:
-        """What is new in a call that is certain to be right: JSON as it comes, other arguments one by one."""
-        if "name" not in self._slots:
-            return []
-        name = self._slots["name"].strip()
-        found: list[News] = [] if self._is_named else [(name, "")]
-        self._is_named = True
-        if self._state == "json" or "json" in self._slots:
-            new, self._num_told = self._slot[self._num_told :], len(self._slot)
-            return [*found, *((None, text) for text in new)]
-        for key, value in self._arguments[self._num_told :]:
-            found.append((None, (", " if self._num_told else "{") + _member(key, value, schemas.get(name, {}))))
-            self._num_told += 1
-        if self._state == "end":
-            found.append((None, "}" if self._num_told else "{}"))
-        return found
-
     def _read_slot(self) -> bool:
         """Read up to a mark, or to what is wrong before it; whether there was either."""
         marks = self._form.states[self._state]
-        places = [(at, mark) for mark in marks if (at := self._unread.find(mark)) >= 0]
-        at, mark = min(places) if places else (len(self._unread) - _beginning(self._unread, marks), "")
+        at, mark = first_mark(self._unread, marks)
         if self._state != "value":
             fitting = _SLOTS.get(self._state, _BLANK).match(self._unread[: min(at, _MAX_SLOT)])
             assert fitting is not None
@@ -162,17 +236,48 @@ class MarkupReader:
         if mark or self._state == "value":
             self._take(at)
         if mark:
-            self._close(marks[mark])
+            slot = "".join(self._slot)
             self._take(len(mark))
             self._slot.clear()
+            self._close(slot, marks[mark])
         return bool(mark)
 
+    def _close(self, slot: str, state: str) -> None:
+        """Go on to another state, behind this text of the last one."""
+        last, self._state = self._state, state
+        self._slots[last] = slot
+        if last == "name":
+            self._begin(slot.strip())
+        elif last == "value":
+            value = slot.removeprefix(self._form.padding).removesuffix(self._form.padding)
+            self._tell((", " if self._arguments else "{") + self._member(self._slots["key"].strip(), value))
+        if state == "end" and not self.is_broken:
+            self._end("}" if self._arguments else "{}")
+
+    def _member(self, key: str, value: str) -> str:
+        parameters = self._schemas.get(self._slots["name"].strip(), {})
+        return f"{_text.encode(key).decode()}: {argument_json(value, argument_types(key, parameters))}"
+
     def _read_json(self) -> bool:
-        end = self._json.end(self._unread)
-        self._take(len(self._unread) if end is None else end)
+        """Read an object to its end, or to what is wrong; whether there was either."""
+        if self._json is None:
+            self._take(len(self._unread) - len(self._unread.lstrip()))
+            if not self._unread:
+                return False
+            self._json = _JsonValue()
+            self.is_broken = self._unread[0] != "{"
+        if self.is_broken:
+            return True
+        end = self._json.end(self._unread, 0)
+        text = self._unread[:end]
+        self._take(len(text))
         self.is_broken = self._json.is_broken
-        if end is not None:
-            self._close("end")
+        if end is None:
+            self._tell(text)
+        elif not self.is_broken:
+            self._tell(text[:-1])
+            self._state = "end"
+            self._end("}")
         return end is not None
 
     def _take(self, length: int) -> None:
@@ -180,91 +285,76 @@ class MarkupReader:
         self._read.append(text)
         self._slot.append(text)
 
-    def _close(self, state: str) -> None:
-        """Go on to another state."""
-        self._slots[self._state] = "".join(self._slot)
-        if self._state == "value":
-            value = self._slots["value"].removeprefix(self._form.padding).removesuffix(self._form.padding)
-            self._arguments.append((self._slots["key"].strip(), value))
-        self._state = state
 
-
-CallReader = JsonReader | MarkupReader
-
-
-def reader_of(form: ToolFormat) -> CallReader:
+def reader_of(form: ToolFormat, schemas: Mapping[str, Any], *, offered_only: bool) -> CallReader:
     """A reader for what follows the mark that begins a call."""
-    return MarkupReader(form) if form.states else JsonReader(form)
+    if form.states:
+        return _MarkupReader(form, schemas, offered_only=offered_only)
+    return _JsonReader(schemas, offered_only=offered_only)
 
 
-def _member(key: str, value: str, parameters: Mapping[str, Any]) -> str:
-    return f"{_text.encode(key).decode()}: {argument_json(value, argument_types(key, parameters))}"
+def first_mark(text: str, marks: Iterable[str]) -> tuple[int, str]:
+    """Where the first of the marks in a text begins, and which it is.
 
-
-def _beginning(text: str, marks: Iterable[str]) -> int:
-    """How many characters at the end of a text may be the beginning of a mark."""
-    return max(
-        (n for mark in marks for n in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:n])), default=0
-    )
+    Where there is none it is "", and begins where the text may end with the beginning of one.
+    """
+    places = [(at, mark) for mark in marks if (at := text.find(mark)) >= 0]
+    if places:
+        return min(places)
+    lengths = (n for mark in marks for n in range(1, min(len(mark), len(text) + 1)) if text.endswith(mark[:n]))
+    return len(text) - max(lengths, default=0), ""
 
 
 class _JsonValue:
-    """Finds the end of a JSON object or list that arrives in pieces, by its brackets and quotes alone."""
+    """Finds the end of a JSON value that arrives in pieces, by its brackets and quotes alone."""
 
     def __init__(self) -> None:
         self.is_broken = False
+        self._is_scalar: bool | None = None  # neither a string nor in brackets; None before the first character
         self._depth = 0
         self._in_string = False
         self._escaped = False
 
-    def end(self, text: str) -> int | None:
-        """Where the value ends in the next piece of text, or stops to be one (`is_broken`); None if it goes on."""
-        at = 1 if self._escaped and text else 0
-        self._escaped = self._escaped and not text
-        while (match := self._next_mark.search(text, at)) is not None:
-            at, mark = match.end(), match[0]
-            if self._in_string:
-                self._in_string = mark != '"'
-                self._escaped = mark == "\\" and at == len(text)
-                at += mark == "\\"
+    def end(self, text: str, at: int) -> int | None:
+        """Where the value ends in the next piece of text, or stops to be one (`is_broken`); None if it goes on.
+
+        The value goes on at `at`, where there is a character.
+        """
+        if self._is_scalar is None:
+            self._is_scalar = text[at] not in '"{['
+        if self._is_scalar:
+            found = _BEHIND_SCALAR.search(text, at)
+            return None if found is None else found.start()
+        at += self._escaped
+        self._escaped = False
+        while (found := (_IN_STRING if self._in_string else _IN_VALUE).search(text, at)) is not None:
+            at, mark = found.end(), found[0]
+            if mark == "\\" and self._in_string:
+                self._escaped = at == len(text)
+                at += 1
+                continue
+            if mark == '"':
+                self._in_string = not self._in_string
             elif mark in "{[":
                 self._depth += 1
-            elif mark in "}]" and self._depth:
+            elif mark in "}]":
                 self._depth -= 1
-                if not self._depth:
-                    return at
-            elif mark == '"' and self._depth:
-                self._in_string = True
             else:
                 self.is_broken = True
-                return match.start()
+                return found.start()
+            if not self._depth and not self._in_string:
+                return at
         return None
 
-    @property
-    def _next_mark(self) -> re.Pattern[str]:
-        if self._in_string:
-            return _IN_STRING
-        return _IN_VALUE if self._depth else _BEFORE_VALUE
 
-
-_BEFORE_VALUE = re.compile(r"\S")
+_BEHIND_SCALAR = re.compile(r"[^\w.+-]")
 _IN_VALUE = re.compile(r"[^\s\w.,:+-]")
 _IN_STRING = re.compile(r'["\\]')
 
-
-class _Call(msgspec.Struct):
-    """A call's JSON. Families differ in what they name the arguments."""
-
-    name: str
-    arguments: msgspec.Raw = msgspec.Raw(b"null")
-    parameters: msgspec.Raw = msgspec.Raw(b"null")
-
-
-_one_call = msgspec.json.Decoder(_Call)
-_many_calls = msgspec.json.Decoder(list[_Call])
 _text = msgspec.json.Encoder()
 _strings = msgspec.json.Decoder(str)
-_object = msgspec.json.Decoder(dict[str, Any], float_hook=float)  # 1e999 is JSON, too
+_values = msgspec.json.Decoder(float_hook=float)  # 1e999 is JSON, too
+_object = msgspec.json.Decoder(dict[str, Any], float_hook=float)
 
 
 def is_object(text: str) -> bool:
@@ -274,13 +364,3 @@ def is_object(text: str) -> bool:
     except (msgspec.DecodeError, RecursionError):
         return False
     return True
-
-
-def _arguments_of(call: _Call) -> str:
-    """The arguments as a JSON object, which some models put into a string. Raises msgspec.DecodeError."""
-    raw = bytes(call.arguments if bytes(call.arguments) != b"null" else call.parameters).decode()
-    text = _strings.decode(raw) if raw.startswith('"') else raw
-    if text in ("null", ""):
-        return "{}"
-    _object.decode(text)
-    return text

@@ -2,7 +2,7 @@
 
 The chunks of a stream add up to the body of the same request without streaming, because both are made of the same
 outputs: text from the deltas, through the parser that reads whole answers too, everything else from what is new since
-the last chunk of the choice.
+the last chunk of the choice. Only the beginning of a call that turned out to be none is in the chunks alone.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
 from kvik.outputs import CompletionOutput
+from kvik.server.call_readers import Arguments
 from kvik.server.protocol import ServedRequest
-from kvik.server.reply_parser import Arguments, Content, ReplyParser, ToolCall
+from kvik.server.reply_parser import Content, ReplyParser, ToolCall
 from kvik.server.reply_syntax import count_reasoning, delta_of, finish_reason
 from kvik.server.streaming import DONE, PING, PING_INTERVAL, event, json_text
 from kvik.text.completion import Completion
@@ -107,9 +108,7 @@ class Chunks:
     ) -> bytes:
         """The chunks of what is known now of an answer with reasoning or calls."""
         assert self._syntax is not None
-        pieces = parser.feed(text)
-        if ended:
-            pieces += parser.finish()
+        pieces = parser.feed(text, ended=ended)
         if parser.is_reasoning:
             choice.num_reasoning = completion.num_tokens
         elif parser.has_reasoned and not choice.has_answered:
@@ -129,7 +128,7 @@ class Chunks:
         return data
 
     def _sign_of_life(self) -> bytes:
-        """A comment, where the model has been writing a call for long: nothing is told of it before its end."""
+        """A comment, where nothing was told for long, as while the model writes a value between marks."""
         now = time.monotonic()
         if now - self._told_at < PING_INTERVAL:
             return b""

@@ -24,8 +24,8 @@ from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "effort_variables", "known_fields",
-    "parse", "refuse_both", "take_syntax", "take_tools",
+    "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "check_tools", "effort_variables",
+    "known_fields", "parse", "refuse_both", "take_syntax", "take_tools",
 ]  # fmt: skip
 
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -208,12 +208,7 @@ def take_tools(body: Body) -> Tools:
     """The tools, and what the request says of their use."""
     choice = body.fields.pop("tool_choice", None)
     tools: list[Any] = body.take("tools", list, [])
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")
-    for place, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
-            raise RequestError(f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
+    check_tools(tools)
     strict = [tool["function"].pop("strict", False) for tool in tools]  # which models have not learnt to read
     forced = chosen_functions(choice, [tool["function"] for tool in tools])
     if any(strict) and not forced:
@@ -222,6 +217,24 @@ def take_tools(body: Body) -> Tools:
             " held to the schema"
         )
     return Tools([] if choice == "none" else tools, forced, single=isinstance(choice, dict))
+
+
+def check_tools(tools: list[Any]) -> None:
+    """Raise RequestError for too many tools, for one that is no function, and for two of the same name."""
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")
+    places: dict[str, int] = {}
+    for place, tool in enumerate(tools):
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            raise RequestError(f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
+        first = places.setdefault(function["name"], place)
+        if first != place:
+            raise RequestError(
+                f"tools[{first}] and tools[{place}] are both named {show(function['name'])}; calls say by name which"
+                " function they mean, so every function needs a name of its own",
+                "tools",
+            )
 
 
 def take_syntax(body: Body, tools: Tools, model: ModelSyntax) -> ReplySyntax | None:

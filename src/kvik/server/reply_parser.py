@@ -2,21 +2,22 @@
 
 One incremental parser serves streams and whole answers, which is why they are the same: the pieces do not depend on how
 the text was cut, but for where one text ends and the next one of the same kind begins. Formats are data. A call is told
-when it is complete and right, so `arguments` is always valid JSON; whatever only looks like a call is content,
-unchanged. Calls that a grammar forces are told while they are written. Time is linear in the text.
+while it is written. Whatever only looks like a call is content, unchanged. Of a text that is fed at once nothing else
+is told of it; a stream cannot take back that a call began, and its arguments are not JSON then. Time is linear in the
+text.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from kvik.server.call_readers import CallReader, News, is_object, reader_of
+from kvik.server.call_readers import Arguments, Begun, CallReader, Ended, first_mark, reader_of
 from kvik.server.tool_formats import ToolFormat
 from kvik.structured.grammars import THINK
 
-__all__ = ["Arguments", "Content", "Piece", "Reasoning", "ReplyParser", "ToolCall"]
+__all__ = ["Content", "Piece", "Reasoning", "ReplyParser", "ToolCall"]
 
 _SLICE = 4096
 """Characters that are looked at together: what is cut off in front of them is copied once for every marker."""
@@ -41,12 +42,6 @@ class ToolCall(NamedTuple):
     name: str
 
 
-class Arguments(NamedTuple):
-    """More of the last call's arguments, which are a JSON object together."""
-
-    text: str
-
-
 Piece = Reasoning | Content | ToolCall | Arguments
 
 
@@ -54,7 +49,7 @@ class ReplyParser:
     """Parses one answer. `schemas` are the parameters of the functions that the request offers, by name.
 
     With `reasoning`, text in think tags is told apart; `opened` says that the prompt has opened them. After
-    `max_calls` further calls are left out. `forced` says that what begins as a call is one.
+    `max_calls` further calls are left out. `forced` says that what begins as a call is one, even if the text is cut.
     """
 
     def __init__(
@@ -79,11 +74,9 @@ class ReplyParser:
         self._kind: type[Reasoning] | type[Content] = Reasoning if opened else Content
         self._mark = ""  # with which the call began that is being read
         self._reader: CallReader | None = None
-        self._is_told = False  # whether something was told of what is being read
-        self._is_left_out = False
-        self._arguments: list[str] = []  # of the last call
+        self._is_open = False  # whether a call was told of that is not whole yet
         self._state = ReplyParser._begin if reasoning or opened else self._answer
-        self._num_calls = 0
+        self._num_calls = 0  # that are whole
         self._is_cut = False
         self.has_reasoned = opened
 
@@ -97,26 +90,26 @@ class ReplyParser:
         """Whether there are calls, none of them cut."""
         return self._num_calls > 0 and not self._is_cut
 
-    def feed(self, text: str) -> list[Piece]:
-        """The pieces that are certain now."""
+    def feed(self, text: str, *, ended: bool = False) -> list[Piece]:
+        """The pieces that are certain now; with `ended`, all that are left."""
         for start in range(0, len(text), _SLICE):
             self._text += text[start : start + _SLICE]
             while self._state(self):
                 pass
+        if ended:
+            self._finish()
         pieces, self._pieces = self._pieces, []
         return pieces
 
-    def finish(self) -> list[Piece]:
-        """The rest, once the text is over."""
+    def _finish(self) -> None:
         if self._state is ReplyParser._call:
-            self._is_cut = self._is_told and not is_object("".join(self._arguments))
-            self._give_up()
+            self._is_cut = self._forced and self._is_open
+            if not self._is_cut:
+                self._give_up()
         elif self._state is not ReplyParser._after_call:  # which leaves nothing but a part of the end mark
             self._write(self._text)
         if self._kind is Content and not self._at_edge and not self._is_cut:
             self._emit("".join(self._space))
-        pieces, self._pieces = self._pieces, []
-        return pieces
 
     # States: each reads of the text what it can, and says whether the next state has something to do.
 
@@ -133,15 +126,18 @@ class ReplyParser:
         ended = self._until(THINK[1])
         if ended:
             self._enter(self._answer, Content)
-        return ended
+        return bool(ended)
 
     def _say(self) -> bool:
         """Content in which a call may begin."""
         assert self._tools is not None
-        found = self._until(self._tools.begin)
-        if found:
-            self._begin_call(self._tools.begin)
-        return found
+        found = self._until(*filter(None, (self._tools.begin, self._tools.inner_begin)))
+        if found == self._tools.begin:
+            self._begin_call(found)
+        elif found:
+            self._text = found + self._text
+            self._begin_call("")
+        return bool(found)
 
     def _say_all(self) -> bool:
         """Content to the end."""
@@ -166,16 +162,13 @@ class ReplyParser:
         assert self._reader is not None
         rest = self._reader.read(self._text)
         self._text = rest or ""
-        if self._forced:
-            self._tell(self._reader.news(self._schemas))
+        self._tell(self._reader)
         if rest is None:
             return False
-        if not self._is_told and not self._reader.is_broken:
-            self._tell(self._calls(self._reader))
-        if self._is_told:
-            self._enter(ReplyParser._after_call, Content)
-        else:
+        if self._reader.is_broken:
             self._give_up()
+        else:
+            self._enter(ReplyParser._after_call, Content)
         return True
 
     def _after_call(self) -> bool:
@@ -208,54 +201,43 @@ class ReplyParser:
         self._text = rest.removeprefix(marker)
         return None if not found and marker.startswith(rest) else found
 
-    def _until(self, marker: str) -> bool:
-        """Write the text up to `marker`, and read that; whether it was there."""
-        at = self._text.find(marker)
-        if at >= 0:
-            self._write(self._text[:at])
-            self._text = self._text[at + len(marker) :]
-            return True
-        kept = min(len(marker) - 1, len(self._text))
-        while not self._text.endswith(marker[:kept]):
-            kept -= 1
-        cut = len(self._text) - kept
-        self._write(self._text[:cut])
-        self._text = self._text[cut:]
-        return False
+    def _until(self, *markers: str) -> str:
+        """Write the text up to one of the markers, and read and give that; "" where there is none."""
+        at, marker = first_mark(self._text, markers)
+        self._write(self._text[:at])
+        self._text = self._text[at + len(marker) :]
+        return marker
 
     def _begin_call(self, marker: str) -> None:
         assert self._tools is not None
-        self._mark, self._reader, self._is_told = marker, reader_of(self._tools), False
+        self._mark = marker
+        self._reader = reader_of(self._tools, self._schemas, offered_only=self._tools.bare or not marker)
         self._state = ReplyParser._call
 
-    def _calls(self, reader: CallReader) -> list[News]:
-        """The calls that were read; none if they are none."""
-        assert self._tools is not None
-        calls = reader.calls(self._schemas)
-        known = not self._tools.bare or all(name in self._schemas for name, _ in calls)
-        return list(calls) if known else []
-
-    def _tell(self, news: Iterable[News]) -> None:
+    def _tell(self, reader: CallReader) -> None:
         """Tell of calls, or of more of them."""
         assert self._tools is not None
-        for name, arguments in news:
-            self._is_told = True
-            if name is not None:
-                self._is_left_out = self._num_calls == self._max_calls
-                self._arguments.clear()
-            self._arguments.append(arguments)
-            if name is not None and not self._is_left_out:
-                self._num_calls += 1
-                call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
-                self._pieces.append(ToolCall(call_id, name))
-            if arguments and not self._is_left_out:
-                self._pieces.append(Arguments(arguments))
+        for news in reader.news():
+            if isinstance(news, Begun):
+                self._is_open = self._num_calls != self._max_calls
+                if self._is_open:
+                    call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
+                    self._pieces.append(ToolCall(call_id, news.name))
+            elif isinstance(news, Ended):
+                self._num_calls += self._is_open
+                self._is_open = False
+                self._mark = ""
+                self._enter(ReplyParser._call, Content)
+            elif self._is_open:
+                self._pieces.append(news)
 
     def _give_up(self) -> None:
-        """What looked like a call is content, unless it was told."""
+        """What was read since the last whole call is content; what was told of it is taken back, if it still can be."""
         assert self._tools is not None and self._reader is not None
-        if not self._is_told:
-            self._write(self._mark + self._reader.text)
+        while self._is_open and self._pieces:
+            self._is_open = not isinstance(self._pieces.pop(), ToolCall)
+        self._is_open = False
+        self._write(self._mark + self._reader.text)
         self._state = ReplyParser._say_all if self._tools.bare else ReplyParser._say
 
     def _write(self, text: str) -> None:

@@ -12,8 +12,9 @@ from typing import Any
 
 from kvik.outputs import FinishReason
 from kvik.sampling_params import SamplingParams
+from kvik.server.call_readers import Arguments
 from kvik.server.forced_calls import call_grammar
-from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ReplyParser, ToolCall
+from kvik.server.reply_parser import Content, Piece, Reasoning, ReplyParser, ToolCall
 from kvik.server.tool_formats import TOOL_FORMATS, ToolFormat
 from kvik.server_config import ServerConfig
 from kvik.structured.grammars import THINK

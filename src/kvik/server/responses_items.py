@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from kvik.errors import RequestError
-from kvik.server.call_readers import is_object
-from kvik.server.reply_parser import Arguments, Content, Piece, Reasoning, ToolCall
+from kvik.server.call_readers import Arguments, is_object
+from kvik.server.reply_parser import Content, Piece, Reasoning, ToolCall
 
 __all__ = ["Event", "OutputItems", "chat_tools", "messages_of"]
 
@@ -145,7 +145,7 @@ class OutputItems:
         kind, self._open = self._open, None
         item = self.items[-1]
         if kind is ToolCall:
-            yield from self._end_call(item, status)
+            yield from self._end_call(item)
             return
         part = item["content"][0]
         part["text"], item["status"] = "".join(self._texts), status
@@ -178,10 +178,10 @@ class OutputItems:
         self._open = ToolCall
         yield self._item_event("response.output_item.added")
 
-    def _end_call(self, item: dict[str, Any], status: str) -> Iterator[Event]:
-        """A call whose arguments are an object is complete, whatever becomes of the answer."""
+    def _end_call(self, item: dict[str, Any]) -> Iterator[Event]:
+        """A call whose arguments are an object is complete, and no other, whatever becomes of the answer."""
         arguments = "".join(self._texts)
-        item.update(arguments=arguments, status="completed" if is_object(arguments) else status)
+        item.update(arguments=arguments, status="completed" if is_object(arguments) else "incomplete")
         self._texts.clear()
         yield self._event("response.function_call_arguments.done", name=item["name"], arguments=arguments)
         yield self._item_event("response.output_item.done")

@@ -71,10 +71,7 @@ class _Answer:
 
     def take(self, output: RequestOutput) -> Iterator[Event]:
         """The events of what is new in an output."""
-        pieces = self._parser.feed(output.delta)
-        if output.finished:
-            pieces += self._parser.finish()
-        for piece in pieces:
+        for piece in self._parser.feed(output.delta, ended=output.finished):
             yield from self._items.add(piece)
         if output.finished:
             yield from self._items.finish("incomplete" if _is_cut(output) else "completed")

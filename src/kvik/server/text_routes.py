@@ -11,6 +11,7 @@ from starlette.requests import Request
 from kvik.errors import RequestError
 from kvik.server.body import Body, read_json
 from kvik.server.openapi import BODIES, operation
+from kvik.server.protocol import check_tools
 from kvik.server.replies import json_reply
 from kvik.server.service import Service
 from kvik.text.frontend import ChatPrompt
@@ -86,12 +87,13 @@ async def _open(request: Request) -> tuple[Service, Body]:
 
 
 async def _render(service: Service, body: Body, request: Request) -> ChatPrompt:
-    messages = body.take("messages", list, required=True)
+    messages, tools = body.take("messages", list, required=True), body.take("tools", list)
+    check_tools(tools or [])
     options = {
         "add_generation_prompt": body.take("add_generation_prompt", bool),
         "continue_final_message": body.take("continue_final_message", bool, False),
         "chat_template_kwargs": body.take("chat_template_kwargs", dict),
-        "tools": body.take("tools", list),
+        "tools": tools,
     }
     frontend = service.frontend
     return await service.run(lambda: frontend.render_chat(messages, **options), len(await request.body()))

@@ -20,6 +20,9 @@ class ToolFormat:
     A `bare` format begins with the first character of the message, `begin` may be missing too, and only calls of
     functions that the request offers count: an answer may be JSON for other reasons.
 
+    `inner_begin` is the mark of the first state with which a call begins too, for models that forget `begin`; it then
+    counts as in a bare format.
+
     `layout` is what models write before, between and after calls; a call is `head`, with the name, arguments, `tail`.
     Arguments are a JSON object, or what stands before (with the key) and after each of them is in `argument`.
     A template is of this format if it holds all `signs` and none of `foreign`.
@@ -35,6 +38,7 @@ class ToolFormat:
     argument: tuple[str, str] | None = None
     foreign: tuple[str, ...] = ()
     bare: bool = False
+    inner_begin: str = ""
     id_prefix: str = "call_"
     id_length: int = 24
     states: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -65,6 +69,7 @@ TOOL_FORMATS = (
         head="<function=%s>\n",
         tail="</function>",
         argument=("<parameter=%s>\n", "\n</parameter>\n"),
+        inner_begin="<function=",
         states={
             "begin": {"<function=": "name"},
             "name": {">": "item"},
