@@ -215,7 +215,8 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
         logger.info("projections of this model are not tuned for %s: kvik tune %s", info.platform.name, config.model)
     attention = gpu_attention(
         info.spec, settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_model_len, device,
-        dtype=resolved.dtype, deterministic=config.deterministic, backend=config.attention_backend,
+        dtype=resolved.dtype, deterministic=config.deterministic, block_size=settings.block_size,
+        backend=config.attention_backend,
     )  # fmt: skip
     ops = TritonOps(device, table=table, deterministic=config.deterministic, defer=True)
     return Decoder(info.spec, weights, rope, ops, attention)

@@ -1,6 +1,6 @@
 """Compiles kernels for sm_90 without a GPU and prints what each needs: one JSON object a line.
 
-python compile_kernels.py attention|sampling|state
+python compile_kernels.py attention|hopper|sampling|state
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 PTXAS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
 
@@ -26,7 +27,8 @@ def compile_kernel(name: str, kernel: Any, types: dict[str, str], constants: dic
     signature = {n: "constexpr" if n in constants else types[n] for n in names}
     multiples = {n for n in names if signature[n].startswith("*")} | {"stride", "block_rows"}
     aligned = {(i,): [["tt.divisibility", 16]] for i, n in enumerate(names) if n in multiples}
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(fn=kernel, signature=signature, constexprs=constants, attrs=aligned)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     assert compiled.asm["cubin"]
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -41,6 +43,7 @@ def compile_kernel(name: str, kernel: Any, types: dict[str, str], constants: dic
     assert not early or early[0] == "griddepcontrol", f"{name} reads before it waits for its predecessor"
     registers = int(re.findall(r"Used (\d+) registers", log)[0])
     found = {"name": name, "registers": registers, "spilled": spilled, "matrix": matrix}
+    found["serialized"] = "instructions are serialized" in log  # wgmma that ptxas does not leave asynchronous
     print(json.dumps(found | {"shared": compiled.metadata.shared}), flush=True)
 
 
@@ -104,6 +107,23 @@ def attention() -> None:
     compile_kernel("plan", _plan, types, constants, num_warps=1)
 
 
+def hopper() -> None:
+    """The prefill kernel for Hopper: Qwen3-0.6B, Qwen3-8B, and the latter with a sliding window."""
+    from triton.experimental.gluon import language as gl
+
+    from kvik.kernels.triton.attention_hopper import _hopper_prefill
+
+    ints = dict.fromkeys(["items", "counts", "query_starts", "tables", "next_work"], "*i32")
+    scalars = {"table_stride": "i32", "block_rows": "i32", "scale": "fp32"}
+    page = f"tensordesc<bf16[64, 64],{gl.NVMMASharedLayout.get_default_for([64, 64], gl.bfloat16)!r}>"
+    for name, group, window in (("0.6B", 2, 0), ("8B", 4, 0), ("8B window", 4, 4096)):
+        box = [128 // group, group, 64]
+        queries = f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
+        types = {**ints, **scalars, "q": queries, "k": page, "v": page, "out": "*bf16"}
+        constants = {"NUM_KV_HEADS": 8, "GROUP": group, "BLOCK_SIZE": 64, "WINDOW": window, "PDL": True}
+        compile_kernel(f"hopper {name}", _hopper_prefill, types, constants, num_warps=4, launch_pdl=1)
+
+
 def sampling() -> None:
     """Vocabulary of Qwen3: 151936 entries, in 75 slices."""
     from kvik.kernels.triton import logit_edits, sampler, token_filters, token_logprobs
@@ -164,4 +184,4 @@ def state() -> None:
 
 
 if __name__ == "__main__":
-    {"attention": attention, "sampling": sampling, "state": state}[sys.argv[1]]()
+    {"attention": attention, "hopper": hopper, "sampling": sampling, "state": state}[sys.argv[1]]()

@@ -18,8 +18,8 @@ from kvik.attention.reference import ReferenceAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.errors import CapacityError
 from kvik.kernels.api import KVLayer
-from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
-from kvik.kernels.triton.ops import supports_pdl
+from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles, fits_hopper
+from kvik.kernels.triton.ops import is_hopper, supports_pdl
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 SMALL = AttentionTiles(
@@ -125,6 +125,71 @@ def test_tiles_copied_by_tma(heads: Heads, window: int | None, device: torch.dev
             check(lens, counts, heads, device, dtype=torch.bfloat16, window=window, block_size=block_size, tma=True)
     if heads[2] != 80:
         check([1, 32, 100], [1] * 3, heads, device, dtype=torch.bfloat16, window=window, tma=True, tiles=ACROSS)
+
+
+def skip_without_hopper(device: torch.device) -> None:
+    if not is_hopper(device) or not fits_hopper(1, 128, 2, 64):
+        pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known; Gluon has no interpreter")
+
+
+@pytest.mark.parametrize(
+    ("heads", "window", "dtype", "block_size"),
+    [
+        ((2, 2, 128), None, torch.bfloat16, 64), ((4, 2, 128), None, torch.bfloat16, 64),
+        ((4, 2, 128), 70, torch.bfloat16, 64), ((8, 2, 128), None, torch.float16, 128),
+        ((8, 1, 128), 200, torch.bfloat16, 64), ((16, 1, 128), None, torch.bfloat16, 192),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_prefill_for_hopper(
+    heads: Heads, window: int | None, dtype: torch.dtype, block_size: int, device: torch.device
+) -> None:
+    skip_without_hopper(device)
+    tiles = attention_tiles(128, hopper=True)
+    for lens, counts in (
+        ([1, 31, 300, 129, 700, 128], [1, 31, 300, 65, 3, 112]),
+        ([64, 65, 2, 63, 640], [64, 65, 2, 63, 2]),
+        ([1500, 512], [510, 2]),
+    ):
+        check(lens, counts, heads, device, dtype=dtype, window=window, block_size=block_size, tiles=tiles, tma=True)
+
+
+@pytest.mark.parametrize("window", [None, 70])
+def test_prefill_for_hopper_does_not_depend_on_chunks(window: int | None, device: torch.device) -> None:
+    """And leaves its counter as it was, also when there is more work than programs."""
+    skip_without_hopper(device)
+    heads, lens, n = (4, 2, 128), [500] * 40, 500 * 40
+    kv, tables = make_cache(lens, heads, torch.bfloat16, 64, device, 1e4)
+    q = torch.randn(n, 4, 128).bfloat16().to(device)
+    sizes = {"max_num_seqs": 64, "max_num_tokens": n, "max_context_tokens": n}
+    attention = backend(heads, device, attention_tiles(128, hopper=True), tma=True, **sizes)
+    whole, again = (
+        attention.forward(q, kv, make_batch(lens, lens, tables), scale=0.1, window=window) for _ in range(2)
+    )
+    assert torch.equal(whole, again)
+    parts = [
+        attention.forward(q[a:b].contiguous(), kv, make_batch([b], [b - a], tables[:1]), scale=0.1, window=window)
+        for a, b in pairwise([0, 37, 39, 164, 500])
+    ]
+    assert torch.equal(torch.cat(parts), whole[:500])
+    assert attention._next_work.tolist() == [0, 0]
+
+
+def test_which_prompts_take_the_kernel_for_hopper() -> None:
+    def kernel(heads: Heads, *, deterministic: bool = False, hopper: bool = True, **limits: int) -> bool:
+        given = {"max_num_seqs": 16, "max_num_tokens": 2048, "max_context_tokens": 4096, "block_size": 64} | limits
+        sizes, device = AttentionLimits(*heads, **given), torch.device("meta")
+        attention = TritonAttention(sizes, device, hopper=hopper, deterministic=deterministic)
+        assert attention._tiles.hopper == (attention._tiles.prefill_rows == 128)
+        return attention._tiles.hopper
+
+    known = fits_hopper(1, 128, 2, 64)
+    assert kernel((16, 8, 128)) == kernel((32, 2, 128)) == known
+    assert not any((
+        kernel((16, 8, 128), hopper=False), kernel((16, 8, 128), deterministic=True),
+        kernel((16, 8, 128), block_size=16), kernel((16, 8, 128), max_num_tokens=2047),
+        kernel((16, 8, 128), itemsize=4), kernel((16, 8, 64)), kernel((14, 2, 128)), kernel((64, 2, 128)),
+    ))  # fmt: skip
 
 
 @pytest.mark.parametrize("group", range(1, 17))

@@ -19,7 +19,7 @@ from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
-from kvik.kernels.triton.attention_tile import TIERS, AttentionTiles, attention_tiles
+from kvik.kernels.triton.attention_tile import HOPPER_TOKENS, TIERS, AttentionTiles, attention_tiles, fits_hopper
 
 __all__ = ["AttentionLimits", "TritonAttention"]
 
@@ -35,15 +35,16 @@ class AttentionLimits:
     max_num_tokens: int  # queries of one step
     max_context_tokens: int  # sum of the context lengths of one step
     itemsize: int = 2  # bytes of an element of a head
+    block_size: int = 1  # keys of a block of the cache, or a divisor
     max_queries: int = 1  # up to which a sequence is decoded: 1, and one more for each token that is speculated
 
 
 class TritonAttention:
     """`AttentionBackend` in Triton. Allocates its workspace once; a call allocates its result only.
 
-    A sequence's kernel, its chunks and their order depend on its own lengths, and on how few sequences the step has
-    (`TIERS`). A query's result also depends on how its prompt was cut into steps, since that decides between the
-    kernels. With `deterministic` neither matters: it is the same in every step, bit for bit.
+    A sequence's kernel, its chunks and their order depend on its own lengths, and on how few sequences and tokens the
+    step has (`TIERS`, `HOPPER_TOKENS`). A query's result also depends on how its prompt was cut into steps, since that
+    decides between the kernels. With `deterministic` neither matters: it is the same in every step, bit for bit.
     """
 
     def __init__(
@@ -55,10 +56,12 @@ class TritonAttention:
         tiles: AttentionTiles | None = None,
         pdl: bool = False,
         tma: bool = False,
+        hopper: bool = False,
     ) -> None:
         self.limits, self.pdl, self._tma = limits, pdl, tma
         self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
+        self._hopper = hopper and fits_hopper(self._group, limits.head_dim, limits.itemsize, limits.block_size)
         tiers = [(self._tiles_of(n), n) for n in {*(min(n, limits.max_num_seqs) for n in TIERS), limits.max_num_seqs}]
         self._capacity = max(
             limits.max_context_tokens // tiles.chunk + num_seqs * (1 + tiles.short_len // tiles.short_chunk)
@@ -74,16 +77,19 @@ class TritonAttention:
         self._decode_items = torch.empty((self._capacity, ITEM_SIZE), dtype=torch.int32, device=device)
         self._prefill_items = torch.empty((most_tiles, ITEM_SIZE), dtype=torch.int32, device=device)
         self._counts = torch.zeros(2, dtype=torch.int32, device=device)
-        self._tiles = self._tiles_of(limits.max_num_seqs)  # of the step that was prepared last
+        self._next_work = torch.zeros(2, dtype=torch.int32, device=device)
+        self._tiles = self._tiles_of(limits.max_num_seqs, limits.max_num_tokens)  # of the step that was prepared last
         self._prepared: ForwardBatch | None = None
         self._decodes = self._prefills = False  # whether that batch has work for the kernel
 
-    def _tiles_of(self, num_seqs: int) -> AttentionTiles:
-        return self._fixed or self._tuned(num_seqs, False)
+    def _tiles_of(self, num_seqs: int, num_tokens: int = 0) -> AttentionTiles:
+        return self._fixed or self._tuned(num_seqs, False, self._hopper and num_tokens >= HOPPER_TOKENS)
 
-    def _tuned(self, num_seqs: int, deterministic: bool) -> AttentionTiles:
-        itemsize = self.limits.itemsize
-        return attention_tiles(self.limits.head_dim, num_seqs, itemsize=itemsize, deterministic=deterministic)
+    def _tuned(self, num_seqs: int, deterministic: bool, hopper: bool = False) -> AttentionTiles:
+        limits = self.limits
+        return attention_tiles(
+            limits.head_dim, num_seqs, itemsize=limits.itemsize, deterministic=deterministic, hopper=hopper
+        )
 
     def prepare(self, batch: ForwardBatch, *, any_mix: bool = False) -> None:
         """Build the work lists of a step, before the model computes it. `forward` does it for a batch that it has not
@@ -101,7 +107,7 @@ class TritonAttention:
             raise CapacityError(
                 f"attention was set up for (sequences, tokens, context tokens) of {given} and got a step of {asked}"
             )
-        self._tiles = self._tiles_of(batch.num_seqs)
+        self._tiles = self._tiles_of(batch.num_seqs, batch.query_starts_host[-1])
         plan_attention(
             batch.query_starts, batch.seq_lens, self._decode_items, self._prefill_items, self._counts,
             max_seqs=limits.max_num_seqs, max_queries=limits.max_queries, tiles=self._tiles,
@@ -128,6 +134,7 @@ class TritonAttention:
         if self._prefills:
             prefill_attention(
                 q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
+                next_work=self._next_work,
                 block_tables=batch.block_tables, scale=scale, window=window,
                 tiles=self._tiles, pdl=self.pdl, tma=self._tma,
             )  # fmt: skip

@@ -89,7 +89,8 @@ class CompileJob:
         ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, defer=True, pdl=pdl)
         attention = gpu_attention(
             spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, dtype=self.dtype,
-            deterministic=self.deterministic, pdl=pdl, backend=self.attention_backend,
+            deterministic=self.deterministic, block_size=settings.block_size, pdl=pdl,
+            hopper=self.capability[0] == _HOPPER[0], backend=self.attention_backend,
         )  # fmt: skip
         decoder = Decoder(spec, weights, RopeTable(spec.rope, max_len, meta), ops, attention)
         pool = KVPool(spec, settings.num_blocks, settings.block_size, self.dtype, meta)

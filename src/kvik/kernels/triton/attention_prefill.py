@@ -71,7 +71,7 @@ def _prefill(q: tl.tensor, k: tl.tensor, v: tl.tensor, out: tl.tensor, items: tl
 
 def prefill_attention(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, *,
-    items: Tensor, counts: Tensor, query_starts: Tensor, block_tables: Tensor,
+    items: Tensor, counts: Tensor, query_starts: Tensor, block_tables: Tensor, next_work: Tensor,
     scale: float, window: int | None, tiles: AttentionTiles, pdl: bool = False, tma: bool = False,
 ) -> None:  # fmt: skip
     """Write the attention of the sequences in `items` (from `plan_attention`) to `out`.
@@ -79,8 +79,16 @@ def prefill_attention(
     q, out: [num_tokens, num_heads, head_dim]; k, v: [num_blocks, num_kv_heads, block_size, head_dim]; all
     contiguous, except that the blocks of k and v may lie apart, by the same stride. The other arguments are those of
     `ForwardBatch` and `AttentionBackend.forward`. The number of programs follows from shapes alone, so the launch can
-    be captured and replayed with other lengths.
+    be captured and replayed with other lengths. next_work: [2] int32, zeros between kernels.
     """
+    if tiles.hopper:
+        from kvik.kernels.triton.attention_hopper import hopper_prefill_attention  # needs a Triton that has Gluon
+
+        hopper_prefill_attention(
+            q, k, v, out, items=items, counts=counts, query_starts=query_starts, block_tables=block_tables,
+            next_work=next_work, scale=scale, window=window, pdl=pdl,
+        )  # fmt: skip
+        return
     (num_tokens, num_heads, head_dim), (num_kv_heads, block_size) = q.shape, k.shape[1:3]
     assert k.stride() == v.stride()
     tma, block_d = tma and fits_tma(k, tiles.block_n), max(triton.next_power_of_2(head_dim), 16)

@@ -19,7 +19,18 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-__all__ = ["TIERS", "AttentionTiles", "attend", "attention_tiles", "block_rows", "fits_tma", "merge", "tile_source"]
+__all__ = [
+    "HOPPER_TOKENS",
+    "TIERS",
+    "AttentionTiles",
+    "attend",
+    "attention_tiles",
+    "block_rows",
+    "fits_hopper",
+    "fits_tma",
+    "merge",
+    "tile_source",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,7 @@ class AttentionTiles:
     prefill_rows: int = 64
     prefill_warps: int = 4
     prefill_stages: int = 3
+    hopper: bool = False  # prefill by the kernel of `attention_hopper.py`, which has warps and stages of its own
     merge_chunks: bool = False  # add the chunks up one by one in prefill too, as decode does
 
     @property
@@ -53,13 +65,13 @@ class AttentionTiles:
 
 
 def attention_tiles(
-    head_dim: int, num_seqs: int = 256, *, itemsize: int = 2, deterministic: bool = False
+    head_dim: int, num_seqs: int = 256, *, itemsize: int = 2, deterministic: bool = False, hopper: bool = False
 ) -> AttentionTiles:
     """The configuration for heads of `head_dim` elements of `itemsize` bytes and a step of `num_seqs` sequences.
 
     `deterministic` has one for all steps, and gives a query the same bits from either kernel: both add up chunk by
     chunk, on tiles of the same number of rows, which is what decides the matrix instruction (mma or wgmma) and the
-    order of a row's sum.
+    order of a row's sum. `hopper`: on such a GPU, and where `fits_hopper`.
     """
     width = head_dim * itemsize  # bytes
     if deterministic:
@@ -68,7 +80,8 @@ def attention_tiles(
         return _HUGE if width > 512 else _LARGE
     if head_dim & (head_dim - 1):
         return _PADDED
-    return next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
+    tiles = next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)
+    return replace(tiles, hopper=True, prefill_rows=128) if hopper else tiles
 
 
 _PADDED = AttentionTiles()
@@ -78,6 +91,8 @@ _MANY = replace(_ACROSS, chunk=1024, even=True)
 _FEW = ((16, replace(_ACROSS, short_len=1024, short_chunk=64)), (48, _ACROSS))
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
+HOPPER_TOKENS = 2048
+"""From so many tokens of a step on, the prefill kernel for Hopper has enough of its larger tiles for all of a GPU."""
 
 _LARGE = AttentionTiles(decode_warps=8, decode_stages=2, prefill_warps=8, prefill_stages=2)
 _HUGE = replace(_LARGE, block_n=32, decode_n=32, decode_stages=1, prefill_stages=1)
@@ -94,6 +109,14 @@ def fits_tma(cache: Tensor, block_n: int) -> bool:
     block_size, head_dim]: none lies in two blocks, and rows are what it can address."""
     head_dim = cache.shape[3]
     return cache.shape[2] % block_n == 0 and cache.dtype.itemsize == 2 and head_dim % 8 == 0
+
+
+def fits_hopper(group: int, head_dim: int, itemsize: int, block_size: int) -> bool:
+    """Whether the prefill kernel for Hopper can take heads of `head_dim` elements of `itemsize` bytes, `group` of which
+    share a key head, and blocks of `block_size` keys. It is written in a language that Triton calls experimental, and
+    is used with the versions that it was tried with, which are those of torch's that Kvik was."""
+    known = triton.__version__.startswith("3.6.")
+    return known and head_dim == 128 and itemsize == 2 and block_size % 64 == 0 and group in (1, 2, 4, 8, 16)
 
 
 def block_rows(cache: Tensor) -> int:

@@ -16,7 +16,7 @@ from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny, sum_parts
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, Plan, RowPlan, Table, load_table
 
-__all__ = ["Parts", "TritonOps", "supports_pdl"]
+__all__ = ["Parts", "TritonOps", "is_hopper", "supports_pdl"]
 
 _HOPPER = (9, 0)
 _ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
@@ -25,6 +25,11 @@ _ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
 def supports_pdl(device: torch.device) -> bool:
     """Whether kernels can overlap their predecessors there."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Whether kernels in Hopper's own instructions can run there: no later GPU has them."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER[0]
 
 
 @dataclass(slots=True, eq=False)
