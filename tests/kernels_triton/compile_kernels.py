@@ -156,10 +156,10 @@ def sampling() -> None:
             f"draw {name}",
             sampler._draw,
             types,
-            {"FILTERS": top_p, "PDL": True, **block, **slices},
+            {"FILTERS": top_p, **block, **slices},
             num_warps=tiles.warps,
         )
-    compile_kernel("pick", sampler._pick, types, {"PDL": True, **slices}, num_warps=1)
+    compile_kernel("pick", sampler._pick, types, slices, num_warps=1)
     compile_kernel(
         "logprobs slice", token_logprobs._slice, types, {"TOP": 20, "WIDTH": 20, **block}, num_warps=tiles.warps
     )
@@ -179,7 +179,7 @@ def state() -> None:
     )
     types = {**dict.fromkeys(ints, "*i32"), **dict.fromkeys(longs, "*i64"), **scalars}
     compile_kernel("inputs", kernels._inputs, types, {"BLOCK_SIZE": 64, "BLOCK": kernels.BLOCK}, num_warps=1)
-    compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK, "TURNS": 32, "PDL": True}, num_warps=4)
+    compile_kernel("append", kernels._append, types, {"BLOCK": kernels.BLOCK, "TURNS": 32}, num_warps=4)
     compile_kernel("copy blocks", block_copy._copy, types, {"BLOCK": block_copy.WORDS}, num_warps=4)
 
 

@@ -58,7 +58,7 @@ class TritonAttention:
         tma: bool = False,
         hopper: bool = False,
     ) -> None:
-        self.limits, self.pdl, self._tma = limits, pdl, tma
+        self.limits, self._pdl, self._tma = limits, pdl, tma
         self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         self._hopper = hopper and fits_hopper(self._group, limits.head_dim, limits.itemsize, limits.block_size)
@@ -119,7 +119,8 @@ class TritonAttention:
         self._prepared = batch
 
     def forward(self, q: Tensor, kv: KVLayer, batch: ForwardBatch, *, scale: float, window: int | None) -> Tensor:
-        pdl = self.pdl and batch is self._prepared  # decoding reads the work list before it waits for what comes before
+        # Decoding reads the work list before it waits for what comes before.
+        pdl = self._pdl and batch is self._prepared
         if batch is not self._prepared:
             self.prepare(batch)
         q = q.contiguous()
@@ -136,6 +137,6 @@ class TritonAttention:
                 q, kv.k, kv.v, out, items=self._prefill_items, counts=self._counts, query_starts=batch.query_starts,
                 next_work=self._next_work,
                 block_tables=batch.block_tables, scale=scale, window=window,
-                tiles=self._tiles, pdl=self.pdl, tma=self._tma,
+                tiles=self._tiles, pdl=self._pdl, tma=self._tma,
             )  # fmt: skip
         return out

@@ -47,12 +47,11 @@ def upload_parts(parts: Sequence[np.ndarray | Sequence[int]], device: torch.devi
 
 
 class DeviceTable:
-    """Rows of `max_num_seqs` sequences of up to `max_model_len` tokens; `pdl`: tokens are appended by a kernel that
-    overlaps its predecessor."""
+    """Rows of `max_num_seqs` sequences of up to `max_model_len` tokens."""
 
     def __init__(
         self, max_num_seqs: int, max_model_len: int, block_size: int, vocab_size: int, device: torch.device,
-        grammars: Grammars | None = None, *, pdl: bool = False,
+        grammars: Grammars | None = None,
     ) -> None:  # fmt: skip
         self.fields = SamplingTable.zeros(max_num_seqs, max_model_len, vocab_size, device)
         max_blocks = -(-max_model_len // block_size)
@@ -66,7 +65,6 @@ class DeviceTable:
         self._sampling: list[RowSampling | None] = [None] * max_num_seqs
         self._vocab_size = vocab_size
         self.grammars = grammars
-        self._pdl = pdl
 
     def apply(self, plan: StepPlan) -> None:
         """Take in the rows and blocks that a plan adds."""
@@ -108,7 +106,7 @@ class DeviceTable:
         """Append what was sampled to `rows` [num_rows] int32, -1 for padding, and send it to the host."""
         append_tokens(
             rows, tokens, token_ids=self.fields.token_ids, num_tokens=self.fields.num_tokens,
-            host=self.results.host, turn=self.results.turn, pdl=self._pdl,
+            host=self.results.host, turn=self.results.turn,
         )  # fmt: skip
 
     def _join(self, inits: Sequence[RowInit]) -> None:

@@ -52,9 +52,8 @@ def build_gpu_runner(
     vocab_size, device = model.spec.vocab_size, pool.layers[0].k.device
     attention = model.attention
     assert isinstance(attention, GpuAttention)
-    pdl = isinstance(attention, TritonAttention) and attention.pdl
-    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars, pdl=pdl)
-    work = SamplingWorkspace(num_seqs, vocab_size, device, pdl=pdl)
+    table = DeviceTable(num_seqs, max_model_len, pool.block_size, vocab_size, device, grammars)
+    work = SamplingWorkspace(num_seqs, vocab_size, device)
     graphs = GraphPool() if use_graphs else None
     decode = None  # only mixed steps know on the host how long each sequence is
     if isinstance(attention, TritonAttention):

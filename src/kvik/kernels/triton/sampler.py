@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kvik.kernels.triton.logit_edits import edit_logits
-from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
 from kvik.kernels.triton.token_filters import find_limits, gap_keys, is_filtered, load_logits, row_peak
 
@@ -47,11 +46,9 @@ def _gumbel(seed: tl.tensor, position: tl.tensor, first: tl.tensor, BLOCK: tl.co
 def _draw(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tensor, num_tokens: tl.tensor,
           seed: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, log_min_p: tl.tensor,
           peaks: tl.tensor, limits: tl.tensor, best: tl.tensor, best_ids: tl.tensor, vocab: tl.tensor,
-          stride: tl.tensor, slices: tl.tensor, FILTERS: tl.constexpr, BLOCK: tl.constexpr, SLICES: tl.constexpr,
-          PDL: tl.constexpr) -> None:  # fmt: skip
+          stride: tl.tensor, slices: tl.tensor, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
+          SLICES: tl.constexpr) -> None:  # fmt: skip
     """The best entry of one slice of one row, by score: the logit of a greedy row, else log-weight plus noise."""
-    start_dependents(PDL)
-    wait_for_inputs(PDL)
     index, row = tl.program_id(0), tl.load(rows + tl.program_id(0))
     if row >= 0:
         first = tl.program_id(1) * BLOCK
@@ -78,10 +75,8 @@ def _draw(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tenso
 
 @triton.jit
 def _pick(rows: tl.tensor, best: tl.tensor, best_ids: tl.tensor, tokens: tl.tensor, slices: tl.tensor,
-          SLICES: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+          SLICES: tl.constexpr) -> None:  # fmt: skip
     """The best of a row's slices."""
-    start_dependents(PDL)
-    wait_for_inputs(PDL)
     index, part = tl.program_id(0), tl.arange(0, SLICES)
     held = (part < slices) & (tl.load(rows + index) >= 0)
     scores = tl.load(best + index * slices + part, mask=held, other=float("-inf"))
@@ -112,10 +107,7 @@ def sample(
         logits, work.edited, rows, table.edits, table.num_tokens, table.seed, table.temperature, table.top_k,
         table.top_p, table.log_min_p, work.peaks, work.limits, work.best, work.best_ids, vocab, logits.stride(0),
         work.slices, FILTERS=filters, BLOCK=work.tiles.slice, SLICES=slices,
-        PDL=work.pdl, num_warps=work.tiles.warps, enable_fp_fusion=False, launch_pdl=work.pdl,
+        num_warps=work.tiles.warps, enable_fp_fusion=False,
     )  # fmt: skip
-    _pick[(num_rows,)](
-        rows, work.best, work.best_ids, work.tokens, work.slices, SLICES=slices, PDL=work.pdl, num_warps=1,
-        launch_pdl=work.pdl,
-    )  # fmt: skip
+    _pick[(num_rows,)](rows, work.best, work.best_ids, work.tokens, work.slices, SLICES=slices, num_warps=1)
     return work.tokens[:num_rows]

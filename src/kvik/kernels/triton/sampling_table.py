@@ -93,18 +93,17 @@ class SamplingTable:
 
 
 class SamplingWorkspace:
-    """Scratch of a step of up to `max_rows` rows, allocated once; `pdl`: kernels overlap their predecessors."""
+    """Scratch of a step of up to `max_rows` rows, allocated once."""
 
     def __init__(
-        self, max_rows: int, vocab_size: int, device: torch.device, tiles: SamplerTiles = DEFAULT_TILES, *,
-        pdl: bool = False,
-    ) -> None:  # fmt: skip
+        self, max_rows: int, vocab_size: int, device: torch.device, tiles: SamplerTiles = DEFAULT_TILES
+    ) -> None:
         slices = -(-vocab_size // tiles.slice)
 
         def empty(dtype: torch.dtype, *shape: int) -> Tensor:
             return torch.empty((max_rows, *shape), dtype=dtype, device=device)
 
-        self.tiles, self.slices, self.pdl = tiles, slices, pdl
+        self.tiles, self.slices = tiles, slices
         self.edited = empty(torch.float32, vocab_size)
         self.counts = torch.zeros((max_rows, vocab_size), dtype=torch.int32, device=device)  # zeros between steps
         self.peaks = empty(torch.float32, slices)

@@ -16,8 +16,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
-
 __all__ = ["DecodeInputs", "append_tokens", "decode_inputs"]
 
 BLOCK = 128  # rows, or entries of a block table, per program
@@ -70,10 +68,8 @@ def _inputs(rows: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, tables
 @triton.jit(do_not_specialize=["num_rows"])
 def _append(rows: tl.tensor, tokens: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, host: tl.tensor,
             turn: tl.tensor, num_rows: tl.tensor, width: tl.tensor, host_width: tl.tensor, TURNS: tl.constexpr,
-            BLOCK: tl.constexpr, PDL: tl.constexpr) -> None:  # fmt: skip
+            BLOCK: tl.constexpr) -> None:  # fmt: skip
     """One program, since the turn ends when all rows are done."""
-    start_dependents(PDL)
-    wait_for_inputs(PDL)
     now = tl.load(turn)
     for first in range(0, num_rows, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -107,16 +103,15 @@ def decode_inputs(
 
 
 def append_tokens(
-    rows: Tensor, tokens: Tensor, *, token_ids: Tensor, num_tokens: Tensor, host: Tensor, turn: Tensor,
-    pdl: bool = False,
-) -> None:  # fmt: skip
+    rows: Tensor, tokens: Tensor, *, token_ids: Tensor, num_tokens: Tensor, host: Tensor, turn: Tensor
+) -> None:
     """Append `tokens` [num_rows] int32, what `sample` returned, to `rows` [num_rows] int32, -1 for padding.
 
     A negative token is none. A token that has no place left is counted but not written.
     host: [turns, >= num_rows] int32 that the device can write, where the tokens go as well; turn: [1] int32, where
-    they go, and one more afterwards. pdl: it overlaps its predecessor.
+    they go, and one more afterwards.
     """
     _append[(1,)](
         rows, tokens, token_ids, num_tokens, host, turn, rows.shape[0], token_ids.shape[1], host.shape[1],
-        TURNS=len(host), BLOCK=BLOCK, PDL=pdl, num_warps=4, launch_pdl=pdl,
+        TURNS=len(host), BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
