@@ -72,7 +72,7 @@ def test_every_kernel_of_a_step_has_a_phase() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     script = Path(__file__).parents[1] / "kernels_triton" / "launched_kernels.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(script), "qwen3"]
+    command = [sys.executable, str(script), "qwen3", "triton"]
     found = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment).stdout
     launched = {kernel.split(" ")[0].rpartition(".")[2] for kernel in json.loads(found)["warm"]}
     assert launched == PHASE_OF.keys()
