@@ -23,11 +23,9 @@ if TYPE_CHECKING:
     import torch
 
     from kvik.cli.bench_op_cases import OpCase, Sizes
+    from kvik.runtime.graphs import Timer
 
 __all__ = ["run"]
-
-Timer = Callable[[Callable[[int], object], int], float]
-"""Microseconds of one call of the function, which gets the number of the copy to use, below the second argument."""
 
 _DTYPES = ("bfloat16", "float16", "float32")
 _TOKENS = {"cpu": (1, 8, 256), "gpu": (1, 32, 256, 4096)}

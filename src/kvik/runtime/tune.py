@@ -32,7 +32,15 @@ from triton.runtime.errors import OutOfResources, PTXASError
 
 from kvik.attention.base import ForwardBatch
 from kvik.attention.triton import TritonAttention
-from kvik.kernels.triton.candidates import BLAS, MAX_TOKENS, Limits, candidates, decoder_cases, refinements
+from kvik.kernels.triton.candidates import (
+    BLAS,
+    MAX_TOKENS,
+    Limits,
+    candidates,
+    decoder_cases,
+    refinements,
+    weight_bytes,
+)  # fmt: skip
 from kvik.kernels.triton.compile_only import StandInDriver, compile_only, compute_capability, has_nvidia_driver
 from kvik.kernels.triton.dispatch import Case, Plan, Rule, Table, load_table, save_measured
 from kvik.kernels.triton.ops import TritonOps, supports_pdl
@@ -73,9 +81,8 @@ class Shape:
     @property
     def part(self) -> DecoderSpec:
         """The layers that are timed: enough that no weight is found in the L2 cache."""
-        rows = {"norm_linear_swiglu": 2}
         *block, _ = self.cases(1)
-        layer = sum(rows.get(case.op, 1) * case.n * case.k for case in block) * self.dtype.itemsize
+        layer = sum(map(weight_bytes, block))
         count = min(self.spec.num_layers, max(_FEWEST_LAYERS, -(-_SWEPT_BYTES // layer)))
         return replace(self.spec, num_layers=count, windows=self.spec.windows[:count])
 
@@ -170,7 +177,7 @@ class Compilers:
             for plan in (BLAS, Plan(path="gemv", block_n=1), Plan(path="skinny", split_k=2)):
                 _Step(model, 1).run(replace(table, rules=(Rule(plan=plan),), measured={}), pdl)
             self._pool = ProcessPoolExecutor(
-                num_processes, get_context("fork"), initializer=_start_compiling, initargs=(model, stand_in, pdl)
+                num_processes, get_context("fork"), initializer=_start_compiling, initargs=(model, stand_in, table, pdl)
             )
             self._pool.submit(int).result()  # forks
         finally:
@@ -198,25 +205,25 @@ class Compilers:
         self._pool.shutdown(cancel_futures=True)
 
 
-_compiled: tuple[Decoder, bool]  # of a process of `Compilers`: the model, and whether kernels overlap
+_compiled: tuple[Decoder, Table, bool]  # of a process of `Compilers`: model, plans, whether kernels overlap
 _steps: dict[int, _Step] = {}
 
 
-def _start_compiling(model: Decoder, stand_in: StandInDriver, pdl: bool) -> None:
+def _start_compiling(model: Decoder, stand_in: StandInDriver, table: Table, pdl: bool) -> None:
     global _compiled
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, and ends it
     torch.set_num_threads(1)
     stand_in.build_launchers = has_nvidia_driver()
     compile_only(stand_in)
-    _compiled = model, pdl
+    _compiled = model, table, pdl
 
 
 def _compile(case: Case, plan: Plan) -> None:
-    model, pdl = _compiled
+    model, table, pdl = _compiled
     if case.num_tokens not in _steps:
         _steps[case.num_tokens] = _Step(model, case.num_tokens)
     with contextlib.suppress(*_CANNOT_RUN):
-        _steps[case.num_tokens].run(_with(load_table("any"), case, plan), pdl)
+        _steps[case.num_tokens].run(_with(table, case, plan), pdl)
 
 
 class _Search:

@@ -16,7 +16,7 @@ from triton.runtime.driver import driver
 from kvik.kernels.triton import gemv
 from kvik.kernels.triton.dispatch import Case, Plan
 
-__all__ = ["BLAS", "MAX_TOKENS", "Limits", "candidates", "decoder_cases", "refinements"]
+__all__ = ["BLAS", "MAX_TOKENS", "Limits", "candidates", "decoder_cases", "refinements", "weight_bytes"]
 
 BLAS = Plan(path="blas")
 """The vendor's library, which is a candidate of every case."""
@@ -81,6 +81,12 @@ def refinements(case: Case, plan: Plan) -> list[Plan]:
     engines = (False, True) if _rows_and_bytes(case)[1] == 2 else (False,)
     plans = (replace(plan, prefetch=count, tma=tma) for count in sorted(ahead) for tma in engines)
     return [other for other in plans if other != plan]
+
+
+def weight_bytes(case: Case) -> int:
+    """Bytes of the weight of `case`."""
+    rows, size = _rows_and_bytes(case)
+    return rows * case.n * case.k * size
 
 
 def _rows_and_bytes(case: Case) -> tuple[int, int]:
