@@ -3,7 +3,7 @@
 A sequence with at most `max_queries` queries is cut into chunks of keys for the decode kernel, one with more into tiles
 of queries for the prefill kernel. Which of them depends on the sequence alone, never on the rest of the batch.
 
-    seq 0: 1 query, 1300 keys     ->  decode items  (0, 0) (0, 1) (0, 2)
+    seq 0: 1 query, 1300 keys     ->  decode items  (0, 0) (0, 1) (0, 2), those of the longest chunks first
     seq 1: 100 queries            ->  prefill items (1, 0) (1, 1) (1, 2) (1, 3)
 """
 
@@ -58,17 +58,22 @@ def _plan(query_starts: tl.tensor, seq_lens: tl.tensor, decode_items: tl.tensor,
     held = ids < num_seqs
     queries = tl.load(query_starts + ids + 1, mask=held, other=0) - tl.load(query_starts + ids, mask=held, other=0)
     lens = tl.load(seq_lens + ids, mask=held, other=0)
-    chunks = tl.maximum(tl.cdiv(lens, chunk_of(lens, CHUNK, SHORT_LEN, SHORT_CHUNK, UNIT)), 1)
+    sizes = chunk_of(lens, CHUNK, SHORT_LEN, SHORT_CHUNK, UNIT)
+    chunks = tl.maximum(tl.cdiv(lens, sizes), 1)
     chunks = tl.where((queries > 0) & (queries <= MAX_QUERIES), chunks, 0)
     tiles = tl.where(queries > MAX_QUERIES, tl.cdiv(queries, TILE_QUERIES), 0)
     before, mine = ids < sequence, ids == sequence
-    before_chunks, my_chunks = tl.sum(tl.where(before, chunks, 0)), tl.sum(tl.where(mine, chunks, 0))
+    # Longest chunks first, since all of the GPU waits for the one that begins last.
+    sizes = tl.minimum(lens, sizes)
+    size = tl.sum(tl.where(mine, sizes, 0))
+    first = (sizes > size) | ((sizes == size) & before)
+    before_chunks, my_chunks = tl.sum(tl.where(first, chunks, 0)), tl.sum(tl.where(mine, chunks, 0))
     before_tiles, my_tiles = tl.sum(tl.where(before, tiles, 0)), tl.sum(tl.where(mine, tiles, 0))
     token, length = tl.load(query_starts + sequence), tl.load(seq_lens + sequence)
     _write(decode_items, before_chunks, my_chunks, sequence, token, length, BLOCK)
     _write(prefill_items, before_tiles, my_tiles, sequence, token, length, BLOCK)
     if sequence == num_seqs - 1:
-        tl.store(counts, before_chunks + my_chunks)
+        tl.store(counts, tl.sum(chunks))
         tl.store(counts + 1, before_tiles + my_tiles)
 
 

@@ -88,7 +88,9 @@ _PADDED = AttentionTiles()
 _SINGLE = replace(_PADDED, decode_n=32, decode_warps=1)  # one warp waits for no other, and has just enough registers
 _ACROSS = replace(_SINGLE, across=True, decode_rows=8)
 _MANY = replace(_ACROSS, chunk=1024, even=True)
-_FEW = ((16, replace(_ACROSS, short_len=1024, short_chunk=64)), (48, _ACROSS))
+_FEW = (
+    (16, replace(_ACROSS, short_len=1024, short_chunk=64)), (48, _ACROSS), (112, replace(_MANY, decode_stages=4))
+)  # fmt: skip
 TIERS = tuple(most for most, _ in _FEW)
 """Up to each of these numbers of sequences, a step has tiles of its own."""
 HOPPER_TOKENS = 2048
