@@ -177,4 +177,5 @@ def test_graphs_of_steps_with_prompts_pad_little_where_it_costs() -> None:
                 assert num_tokens > 2048
             else:
                 assert num_tokens <= size <= max(16, 2 * num_tokens)
+                assert num_tokens <= 512 or 4 * size <= 5 * num_tokens
                 assert size <= 2048 or 7 * size <= 8 * num_tokens

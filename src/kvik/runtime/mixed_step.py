@@ -32,8 +32,11 @@ _LEAST = 7 / 8  # of the tokens of a graph, above _FINE
 
 
 def graph_sizes(budget: int) -> tuple[int, ...]:
-    """Numbers of tokens that graphs are captured for, up to the `budget` of a step: powers of two, then every 1024."""
-    sizes = (16, 32, 64, 128, 256, 512, 1024, _FINE, *range(_FINE + 1024, budget, 1024))
+    """Numbers of tokens that graphs are captured for, up to the `budget` of a step: powers of two up to 256, then every
+    128 up to 1024, every 256 up to 2048, every 1024. A matrix product of a few hundred tokens takes as long as it has
+    tokens, and beside many sequences that decode, most steps with a prompt are of that size."""
+    fine = (*range(384, 1024, 128), *range(1024, _FINE, 256))
+    sizes = (16, 32, 64, 128, 256, *fine, *range(_FINE, budget, 1024))
     return (*(size for size in sizes if size < budget), budget)
 
 

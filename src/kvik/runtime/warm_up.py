@@ -32,7 +32,8 @@ def warm_up(runner: GpuRunner, settings: SchedulerConfig) -> None:
 def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens.
 
-    All rows use KV block 0 alone, over and over.
+    All rows use KV block 0 alone, over and over. Steps with prompts of the sizes between launch the same kernels; their
+    graphs are captured when they first come.
     """
     num_seqs, size = settings.max_num_seqs, settings.block_size
     rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))
@@ -42,7 +43,8 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
         yield StepPlan(0, (), (), tuple(range(count)), ())
     yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
-    for num_tokens in sorted({*graph_sizes(budget), *(count for count in BUCKETS if 1 < count < budget)}):
+    coarse = {size for size in graph_sizes(budget) if size % 1024 == 0}
+    for num_tokens in sorted({budget, *coarse, *(count for count in BUCKETS if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
         lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
