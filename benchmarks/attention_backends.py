@@ -25,7 +25,7 @@ from kvik.attention.base import ForwardBatch
 from kvik.attention.flashinfer import FlashInferAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.kernels.api import KVLayer
-from kvik.kernels.triton.ops import is_hopper, supports_pdl
+from kvik.kernels.triton.features import Features
 
 LAYERS, BLOCK_SIZE, HEAD_DIM = 4, 64, 128
 SCALE = HEAD_DIM**-0.5
@@ -53,7 +53,7 @@ class Case:
         )  # fmt: skip
         sizes = num_seqs, num_seqs * queries, num_seqs * context
         limits = AttentionLimits(*heads, HEAD_DIM, *sizes, block_size=BLOCK_SIZE)
-        pdl, hopper = supports_pdl(DEVICE), is_hopper(DEVICE)
+        pdl, hopper = Features.of(DEVICE)
         self.backends = {
             "triton": TritonAttention(limits, DEVICE, pdl=pdl, tma=pdl, hopper=hopper),
             "flashinfer": FlashInferAttention(limits, DEVICE),

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from kvik.kernels.api import KVLayer, LinearWeight
 from kvik.kernels.triton.compile_only import StandInDriver, compile_only
+from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.ops import TritonOps
 
 __all__ = ["Compiled", "Sizes", "compile_model", "main"]
@@ -143,7 +144,7 @@ def _run_block(ops: TritonOps, sizes: Sizes, m: int) -> Iterator[str]:
 
 def compile_model(sizes: Sizes, tokens: Sequence[int], *, deterministic: bool = False) -> list[Compiled]:
     """Every kernel of a step at each number of tokens, in the order in which they are first needed."""
-    ops = TritonOps(META, deterministic=deterministic, defer=True, pdl=True)
+    ops = TritonOps(META, deterministic=deterministic, defer=True, features=Features.of_capability((9, 0)))
     found: list[Compiled] = []
     label = ""
     _keep_kernels(found, lambda: label)

@@ -124,6 +124,35 @@ def hopper() -> None:
         compile_kernel(f"hopper {name}", _hopper_prefill, types, constants, num_warps=4, launch_pdl=1)
 
 
+def hopper_linear() -> None:
+    """The projections for Hopper: every plan that is shipped, once."""
+    from triton.experimental.gluon import language as gl
+
+    from kvik.kernels.triton.dispatch import load_table
+    from kvik.kernels.triton.linear_hopper import _linear_hopper, launch_options
+
+    def tiles(box: list[int]) -> str:
+        return f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
+
+    seen = set()
+    for key, plan in load_table("NVIDIA H200", Path("/absent")).measured.items():
+        swiglu, kind = "swiglu" in key, (plan.block_n, plan.block_t, plan.split_k, plan.num_stages, "swiglu" in key)
+        if plan.path != "hopper" or kind in seen:
+            continue
+        seen.add(kind)
+        groups, width = plan.block_n // 64, min(plan.block_t, 128 if plan.block_n == 192 else 256)
+        types = {
+            "x": tiles([width, 64]), "weight": tiles([4, 2, 8, 64] if swiglu else [64, 64]), "m": "i32", "n": "i32",
+            "out": "*fp32" if plan.split_k > 1 else tiles([width, 32 if swiglu else 64]),
+        }  # fmt: skip
+        constants = {
+            "K": 4096, "GROUPS": groups, "BLOCK_T": plan.block_t, "STAGES": plan.num_stages, "SPLIT_K": plan.split_k,
+            "bias": None, "residual": None, "SWIGLU": swiglu, "PDL": True,
+        }  # fmt: skip
+        options = launch_options(plan)
+        compile_kernel(f"hopper linear {kind}", _linear_hopper, types, constants, launch_pdl=1, **options)
+
+
 def sampling() -> None:
     """Vocabulary of Qwen3: 151936 entries, in 75 slices."""
     from kvik.kernels.triton import logit_edits, sampler, token_filters, token_logprobs
@@ -184,4 +213,7 @@ def state() -> None:
 
 
 if __name__ == "__main__":
-    {"attention": attention, "hopper": hopper, "sampling": sampling, "state": state}[sys.argv[1]]()
+    groups = {
+        "attention": attention, "hopper": hopper, "hopper_linear": hopper_linear, "sampling": sampling, "state": state,
+    }  # fmt: skip
+    groups[sys.argv[1]]()

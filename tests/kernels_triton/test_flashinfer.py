@@ -28,6 +28,7 @@ from kvik.attention.reference import ReferenceAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.config import EngineConfig
 from kvik.errors import ConfigError
+from kvik.kernels.triton.features import NO_FEATURES
 from kvik.resolve import ResolvedConfig, resolve
 from kvik.runtime.gpu import gpu_attention
 from kvik.runtime.gpu_runner import GpuRunner
@@ -176,7 +177,7 @@ def test_auto_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolved("auto").graphs and not resolved("auto", enforce_eager=True).graphs
     sizes = JOB.spec, 2, 8, 64, torch.device("meta")
     for name, kind in (("auto", TritonAttention), ("triton", TritonAttention), ("flashinfer", FlashInferAttention)):
-        attention = gpu_attention(*sizes, dtype=torch.bfloat16, deterministic=False, pdl=False, backend=name)
+        attention = gpu_attention(*sizes, dtype=torch.bfloat16, deterministic=False, features=NO_FEATURES, backend=name)
         assert type(attention) is kind
 
 

@@ -13,7 +13,8 @@ from linear_cases import DTYPES, check, noise, one_plan, projection
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, load_table
-from kvik.kernels.triton.ops import Parts, TritonOps, supports_pdl
+from kvik.kernels.triton.features import Features
+from kvik.kernels.triton.ops import Parts, TritonOps
 from kvik.kernels.triton.skinny import skinny
 
 REFERENCE = ReferenceOps()
@@ -68,6 +69,19 @@ def test_skinny(name: str, m: int, dtype: torch.dtype, device: torch.device) -> 
         compare(SKINNY[name], m, n, k, dtype, bias, device)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("block_n", [64, 128, 192])
+@pytest.mark.parametrize(
+    ("m", "block_t", "split_k"), [(1, 8, 1), (17, 32, 3), (150, 128, 1), (300, 256, 1), (256, 256, 2)]
+)
+def test_hopper(m: int, block_t: int, split_k: int, block_n: int, dtype: torch.dtype, device: torch.device) -> None:
+    if not Features.of(device).hopper:
+        pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known; Gluon has no interpreter")
+    plan = Plan(path="hopper", block_n=block_n, block_t=block_t, split_k=split_k, num_stages=3)
+    for (n, k), bias in zip([(40, 80), (200, 1096), (1000, 512), (64, 64)], (False, True, False, True), strict=True):
+        compare(plan, m, n, k, dtype, bias, device)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_library(dtype: torch.dtype, bias: bool, device: torch.device) -> None:
@@ -117,7 +131,7 @@ def test_a_deterministic_row_does_not_know_its_neighbours(
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("m", [1, 17])
 def test_tiles_copied_by_tma_give_the_same_bits(m: int, swiglu: bool, device: torch.device) -> None:
-    if device.type == "cuda" and not supports_pdl(device):
+    if device.type == "cuda" and not Features.of(device).pdl:
         pytest.skip("the tensor memory accelerator came with Hopper")
     for (n, k), split_k in zip([(40, 80), (33, 48), (96, 256)], (1, 2, 4), strict=True):
         x = noise(m, k, dtype=torch.bfloat16, device=device)

@@ -31,6 +31,7 @@ from kvik.config import EngineConfig
 from kvik.errors import ConfigError
 from kvik.kernels.triton.candidates import BLAS, MAX_TOKENS, Limits, candidates, decoder_cases, refinements
 from kvik.kernels.triton.dispatch import Case, Plan, Table, cache_path, load_table, save_measured
+from kvik.kernels.triton.features import knows_gluon
 from kvik.models.decoder import allocate_layer
 from kvik.runtime import tune
 from kvik.runtime.platform import CpuPlatform
@@ -64,6 +65,8 @@ def parse(key: str) -> Case:
 
 
 def held_bytes(case: Case, plan: Plan) -> int:
+    if plan.path == "hopper":
+        return plan.num_stages * 64 * (plan.block_n + plan.block_t) * 2 + 1024  # and barriers
     rows = 2 if case.op == "norm_linear_swiglu" else 1
     return plan.num_stages * plan.block_k * (rows * plan.block_n + plan.block_t) * 2
 
@@ -74,19 +77,22 @@ def test_candidates_are_varied_and_possible(model: str, limits: Limits) -> None:
     for case in decoder_cases(*SIZES[model], "bfloat16", (*BATCHES, 512)):
         plans = candidates(case, limits)
         assert plans[0] == BLAS
-        assert len(plans) == len(set(plans)) < 170
+        assert len(plans) == len(set(plans)) < 190
         assert {plan.path for plan in plans} >= ({"gemv"} if case.num_tokens <= 4 else set())
-        assert {plan.path for plan in plans} <= {"blas", "skinny", *(["gemv"] if case.num_tokens <= 4 else [])}
+        others = ["gemv"] if case.num_tokens <= 4 else ["hopper"] if limits.hopper else []
+        assert {plan.path for plan in plans} <= {"blas", "skinny", *others}
         assert case.num_tokens <= MAX_TOKENS or plans == [BLAS]
         rows = 2 if case.op == "norm_linear_swiglu" else 1
         for plan in plans:
-            if plan.path == "skinny":
+            if plan.path in ("skinny", "hopper"):
                 assert held_bytes(case, plan) <= limits.shared_bytes
+            if plan.path == "skinny":
                 assert plan.split_k * plan.block_k <= case.k
                 assert rows * plan.block_n * plan.block_t <= 128 * 32 * plan.num_warps  # sums in half of the registers
         if model != "demo" and case.num_tokens <= MAX_TOKENS:
             sizes = {plan.block_n for plan in plans if plan.path == "skinny"}
             both = {32, 64} if rows == 2 else {64, 128}
+            assert ("hopper" in {plan.path for plan in plans}) == (case.num_tokens > 4)
             assert sizes == both or (limits is SMALL_GPU and sizes and sizes < both)  # large tiles do not fit there
 
 
@@ -106,7 +112,7 @@ def test_refinements_change_how_tiles_arrive_and_nothing_else() -> None:
 def test_what_is_shipped_as_fastest_can_run() -> None:
     for key, plan in load_table("NVIDIA H200", Path("/absent")).measured.items():
         case = parse(key)
-        if plan.path == "skinny":
+        if plan.path in ("skinny", "hopper"):
             assert held_bytes(case, plan) <= Limits().shared_bytes
             assert plan.split_k * plan.block_k <= case.k and plan.block_t <= max(16, 2 * case.num_tokens)
 
@@ -189,16 +195,18 @@ def test_processes_compile_what_tuning_launches(folder: Path, tmp_path: Path) ->
         "from kvik.runtime import tune; from kvik.config import EngineConfig; from kvik.startup import inspect_model;"
         "from kvik.kernels.triton.compile_only import StandInDriver, compile_only;"
         "from kvik.kernels.triton.dispatch import Plan, load_table;"
-        "tune.compute_capability = lambda device: (9, 0); tune.supports_pdl = lambda device: True;"
+        "tune.compute_capability = lambda device: (9, 0);"
+        "features = tune.Features.of_capability((9, 0));"
         "tune.has_nvidia_driver = lambda: False; tune.driver.reset_active = lambda: None;"
         "info = inspect_model(EngineConfig(sys.argv[1], device='cpu')); shape = tune.Shape(info.spec, torch.bfloat16);"
         "case = shape.cases(8)[2]; plans = [Plan(path='skinny', block_n=32), Plan(path='skinny', block_n=64)];"
+        "plans += [Plan(path='hopper', block_t=8, num_stages=2)] * features.hopper;"
         "compilers = tune.Compilers(shape, torch.device('cpu'), 2);"
         "compilers.finish(case, plans); compilers.__exit__(); hits = [];"
         "knobs.compilation.listener = lambda *, src, cache_hit, **_: hits.append((src.fn.__name__, cache_hit));"
         "compile_only(StandInDriver((9, 0))); meta = torch.device('meta');"
-        "step = tune._Step(tune._model(shape, meta, True), 8);"
-        "[step.run(tune._with(load_table('any'), case, plan), True) for plan in plans]; print(json.dumps(hits))"
+        "step = tune._Step(tune._model(shape, meta, features), 8);"
+        "[step.run(tune._with(load_table('any'), case, plan), features) for plan in plans]; print(json.dumps(hits))"
     )
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path / "cache")}
     environment.pop("TRITON_INTERPRET", None)
@@ -206,7 +214,8 @@ def test_processes_compile_what_tuning_launches(folder: Path, tmp_path: Path) ->
     done = subprocess.run(argv, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     hits = json.loads(done.stdout)
-    assert all(hit for _, hit in hits) and {name for name, _ in hits} >= {"_skinny_kernel"}
+    names = {"_skinny_kernel"} | ({"_linear_hopper"} if knows_gluon() else set())
+    assert all(hit for _, hit in hits) and {name for name, _ in hits} >= names
 
 
 def test_processes_that_fail_are_a_warning(

@@ -24,7 +24,7 @@ IDLE = "idle"
 PHASES = ("prepare", "embedding", "projections", "row operations", "attention", "head", "sampling", "update", IDLE)
 PHASE_OF = {
     "_inputs": "prepare", "_plan": "prepare", "_embedding_kernel": "embedding",
-    "_gemv_kernel": "projections", "_skinny_kernel": "projections",
+    "_gemv_kernel": "projections", "_skinny_kernel": "projections", "_linear_hopper": "projections",
     "_rms_norm_kernel": "row operations", "_rope_kernel": "row operations", "_silu_mul_kernel": "row operations",
     "_decode": "attention", "_prefill": "attention",
     "_count": "sampling", "_edit": "sampling", "_edit_lists": "sampling", "_peaks": "sampling", "_measure": "sampling",

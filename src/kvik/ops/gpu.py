@@ -12,6 +12,7 @@ from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.errors import ConfigError
 from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_tile import attention_tiles
+from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.ops import TritonOps
 from kvik.kernels.triton.sampler import MASKED, sample
 from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
@@ -29,7 +30,7 @@ class GpuOperators(TritonOps):
     """
 
     def __init__(self, device: torch.device) -> None:
-        super().__init__(device, pdl=False)
+        super().__init__(device, features=Features.of(device)._replace(pdl=False))
 
     def argmax(self, x: Tensor) -> Tensor:
         return x.argmax(-1)

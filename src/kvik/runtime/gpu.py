@@ -8,7 +8,7 @@ from torch import Tensor
 from kvik.attention.flashinfer import FlashInferAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.kernels.triton.dispatch import Case, load_table
-from kvik.kernels.triton.ops import is_hopper, supports_pdl
+from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
 from kvik.models.decoder import Decoder
 from kvik.models.spec import DecoderSpec
@@ -26,12 +26,12 @@ __all__ = ["build_gpu_runner", "gpu_attention", "partial_bytes", "workspace_byte
 
 def gpu_attention(
     spec: DecoderSpec, num_seqs: int, num_tokens: int, max_model_len: int, device: torch.device, *,
-    dtype: torch.dtype, deterministic: bool, block_size: int = 1, pdl: bool | None = None, hopper: bool | None = None,
+    dtype: torch.dtype, deterministic: bool, block_size: int = 1, features: Features | None = None,
     backend: str = "auto",
 ) -> GpuAttention:  # fmt: skip
     """Attention for steps of `num_tokens` tokens of `num_seqs` sequences, each of up to `max_model_len`, over blocks of
-    a multiple of `block_size` keys. `pdl` and `hopper` say what the GPU is where `device` is not it; `backend` is
-    flashinfer, or triton, which is auto."""
+    a multiple of `block_size` keys. `features` says what the GPU has where `device` is not it; `backend` is flashinfer,
+    or triton, which is auto."""
     limits = AttentionLimits(
         num_heads=spec.num_heads, num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim, max_num_seqs=num_seqs,
         max_num_tokens=num_tokens, max_context_tokens=num_seqs * max_model_len,
@@ -39,8 +39,7 @@ def gpu_attention(
     )  # fmt: skip
     if backend == "flashinfer":
         return FlashInferAttention(limits, device)
-    pdl = supports_pdl(device) if pdl is None else pdl
-    hopper = is_hopper(device) if hopper is None else hopper
+    pdl, hopper = Features.of(device) if features is None else features
     return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl, tma=pdl, hopper=hopper)
 
 

@@ -32,6 +32,7 @@ from triton.runtime.cache import triton_key
 from kvik.config import SchedulerConfig
 from kvik.kernels.triton.compile_only import StandInDriver, compile_only, compile_shared, keep_out_dynamo
 from kvik.kernels.triton.dispatch import load_table
+from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.ops import TritonOps
 from kvik.layers.rope import RopeTable
 from kvik.log import logger
@@ -51,7 +52,6 @@ MAX_PROCESSES = 16
 LONGEST_WAIT = 120.0
 """Seconds that a start waits for the processes, once nothing else is left to do."""
 
-_HOPPER = (9, 0)
 _SOURCES = ("attention", "kernels", "models", "runtime")  # what decides which kernels are launched, and how
 
 
@@ -83,14 +83,14 @@ class CompileJob:
         kept = [window for i, window in enumerate(self.spec.windows) if self.spec.windows[:i].count(window) < 2]
         spec = replace(self.spec, num_layers=len(kept), windows=tuple(kept))
         settings, meta = self.settings, torch.device("meta")
-        pdl = self.capability >= _HOPPER
+        features = Features.of_capability(self.capability)
         num_seqs, max_len = settings.max_num_seqs, settings.max_model_len
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)
-        ops = TritonOps(meta, table=load_table(self.gpu), deterministic=self.deterministic, defer=True, pdl=pdl)
+        table, exact = load_table(self.gpu), self.deterministic
+        ops = TritonOps(meta, table=table, deterministic=exact, defer=True, features=features)
         attention = gpu_attention(
             spec, num_seqs, settings.max_num_batched_tokens, max_len, meta, dtype=self.dtype,
-            deterministic=self.deterministic, block_size=settings.block_size, pdl=pdl,
-            hopper=self.capability[0] == _HOPPER[0], backend=self.attention_backend,
+            deterministic=exact, block_size=settings.block_size, features=features, backend=self.attention_backend,
         )  # fmt: skip
         decoder = Decoder(spec, weights, RopeTable(spec.rope, max_len, meta), ops, attention)
         pool = KVPool(spec, settings.num_blocks, settings.block_size, self.dtype, meta)

@@ -43,7 +43,8 @@ from kvik.kernels.triton.candidates import (
 )  # fmt: skip
 from kvik.kernels.triton.compile_only import StandInDriver, compile_only, compute_capability, has_nvidia_driver
 from kvik.kernels.triton.dispatch import Case, Plan, Rule, Table, load_table, save_measured
-from kvik.kernels.triton.ops import TritonOps, supports_pdl
+from kvik.kernels.triton.features import Features
+from kvik.kernels.triton.ops import TritonOps
 from kvik.layers.rope import RopeTable
 from kvik.log import logger
 from kvik.models.decoder import Decoder
@@ -133,17 +134,17 @@ class _Step:
             tuple(lengths), rope_lens=positions + 1 if spec.rope.depends_on_length else None,
         )  # fmt: skip
 
-    def run(self, table: Table, pdl: bool) -> Tensor:
+    def run(self, table: Table, features: Features) -> Tensor:
         """Its logits, by the plans of `table`."""
         model = self._model
         assert isinstance(model.attention, TritonAttention)
-        model.ops = TritonOps(model.weights.embedding.device, table=table, defer=True, pdl=pdl)
+        model.ops = TritonOps(model.weights.embedding.device, table=table, defer=True, features=features)
         with torch.inference_mode():
             model.attention.prepare(self._batch)
             return model.ops.linear(model.forward(self._batch, self._kv), model.weights.lm_head)
 
 
-def _model(shape: Shape, device: torch.device, pdl: bool) -> Decoder:
+def _model(shape: Shape, device: torch.device, features: Features) -> Decoder:
     """The layers that are timed, with random weights; on the meta device, where tensors have no memory, with none."""
     spec, longest = shape.part, _CONTEXT[1]
     if device.type == "meta":
@@ -151,9 +152,9 @@ def _model(shape: Shape, device: torch.device, pdl: bool) -> Decoder:
     else:
         weights = load_weights(Path(), spec, dtype=shape.dtype, device=device, load_format="dummy")
     attention = gpu_attention(
-        spec, MAX_TOKENS, MAX_TOKENS, longest, device, dtype=shape.dtype, deterministic=False, pdl=pdl
+        spec, MAX_TOKENS, MAX_TOKENS, longest, device, dtype=shape.dtype, deterministic=False, features=features
     )
-    ops = TritonOps(device, table=load_table("any"), defer=True, pdl=pdl)
+    ops = TritonOps(device, table=load_table("any"), defer=True, features=features)
     return Decoder(spec, weights, RopeTable(spec.rope, longest, device), ops, attention)
 
 
@@ -168,16 +169,21 @@ class Compilers:
     """
 
     def __init__(self, shape: Shape, device: torch.device, num_processes: int) -> None:
-        pdl, stand_in = supports_pdl(device), StandInDriver(compute_capability(device))
+        capability = compute_capability(device)
+        features, stand_in = Features.of_capability(capability), StandInDriver(capability)
         self._jobs: dict[tuple[Case, Plan], Future[None]] = {}
         compile_only(stand_in, lambda kernel: False)
         try:
             # Triton's hash of a function depends on which others were hashed before it: all of them here, once.
-            model, table = _model(shape, torch.device("meta"), pdl), load_table("any")
-            for plan in (BLAS, Plan(path="gemv", block_n=1), Plan(path="skinny", split_k=2)):
-                _Step(model, 1).run(replace(table, rules=(Rule(plan=plan),), measured={}), pdl)
+            model, table = _model(shape, torch.device("meta"), features), load_table("any")
+            plans = [BLAS, Plan(path="gemv", block_n=1), Plan(path="skinny", split_k=2)]
+            for plan in plans + [Plan(path="hopper")] * features.hopper:
+                _Step(model, 1).run(replace(table, rules=(Rule(plan=plan),), measured={}), features)
             self._pool = ProcessPoolExecutor(
-                num_processes, get_context("fork"), initializer=_start_compiling, initargs=(model, stand_in, table, pdl)
+                num_processes,
+                get_context("fork"),
+                initializer=_start_compiling,
+                initargs=(model, stand_in, table, features),
             )
             self._pool.submit(int).result()  # forks
         finally:
@@ -205,32 +211,34 @@ class Compilers:
         self._pool.shutdown(cancel_futures=True)
 
 
-_compiled: tuple[Decoder, Table, bool]  # of a process of `Compilers`: model, plans, whether kernels overlap
+_compiled: tuple[Decoder, Table, Features]  # of a process of `Compilers`: model, plans, what the GPU has
 _steps: dict[int, _Step] = {}
 
 
-def _start_compiling(model: Decoder, stand_in: StandInDriver, table: Table, pdl: bool) -> None:
+def _start_compiling(model: Decoder, stand_in: StandInDriver, table: Table, features: Features) -> None:
     global _compiled
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that started this one is told, and ends it
     torch.set_num_threads(1)
     stand_in.build_launchers = has_nvidia_driver()
     compile_only(stand_in)
-    _compiled = model, table, pdl
+    _compiled = model, table, features
 
 
 def _compile(case: Case, plan: Plan) -> None:
-    model, table, pdl = _compiled
+    model, table, features = _compiled
     if case.num_tokens not in _steps:
         _steps[case.num_tokens] = _Step(model, case.num_tokens)
     with contextlib.suppress(*_CANNOT_RUN):
-        _steps[case.num_tokens].run(_with(table, case, plan), pdl)
+        _steps[case.num_tokens].run(_with(table, case, plan), features)
 
 
 class _Search:
     """The search for the plan of one case after the other, in the step that all of them are part of."""
 
-    def __init__(self, step: _Step, pdl: bool, timer: Timer, limits: Limits, compilers: Compilers | None) -> None:
-        self._step, self._pdl, self._timer = step, pdl, timer
+    def __init__(
+        self, step: _Step, features: Features, timer: Timer, limits: Limits, compilers: Compilers | None
+    ) -> None:
+        self._step, self._features, self._timer = step, features, timer
         self._limits, self._compilers = limits, compilers
 
     def first(self, case: Case, table: Table) -> list[Plan]:
@@ -254,7 +262,7 @@ class _Search:
         return Timing(case, times, before)
 
     def _run(self, table: Table, copy: int) -> Tensor:
-        return self._step.run(table, self._pdl)
+        return self._step.run(table, self._features)
 
     def _time(self, case: Case, table: Table, plans: Sequence[Plan], times: dict[Plan, float]) -> None:
         if self._compilers is not None:
@@ -280,15 +288,15 @@ def tune(
     Before a case is yielded, its plan is in the cache, under the name `gpu`; what was measured before stays there.
     `directory` is where the cache lies, if not where users have it.
     """
-    pdl = supports_pdl(device)
+    features = Features.of(device)
     table, limits, timer = load_table(gpu, directory), Limits.of(device), timer or GraphTimer(launches=1)
-    model = _model(shape, device, pdl)
+    model = _model(shape, device, features)
     todo = [(size, case) for size in tokens for case in shape.cases(size)]
     search, size = None, 0
     for index, (num_tokens, case) in enumerate(todo):
         if search is None or num_tokens != size:
             size, search = num_tokens, None  # frees the cache of the last step first
-            search = _Search(_Step(model, num_tokens), pdl, timer, limits, compilers)
+            search = _Search(_Step(model, num_tokens), features, timer, limits, compilers)
             search.prepare(case, table)
         if index + 1 < len(todo):
             search.prepare(todo[index + 1][1], table)

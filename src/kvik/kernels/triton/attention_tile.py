@@ -115,10 +115,8 @@ def fits_tma(cache: Tensor, block_n: int) -> bool:
 
 def fits_hopper(group: int, head_dim: int, itemsize: int, block_size: int) -> bool:
     """Whether the prefill kernel for Hopper can take heads of `head_dim` elements of `itemsize` bytes, `group` of which
-    share a key head, and blocks of `block_size` keys. It is written in a language that Triton calls experimental, and
-    is used with the versions that it was tried with, which are those of torch's that Kvik was."""
-    known = triton.__version__.startswith("3.6.")
-    return known and head_dim == 128 and itemsize == 2 and block_size % 64 == 0 and group in (1, 2, 4, 8, 16)
+    share a key head, and blocks of `block_size` keys."""
+    return head_dim == 128 and itemsize == 2 and block_size % 64 == 0 and group in (1, 2, 4, 8, 16)
 
 
 def block_rows(cache: Tensor) -> int:

@@ -15,6 +15,7 @@ from triton.runtime.driver import driver
 
 from kvik.kernels.triton import gemv
 from kvik.kernels.triton.dispatch import Case, Plan
+from kvik.kernels.triton.features import Features
 
 __all__ = ["BLAS", "MAX_TOKENS", "Limits", "candidates", "decoder_cases", "refinements", "weight_bytes"]
 
@@ -34,6 +35,7 @@ class Limits:
 
     multiprocessors: int = 132
     shared_bytes: int = 227 << 10  # of one program
+    hopper: bool = True  # see `Features`
 
     @classmethod
     def of(cls, device: torch.device) -> Limits:
@@ -42,7 +44,7 @@ class Limits:
             return cls()
         index = torch.cuda.current_device() if device.index is None else device.index
         properties: dict[str, int] = driver.active.utils.get_device_properties(index)
-        return cls(properties["multiprocessor_count"], properties["max_shared_mem"])
+        return cls(properties["multiprocessor_count"], properties["max_shared_mem"], Features.of(device).hopper)
 
 
 def decoder_cases(
@@ -64,11 +66,13 @@ def decoder_cases(
 
 def candidates(case: Case, limits: Limits | None = None) -> list[Plan]:
     """The plans worth timing for `case`, the vendor's library first; tens of them."""
-    plans = [BLAS]
+    plans, limits = [BLAS], limits or Limits()
     if case.num_tokens <= gemv.MAX_TOKENS:
         plans += _gemv_plans(case)
     if case.num_tokens <= MAX_TOKENS:
-        plans += _skinny_plans(case, limits or Limits())
+        plans += _skinny_plans(case, limits)
+    if limits.hopper and 4 < case.num_tokens <= MAX_TOKENS and getattr(torch, case.dtype).itemsize == 2:
+        plans += _hopper_plans(case, limits)
     return plans
 
 
@@ -100,6 +104,24 @@ def _gemv_plans(case: Case) -> Iterator[Plan]:
         held = rows * block_n * block_k * size / (32 * num_warps)  # bytes of the weight in a thread's registers
         if 64 <= held <= 256 and block_k < 2 * case.k and (block_k >= 1024 or block_k >= case.k):
             yield Plan(path="gemv", block_n=block_n, block_k=block_k, num_warps=num_warps)
+
+
+def _hopper_plans(case: Case, limits: Limits) -> Iterator[Plan]:
+    rows, _ = _rows_and_bytes(case)
+    padded = max(8, 1 << (case.bucket - 1).bit_length())
+    tokens = (padded,) if padded <= 64 else (padded // 2, padded)
+    splits = (1, 2, 3, 4, 6, 8) if rows == 1 else (1,)
+    for block_n, block_t, split_k in itertools.product((64, 128, 192), tokens, splits):
+        programs = -(-rows * case.n // block_n) * -(-case.num_tokens // block_t) * split_k
+        steps = -(-case.k // (64 * split_k))
+        depth = min((limits.shared_bytes - 2048) // (128 * (block_n + block_t)), steps, 12)
+        fills = 2 * programs >= limits.multiprocessors and (split_k == 1 or programs <= 2 * limits.multiprocessors)
+        if not fills or depth < max(2, block_n // 64):
+            continue
+        plan = Plan(path="hopper", block_n=block_n, block_k=64, block_t=block_t, split_k=split_k, num_stages=depth)
+        yield plan
+        if block_n == 64 and block_t <= 128 and depth > 5:  # two programs at a time on a multiprocessor
+            yield replace(plan, num_stages=depth // 2)
 
 
 def _skinny_plans(case: Case, limits: Limits) -> Iterator[Plan]:

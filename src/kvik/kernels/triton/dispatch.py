@@ -26,8 +26,8 @@ BUCKETS = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that have a plan of their own; others take the next larger one, and more than these the last."""
 
 _HERE = Path(__file__).parent
-_PATHS = ("gemv", "skinny", "blas")
-_TUNED_SOURCES = ("gemv.py", "skinny.py", "tiles.py", "pdl.py")
+_PATHS = ("gemv", "skinny", "hopper", "blas")
+_TUNED_SOURCES = ("gemv.py", "skinny.py", "linear_hopper.py", "tiles.py", "pdl.py")
 
 
 class Norm(NamedTuple):
@@ -41,13 +41,13 @@ class Norm(NamedTuple):
 class Plan:
     """How one projection runs: the path, and numbers that only some paths read. Tile sizes are powers of two."""
 
-    path: str  # gemv: 1 to 4 tokens; skinny: tensor cores, weights as M; blas: the vendor's library
-    block_n: int = 64  # weight rows of one program
+    path: str  # gemv: 1 to 4 tokens; skinny, hopper: tensor cores, weights as M; blas: the vendor's library
+    block_n: int = 64  # weight rows of one program; hopper: 64, 128 or 192, gates and ups counted
     block_k: int = 128  # columns of one step; gemv: of one tile in registers
-    block_t: int = 16  # skinny: tokens of one program
-    split_k: int = 1  # skinny: programs that share K, except for gate and up, which are multiplied
+    block_t: int = 16  # skinny, hopper: tokens of one program
+    split_k: int = 1  # skinny, hopper: programs that share K, except for gate and up, which are multiplied
     num_warps: int = 4
-    num_stages: int = 3  # skinny: depth of the software pipeline
+    num_stages: int = 3  # skinny, hopper: depth of the software pipeline
     prefetch: int = 0  # skinny: steps of the weight asked for before the predecessor has ended
     tma: bool = False  # skinny: the tensor memory accelerator copies the tiles, where there is one
 
@@ -55,13 +55,25 @@ class Plan:
         if self.path not in _PATHS:
             raise ConfigError(f"path must be one of {', '.join(_PATHS)}, got {self.path!r}")
         for name in ("block_n", "block_k", "block_t", "num_warps"):
-            _power_of_two(name, getattr(self, name))
+            if (self.path, name) != ("hopper", "block_n"):
+                _power_of_two(name, getattr(self, name))
+        if self.path == "hopper":
+            self._check_hopper()
         if self.path == "skinny" and min(self.block_k, self.block_t) < 16:
             raise ConfigError(
                 f"tensor cores need block_k and block_t of at least 16, got {self.block_k}, {self.block_t}"
             )
         if self.split_k < 1 or self.num_stages < 1 or self.prefetch < 0:
             raise ConfigError("split_k and num_stages must be at least 1, prefetch at least 0")
+
+    def _check_hopper(self) -> None:
+        if self.block_n not in (64, 128, 192) or not 8 <= self.block_t <= 256:
+            raise ConfigError(
+                "hopper takes block_n of 64, 128 or 192 and block_t from 8 to 256, "
+                f"got {self.block_n} and {self.block_t}"
+            )
+        if self.num_stages < self.block_n // 64:
+            raise ConfigError(f"block_n {self.block_n} needs num_stages {self.block_n // 64}, got {self.num_stages}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,11 +142,16 @@ class Table:
     rows: tuple[Rule, ...]  # operations on rows
     measured: dict[str, Plan] = field(default_factory=dict)  # by Case.key
 
-    def plan(self, case: Case, *, deterministic: bool = False) -> Plan:
-        """The plan of a projection. What decides the bits of a deterministic one does not depend on `num_tokens`."""
-        if not deterministic and case.key in self.measured:
-            return self.measured[case.key]
-        plan = _first(self.deterministic if deterministic else self.rules, case)
+    def plan(self, case: Case, *, deterministic: bool = False, hopper: bool = True) -> Plan:
+        """The plan of a projection. What decides the bits of a deterministic one does not depend on `num_tokens`.
+
+        Without `hopper`, plans of that path do not count.
+        """
+        measured = None if deterministic else self.measured.get(case.key)
+        if measured is not None and (hopper or measured.path != "hopper"):
+            return measured
+        rules = self.deterministic if deterministic else self.rules
+        plan = _first(rules if hopper else tuple(rule for rule in rules if not _is_hopper(rule.plan)), case)
         assert isinstance(plan, Plan)
         return plan
 
@@ -143,6 +160,10 @@ class Table:
         plan = _first(self.rows, case)
         assert isinstance(plan, RowPlan)
         return plan
+
+
+def _is_hopper(plan: Plan | RowPlan) -> bool:
+    return isinstance(plan, Plan) and plan.path == "hopper"
 
 
 def _first(rules: tuple[Rule, ...], case: Case) -> Plan | RowPlan:

@@ -13,23 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvik.kernels.api import KVLayer, LinearWeight
-from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny, sum_parts
+from kvik.kernels.triton import (
+    embedding,
+    gemv,
+    linear_hopper,
+    qk_norm_rope_store,
+    rms_norm,
+    silu_mul,
+    skinny,
+    sum_parts,
+)
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, Plan, RowPlan, Table, load_table
+from kvik.kernels.triton.features import Features
 
-__all__ = ["Parts", "TritonOps", "is_hopper", "supports_pdl"]
+__all__ = ["Parts", "TritonOps"]
 
-_HOPPER = (9, 0)
 _ROWS_WHEN_DETERMINISTIC = BUCKETS[0]
-
-
-def supports_pdl(device: torch.device) -> bool:
-    """Whether kernels can overlap their predecessors there."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= _HOPPER
-
-
-def is_hopper(device: torch.device) -> bool:
-    """Whether kernels in Hopper's own instructions can run there: no later GPU has them."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == _HOPPER[0]
 
 
 @dataclass(slots=True, eq=False)
@@ -61,16 +60,16 @@ class TritonOps:
     up a row in the same order in every tile that the rules name.
     defer: `norm_linear` and `linear_add` may return `Parts`, for which their neighbours in a decoder block have a use:
     `qk_norm_rope_store`, and the norms and `linear_add`'s residual. Otherwise every result is a tensor.
-    pdl: kernels overlap their predecessors (`kernels/triton/pdl.py`); None: where the GPU can, Hopper and newer.
+    features: what the GPU has; None: what `device` has.
     """
 
     def __init__(
         self, device: torch.device, *, table: Table | None = None, deterministic: bool = False,
-        defer: bool = False, pdl: bool | None = None,
+        defer: bool = False, features: Features | None = None,
     ) -> None:  # fmt: skip
         self._table = table or load_table(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self._deterministic, self._defer = deterministic, defer
-        self._pdl = supports_pdl(device) if pdl is None else pdl
+        self._pdl, self._hopper = Features.of(device) if features is None else features
         # What the table said, because asking it takes longer than some kernels run.
         self._plans: dict[tuple[str, int, int, int, torch.dtype], Plan] = {}
         self._row_plans: dict[tuple[str, int, int, torch.dtype], RowPlan] = {}
@@ -184,7 +183,8 @@ class TritonOps:
         plan = self._plans.get(key)
         if plan is None:
             case = Case(op, m, n, k, str(dtype).removeprefix("torch."))
-            plan = self._plans[key] = self._table.plan(case, deterministic=self._deterministic)
+            hopper = self._hopper and linear_hopper.fits_hopper(n, k, dtype.itemsize)
+            plan = self._plans[key] = self._table.plan(case, deterministic=self._deterministic, hopper=hopper)
         return plan
 
     def _project(
@@ -207,7 +207,10 @@ class TritonOps:
         if plan.path == "gemv":
             out = x.new_empty((m, n))
             return gemv.gemv(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
-        result = skinny.skinny(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl, tma=self._pdl)
+        if plan.path == "hopper":
+            result = linear_hopper.linear_hopper(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl)
+        else:
+            result = skinny.skinny(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl, tma=self._pdl)
         return result if result.dim() == 2 else Parts(result, x.dtype, w.bias, residual)
 
 
