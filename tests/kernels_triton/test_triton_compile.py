@@ -37,3 +37,11 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
     assert not any(kernel["serialized"] for name, kernel in found.items() if name.startswith("hopper"))
     for name in {name.split(maxsplit=1)[1] for name in found if name.endswith("exact")}:
         assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] != ""
+
+
+def test_gluon_is_imported_only_for_kernels_that_are_written_in_it() -> None:
+    """Kvik runs with versions of Triton that have none, or another one."""
+    modules = "kvik.kernels.triton.ops, kvik.attention.triton, kvik.runtime.tune, kvik.runtime.kernel_compiler"
+    code = f"import sys; sys.modules['triton.experimental.gluon'] = None; import {modules}"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

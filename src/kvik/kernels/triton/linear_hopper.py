@@ -29,7 +29,7 @@ from kvik.kernels.triton.dispatch import Plan
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 from kvik.kernels.triton.tiles import silu
 
-__all__ = ["fits_hopper", "launch_options", "linear_hopper"]
+__all__ = ["launch_options", "linear_hopper"]
 
 ROWS = gl.constexpr(64)  # of a group of warps
 STEP = gl.constexpr(64)  # columns that are copied at a time: 128 bytes, as wgmma wants them
@@ -188,7 +188,7 @@ def _linear_hopper(x: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: g
     parts of K."""
     STEPS: gl.constexpr = (K + SPLIT_K * STEP - 1) // (SPLIT_K * STEP)  # of each part; past K there is nothing to add
     OUTPUTS: gl.constexpr = ROWS // 2 if SWIGLU else ROWS
-    # ptxas has no instruction of 256 tokens for programs of so many threads.
+    # 512 threads leave each too few registers for a product of 256 tokens in one instruction.
     PIECES: gl.constexpr = 2 if GROUPS == 3 and BLOCK_T == 256 else 1
     WIDTH: gl.constexpr = BLOCK_T // PIECES
     start_dependents(PDL)
@@ -238,11 +238,6 @@ def _linear_hopper(x: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: g
         )  # fmt: skip
 
 
-def fits_hopper(n: int, k: int, itemsize: int) -> bool:
-    """Whether the kernel can make n outputs of k inputs, elements of `itemsize` bytes: what TMA can address."""
-    return itemsize == 2 and n % TURN.value == k % 8 == 0
-
-
 def launch_options(plan: Plan) -> dict[str, int]:
     """What Triton has to know of a program beside the kernel's arguments: its warps, and registers of a thread.
 
@@ -259,7 +254,7 @@ def linear_hopper(
 ) -> Tensor:
     """residual + act(x @ weight.T + bias) of x [num_tokens, K] -> [num_tokens, N], as `skinny` has it.
 
-    Tensors are contiguous and as `fits_hopper` says.
+    Tensors are contiguous, of 16 bits, and K and N multiples of 8.
     """
     (m, k), n = x.shape, w.weight.shape[0] // (1 + swiglu)
     split_k = 1 if swiglu else plan.split_k

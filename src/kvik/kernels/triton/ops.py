@@ -13,16 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kvik.kernels.api import KVLayer, LinearWeight
-from kvik.kernels.triton import (
-    embedding,
-    gemv,
-    linear_hopper,
-    qk_norm_rope_store,
-    rms_norm,
-    silu_mul,
-    skinny,
-    sum_parts,
-)
+from kvik.kernels.triton import embedding, gemv, qk_norm_rope_store, rms_norm, silu_mul, skinny, sum_parts
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Norm, Plan, RowPlan, Table, load_table
 from kvik.kernels.triton.features import Features
 
@@ -183,7 +174,8 @@ class TritonOps:
         plan = self._plans.get(key)
         if plan is None:
             case = Case(op, m, n, k, str(dtype).removeprefix("torch."))
-            hopper = self._hopper and linear_hopper.fits_hopper(n, k, dtype.itemsize)
+            # What TMA can address; and gates and ups lie in turns of 8 rows.
+            hopper = self._hopper and dtype.itemsize == 2 and n % 8 == k % 8 == 0
             plan = self._plans[key] = self._table.plan(case, deterministic=self._deterministic, hopper=hopper)
         return plan
 
@@ -208,7 +200,9 @@ class TritonOps:
             out = x.new_empty((m, n))
             return gemv.gemv(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
         if plan.path == "hopper":
-            result = linear_hopper.linear_hopper(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl)
+            from kvik.kernels.triton.linear_hopper import linear_hopper  # needs a Triton that has Gluon
+
+            result = linear_hopper(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl)
         else:
             result = skinny.skinny(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl, tma=self._pdl)
         return result if result.dim() == 2 else Parts(result, x.dtype, w.bias, residual)
