@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from linear_cases import DTYPES, check, noise, one_plan, projection
 
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.reference import ReferenceOps
-from kvik.kernels.triton.dispatch import Plan, load_table
+from kvik.kernels.triton.dispatch import Plan, Rule, load_table
 from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.ops import Parts, TritonOps
 from kvik.kernels.triton.skinny import skinny
@@ -80,6 +82,19 @@ def test_hopper(m: int, block_t: int, split_k: int, block_n: int, dtype: torch.d
     plan = Plan(path="hopper", block_n=block_n, block_t=block_t, split_k=split_k, num_stages=3)
     for (n, k), bias in zip([(40, 80), (200, 1096), (1000, 512), (64, 64)], (False, True, False, True), strict=True):
         compare(plan, m, n, k, dtype, bias, device)
+
+
+def test_what_the_kernel_for_hopper_cannot_address_goes_elsewhere(device: torch.device) -> None:
+    table = one_plan(Plan(path="hopper", block_t=16))
+    table = dataclasses.replace(table, rules=(*table.rules, Rule(plan=SKINNY["plain"])))
+    ops = TritonOps(device, table=table, features=Features(pdl=False, hopper=True))
+    x, dtype = torch.empty(17 * 80 + 1, dtype=torch.bfloat16, device=device)[1:].view(17, 80), torch.bfloat16
+    x.copy_(noise(17, 80, dtype=dtype, device=device))
+    w = projection(40, 80, True, dtype, device)
+    check(ops.linear(x, w), REFERENCE.linear(x, w))  # begins between two multiples of 16 bytes
+    for n, k, kind in ((33, 80, dtype), (40, 36, dtype), (40, 80, torch.float32)):
+        x, w = noise(17, k, dtype=kind, device=device), projection(n, k, True, kind, device)
+        check(ops.linear(x, w), REFERENCE.linear(x, w))
 
 
 @pytest.mark.parametrize("bias", [False, True])

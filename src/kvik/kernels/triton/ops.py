@@ -191,15 +191,18 @@ class TritonOps:
         if norm is not None and (plan.path != "gemv" or isinstance(x, Parts)):
             x, norm = self.rms_norm(x, norm.weight, norm.eps), None
         assert isinstance(x, Tensor), "only a norm reads parts"
-        if plan.path == "blas":
+        path = plan.path
+        if path == "hopper" and (x.data_ptr() | w.weight.data_ptr()) % 16:
+            path = "blas"  # TMA has no address for it
+        if path == "blas":
             if residual is not None:
                 return _blas_add(x, w, residual)
             result = F.linear(x, w.weight, w.bias)
             return self.silu_mul(result) if swiglu else result
-        if plan.path == "gemv":
+        if path == "gemv":
             out = x.new_empty((m, n))
             return gemv.gemv(x, w, plan, out, norm=norm, residual=residual, swiglu=swiglu, pdl=self._pdl)
-        if plan.path == "hopper":
+        if path == "hopper":
             from kvik.kernels.triton.linear_hopper import linear_hopper  # needs a Triton that has Gluon
 
             result = linear_hopper(x, w, plan, residual=residual, swiglu=swiglu, pdl=self._pdl)
