@@ -1,8 +1,9 @@
 """Which kernel computes a projection, and with which tile sizes: one table, read from JSON.
 
-`h200.json` is shipped: rules, of which the first that matches decides. `tune.tune` measures shapes on the GPU at hand
-and writes what was fastest to the user's cache (`cache_path`), under the GPU's name and a hash of the kernels, so that
-a changed kernel is never run with the measurements of another. Nothing here changes a result beyond its rounding.
+`h200.json` is shipped: rules, of which the first that matches decides, and plans measured on an H200; those under
+`hopper` need a Triton whose Gluon is known. `tune.tune` measures shapes on the GPU at hand and writes what was fastest
+to the user's cache (`cache_path`), under the GPU's name and a hash of the kernels, so that a changed kernel is never
+run with the measurements of another. Nothing here changes a result beyond its rounding.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from kvik.errors import ConfigError
+from kvik.kernels.triton.features import knows_gluon
 from kvik.log import logger
 
 __all__ = ["BUCKETS", "Case", "Norm", "Plan", "RowPlan", "Rule", "Table", "cache_path", "load_table", "save_measured"]
@@ -179,11 +181,13 @@ def load_table(gpu: str, directory: Path | None = None) -> Table:
     The shipped rules serve every GPU, the shipped measurements only the kind that they were taken on.
     """
     shipped = json.loads((_HERE / "h200.json").read_text())
-    measured: dict[str, Plan] = _plans(shipped) if gpu == shipped["gpu"] else {}
+    measured: dict[str, Plan] = {}
+    if gpu == shipped["gpu"]:
+        measured = _plans(shipped["measured"]) | (_plans(shipped["hopper"]) if knows_gluon() else {})
     path = cache_path(gpu, directory)
     if path.exists():
         try:
-            measured |= _plans(json.loads(path.read_text()))
+            measured |= _plans(json.loads(path.read_text())["measured"])
         except (ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
             logger.warning("ignoring the measured kernel table %s, which cannot be read: %s", path, error)
     return Table(
@@ -194,8 +198,8 @@ def load_table(gpu: str, directory: Path | None = None) -> Table:
     )
 
 
-def _plans(table: dict[str, Any]) -> dict[str, Plan]:
-    return {key: Plan(**plan) for key, plan in table["measured"].items()}
+def _plans(entries: dict[str, Any]) -> dict[str, Plan]:
+    return {key: Plan(**plan) for key, plan in entries.items()}
 
 
 def _rule(entry: dict[str, Any], kind: type[Plan] | type[RowPlan]) -> Rule:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import triton
 
 __all__ = ["NO_FEATURES", "Features", "knows_gluon"]
 
@@ -37,4 +36,6 @@ def knows_gluon() -> bool:
     """Whether this Triton has the Gluon that kernels for Hopper are written in, a language that it calls experimental.
 
     Known are the versions that the kernels were tried with, which are those of torch's that Kvik was."""
+    import triton
+
     return str(triton.__version__).startswith("3.6.")
