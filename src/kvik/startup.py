@@ -158,7 +158,7 @@ def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextMa
 
 
 def _warm_up(runner: Runner, settings: SchedulerConfig) -> None:
-    """Launch every kernel and capture every graph once: no request waits for any."""
+    """Launch every kernel once, and capture the graphs of most sizes of steps: no request waits for a compiler."""
     from kvik.runtime.gpu_runner import GpuRunner
     from kvik.runtime.warm_up import warm_up
 
