@@ -18,6 +18,7 @@ from kvik.attention.reference import ReferenceAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.errors import CapacityError
 from kvik.kernels.api import KVLayer
+from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
 from kvik.kernels.triton.features import Features
 
@@ -276,3 +277,21 @@ def test_a_step_beyond_the_limits_is_refused(device: torch.device) -> None:
     attention = backend((2, 1, 16), device, max_num_seqs=1)
     with pytest.raises(CapacityError, match=r"\(1, 512, 4096\) and got a step of \(2, 2, 80\)"):
         attention.prepare(make_batch([40, 40], [1, 1], tables))
+
+
+def test_the_work_list_begins_with_the_longest_chunks(device: torch.device) -> None:
+    lens = [1, 700, 33, 1300, 64, 512, 1300]
+    tiles = AttentionTiles(decode_n=32, chunk=512, even=True)
+    starts = torch.arange(len(lens) + 1, dtype=torch.int32, device=device)
+    decode, prefill = (torch.zeros(64, 4, dtype=torch.int32, device=device) for _ in range(2))
+    counts = torch.zeros(2, dtype=torch.int32, device=device)
+    plan_attention(
+        starts, torch.tensor(lens, dtype=torch.int32, device=device), decode, prefill, counts,
+        max_seqs=8, max_queries=1, tiles=tiles, tile_queries=16,
+    )  # fmt: skip
+    items = decode[: int(counts[0])].tolist()
+    # 1300 keys are three chunks of up to 448; 700 are one, which is nearer to 512 than two are.
+    assert [(sequence, chunk) for sequence, chunk, _, _ in items] == [
+        (1, 0), (5, 0), (3, 0), (3, 1), (3, 2), (6, 0), (6, 1), (6, 2), (4, 0), (2, 0), (0, 0)
+    ]  # fmt: skip
+    assert [item[2:] for item in items] == [[item[0], lens[item[0]]] for item in items] and counts[1] == 0

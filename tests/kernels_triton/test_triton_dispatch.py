@@ -39,7 +39,7 @@ def test_the_shipped_table_takes_paths_that_can_run(gpu: str, tmp_path: Path) ->
         path = table.plan(case).path
         assert path != "gemv" or case.num_tokens <= 4
         assert path == "gemv" or case.num_tokens > 1
-        assert path in ("blas", "hopper") or case.num_tokens <= 256
+        assert path == "blas" or case.num_tokens <= 256 or (gpu == GPU and path == "hopper")
     assert {table.plan(case).path for case in cases("float32")} == {"gemv", "blas"}
 
 
@@ -105,6 +105,18 @@ def test_the_first_rule_that_matches_decides() -> None:
         table.plan(Case("linear", 5, 1, 1, "float16"))
 
 
+def test_without_the_gluon_that_is_known_other_plans_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "knows_gluon", lambda: True)
+    known = load_table(GPU, tmp_path).measured
+    monkeypatch.setattr(dispatch, "knows_gluon", lambda: False)
+    others = load_table(GPU, tmp_path).measured
+    hopper = {key for key, plan in known.items() if plan.path == "hopper"}
+    assert hopper and not any(plan.path == "hopper" for plan in others.values())
+    assert all(others[key] == plan for key, plan in known.items() if key not in hopper)
+    by_rule = hopper - others.keys()
+    assert by_rule == {"norm_linear_swiglu m4096 n3072 k1024 bfloat16"}  # the library
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -112,6 +124,10 @@ def test_the_first_rule_that_matches_decides() -> None:
         ({"path": "gemv", "block_n": 3}, "block_n must be a power of two, got 3"),
         ({"path": "skinny", "block_t": 8}, "at least 16"),
         ({"path": "skinny", "split_k": 0}, "split_k"),
+        ({"path": "hopper", "block_n": 96}, "block_n of 64, 128 or 192 .* got 96 and 16"),
+        ({"path": "hopper", "block_t": 512}, "block_t from 8 to 256, got 64 and 512"),
+        ({"path": "hopper", "block_t": 24}, "block_t must be a power of two, got 24"),
+        ({"path": "hopper", "block_n": 192, "num_stages": 2}, "needs num_stages 3, got 2"),
     ],
 )
 def test_impossible_plans_are_refused(fields: dict[str, object], message: str) -> None:
