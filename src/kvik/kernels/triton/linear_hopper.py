@@ -204,9 +204,8 @@ def _linear_hopper(x: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: g
     full, empty, done = _barriers(STAGES, 1), _barriers(STAGES, GROUPS), _barriers(1, GROUPS).index(0)
     gl.thread_barrier()
     boxes, buffers = weights, tokens
-    if SWIGLU:
+    if SWIGLU:  # and K is in one part
         boxes = weights._reinterpret(dtype, [STAGES * GROUPS, 4, 2, TURN, STEP], weight.layout)
-    if SWIGLU and SPLIT_K == 1:
         buffers = tokens._reinterpret(dtype, [2 * STAGES * PIECES, WIDTH, OUTPUTS], out.layout)
     ring, boxes = (weights, tokens, full, empty), (boxes, tokens, full, empty)
     if GROUPS == 1:
