@@ -66,11 +66,6 @@ def parse(parts: list[str], *options: Any, **more: Any) -> Message:
     return message_of(pieces)
 
 
-def right(message: Message) -> Message:
-    """A message without the calls that turned out to be none, which a stream cannot take back."""
-    return *message[:2], [call for call in message[2] if is_object(call[1])]
-
-
 def xml_call(name: str = "weather", **values: str) -> str:
     """A call as Qwen3-Coder writes it."""
     lines = [f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items()]
@@ -196,49 +191,62 @@ CASES: dict[str, tuple[str, dict[str, Any], Message]] = {
 
 MALFORMED = [
     "<tool_call>not JSON</tool_call>",
-    '<tool_call>{"name": "now", "arguments": {"a": }}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": "1}}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": [1]}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {}\n</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": [1}}}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"}}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": 1}, so}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": 1},}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": {"a": 1}, "b": tru}</tool_call>',
-    '<tool_call>{"name": "now", "arguments": "a"}</tool_call>',
     '<tool_call>{"name": 3, "arguments": {}}</tool_call>',
     '<tool_call>{"name": "", "arguments": {}}</tool_call>',
     '<tool_call>{"arguments": {}}</tool_call>',
     "<tool_call>[]</tool_call>",
-    '<tool_call>{"name": "now", "argum',
+    '<tool_call>{"arguments": {"a": 1}, "nam',
     'Look: <tool_call> \n{"a\\',
     "<tool_call>",
     "[TOOL_CALLS]weather {",
     "[TOOL_CALLS] [,",
-    '[TOOL_CALLS] [{"name": "now"]',
-    '[TOOL_CALLS]now[ARGS]{"a": 1 <',
-    '[TOOL_CALLS]now[ARGS]{"a": [1}}',
-    "[TOOL_CALLS]now[ARGS][1]",
     "[TOOL_CALLS][ARGS]{}",
-    '[TOOL_CALLS]now[ARGS]{"a": 1',
     "[TOOL_CALLS]now then[ARGS]{}",
     f"[TOOL_CALLS]{'n' * 300}[ARGS]{{}}",
     "<tool_call>\n<function=>\n</function>\n</tool_call>",
-    "<tool_call>\n<function=now>\n<parameter=a>\n1\n</param",
-    "<tool_call>\n<function=now>\n<parameter=a\n</function>\n</tool_call>",
-    "<tool_call>\n<function=now>\nSo <functi\n</function>",
-    "So <function=now>\n<parameter=a>\n",
     "<function=other>\n<parameter=a>\n1\n</parameter>\n</function>\n</tool_call>",
     "<tool_call>Not a call</tool_call>",
     "<tool_call></tool_call>",
-    "<tool_call>now<arg_key>a</arg_key>1</tool_call>",
-    "<tool_call>now<arg_key>a</arg_key><arg_value>1",
-    '{"name": "now", "parameters": 3}',
-    '{"name": "now"',
+    '{"name": "other", "parameters": {}}',
     "<|python_tag|>print(1)",
     "{" * 3000,
-    '<tool_call>{"name": "now", "arguments": {"a": ' + "[" * 3000 + "]" * 3000 + "}}</tool_call>",
 ]
+# format, text to where a call is told, its arguments until there, text behind that
+BROKEN: list[tuple[ToolFormat, str, str, str]] = [
+    (HERMES, '<tool_call>{"name": "now"', "", ', "argum'),
+    (HERMES, '<tool_call>{"name": "now"', "", ' \n'),
+    (HERMES, '<tool_call>{"name": "now"', "", ', "arguments": [1]}</tool_call>'),
+    (HERMES, '<tool_call>{"name": "now"', "", ', "arguments": "a"}</tool_call>'),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": ', '{"a": ', "}}</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": ', '{"a": ', "<x>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "1}}</tool_call>', '{"a": "1}}</tool_call>', ""),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {', "{", "}\n</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": [1}', '{"a": [1}', "}}</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": "\\ud83d"', '{"a": "\\ud83d"', "}}</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": 1', '{"a": 1', "}, so}</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": 1', '{"a": 1', "},}</tool_call>"),
+    (HERMES, '<tool_call>{"name": "now", "arguments": {"a": 1', '{"a": 1', '}, "b": tru}</tool_call>'),
+    (
+        HERMES,
+        '<tool_call>{"name": "now", "arguments": {"a": ' + "[" * 3000 + "]" * 3000,
+        '{"a": ' + "[" * 3000 + "]" * 3000,
+        "}}</tool_call>",
+    ),
+    (QWEN3_CODER, "<tool_call>\n<function=now>", "", "\n<parameter=a>\n1\n</param"),
+    (QWEN3_CODER, "<tool_call>\n<function=now>", "", "\n<parameter=a\n</function>\n</tool_call>"),
+    (QWEN3_CODER, "<tool_call>\n<function=now>", "", "\nSo <functi\n</function>"),
+    (QWEN3_CODER, "<function=now>", "", "\n<parameter=a>\n"),
+    (QWEN3_CODER, "<function=now><parameter=a>1</parameter>", '{"a": 1', " So</function>"),
+    (GLM45, "<tool_call>now<arg_key>", "", "a</arg_key>1</tool_call>"),
+    (GLM45, "<tool_call>now<arg_key>", "", "a</arg_key><arg_value>1"),
+    (MISTRAL, '[TOOL_CALLS] [{"name": "now"', "", "]"),
+    (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]", "", "[1]"),
+    (MISTRAL_ARGS, '[TOOL_CALLS]now[ARGS]{"a": 1 ', '{"a": 1 ', "<"),
+    (MISTRAL_ARGS, '[TOOL_CALLS]now[ARGS]{"a": [1}', '{"a": [1}', "}"),
+    (MISTRAL_ARGS, '[TOOL_CALLS]now[ARGS]{"a": 1', '{"a": 1', ""),
+    (LLAMA, '{"name": "now"', "", ', "parameters": 3}'),
+    (LLAMA, '{"name": "now"', "", ""),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -253,12 +261,39 @@ def test_messages(name: str) -> None:
     assert parse(list(text), **options) == expected
 
 
+def in_two(text: str) -> list[list[str]]:
+    """All ways to cut a text in two, a few of a long one."""
+    return [[text[:at], text[at:]] for at in range(0, len(text) + 1, 1 + len(text) // 400)]
+
+
 @pytest.mark.parametrize("text", MALFORMED, ids=lambda text: text[:40])
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
 def test_what_is_no_call_is_content_to_the_last_character(tools: Any, text: str) -> None:
-    assert parse([text], tools, SCHEMAS, reasoning=True) == ("", text, [])
-    for parts in (list(text), [text[:13], text[13:]]):
-        assert right(parse(parts, tools, SCHEMAS, reasoning=True)) == ("", text, [])
+    for parts in ([text], list(text), *in_two(text)):
+        assert parse(parts, tools, SCHEMAS, reasoning=True) == ("", text, [])
+
+
+@pytest.mark.parametrize("case", BROKEN, ids=lambda case: (case[1] + case[3])[:60])
+@pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
+def test_of_a_call_that_breaks_off_what_was_not_told_is_content(tools: ToolFormat, case: Any) -> None:
+    form, told, arguments, content = case
+    text = told + content
+    expected = ("", content, [("now", arguments)]) if tools is form else ("", text, [])
+    for parts in ([text], list(text), *in_two(text)):
+        assert parse(parts, tools, SCHEMAS, reasoning=True) == expected, parts
+
+
+@pytest.mark.parametrize("form", TOOL_FORMATS, ids=lambda form: form.name)
+def test_wherever_a_call_breaks_off_each_character_is_told_once(form: ToolFormat) -> None:
+    arguments = json.dumps({"city": "Ä\n\nÖ ", "days": "Ü", "ñ": "É", "where": {"Ø": [1]}}, ensure_ascii=False)
+    text = ("" if form.bare else "å ") + form.layout[0] + written(form, "weather", arguments) + form.layout[2]
+    for end, more in itertools.product(range(len(text) + 1), ("", " <x> ß", "}\nß")):
+        broken = text[:end] + more
+        whole = parse([broken], form, SCHEMAS)
+        told = whole[1] + "".join(given for _, given in whole[2])
+        assert all(told.count(char) == 1 for char in broken if not char.isascii()), broken
+        for parts in (list(broken), *in_two(broken)[::5]):
+            assert parse(parts, form, SCHEMAS) == whole, parts
 
 
 @pytest.mark.parametrize("tools", TOOL_FORMATS, ids=lambda tools: tools.name)
@@ -274,12 +309,11 @@ def test_any_cut_of_any_text_gives_the_same_message(tools: Any) -> None:
         text = "".join(draw.choices(shards, k=draw.randint(1, 12)))
         options = {"reasoning": draw.random() < 0.5, "opened": draw.random() < 0.3}
         whole = parse([text], tools, SCHEMAS, **options)
-        assert right(whole) == whole
         for _ in range(3):
             cuts = sorted(draw.choices(range(len(text) + 1), k=draw.randint(1, 9)))
             parts = [text[a:b] for a, b in itertools.pairwise([0, *cuts, len(text)])]
-            assert right(parse(parts, tools, SCHEMAS, **options)) == whole, parts
-        assert right(parse(list(text), tools, SCHEMAS, **options)) == whole, text
+            assert parse(parts, tools, SCHEMAS, **options) == whole, parts
+        assert parse(list(text), tools, SCHEMAS, **options) == whole, text
 
 
 def test_reasoning_and_calls_come_as_they_are_written() -> None:
@@ -298,11 +332,18 @@ def test_reasoning_and_calls_come_as_they_are_written() -> None:
     assert parser.feed("_call>", ended=True) == []
 
 
-def test_a_call_that_is_none_is_content_and_its_arguments_are_no_json() -> None:
+def test_a_call_that_breaks_off_keeps_what_was_told_of_it() -> None:
     parser, text = ReplyParser(HERMES, SCHEMAS), 'So <tool_call>{"name": "now", "arguments": {"a": 1}'
     content, call, *arguments = parser.feed(text)
     assert isinstance(call, ToolCall) and content == Content("So") and arguments == [Arguments('{"a": 1')]
-    assert parser.feed(", oh", ended=True) == [Content(f" {text[3:]},"), Content(" oh")] and not parser.has_called
+    assert parser.feed(", oh", ended=True) == [Content("},"), Content(" oh")] and not parser.has_called
+
+
+def test_a_call_that_breaks_off_counts_as_one() -> None:
+    broken, whole = '<tool_call>{"name": "now", "arguments": {"a": 1} so', f"<tool_call>{NOW}</tool_call>"
+    for text, arguments in ((broken + whole, '{"a": 1'), (whole + broken, "{}")):
+        for parts in ([text], list(text)):
+            assert parse(parts, HERMES, SCHEMAS, max_calls=1) == ("", "} so", [("now", arguments)])
 
 
 FORCED = [("weather", '{"city": "a } \\"b\\\\", "days": 3}'), ("now", "{}"), ("weather", '{"where": {"a": [1, "x"]}}')]
@@ -326,8 +367,8 @@ def test_calls_are_told_while_they_are_written(form: ToolFormat, thoughts: str) 
     reasoning = "Hm." if thoughts else ""
     options: dict[str, Any] = {"forced": True, "reasoning": True}
     for end in range(len(text) + 1):
-        free = right(parse([text[:end]], form, SCHEMAS, reasoning=True))
-        assert right(parse(list(text[:end]), form, SCHEMAS, reasoning=True)) == free
+        free = parse([text[:end]], form, SCHEMAS, reasoning=True)
+        assert parse(list(text[:end]), form, SCHEMAS, reasoning=True) == free
         whole = parse([text[:end]], form, SCHEMAS, **options)
         assert parse(list(text[:end]), form, SCHEMAS, **options) == whole
         told = "".join(name + arguments for name, arguments in whole[2])

@@ -13,7 +13,6 @@ from chat_templates import TEMPLATES
 from openai import OpenAI
 from scripted_server import Scripted, scripted_server
 
-from kvik.server.call_readers import is_object
 from kvik.server.reply_parser import ReplyParser
 from kvik.server.reply_syntax import ModelSyntax
 from kvik.server.responses_items import OutputItems
@@ -124,7 +123,7 @@ def calls_of(message: dict[str, Any]) -> list[tuple[str, str]]:
         (TWO, {"parallel_tool_calls": False}, None, [("weather", ARGUMENTS)], "tool_calls"),
         (f"Let me see.\n{ONE}", {}, "Let me see.", [("weather", ARGUMENTS)], "tool_calls"),
         (" No call, < no <tool. ", {}, " No call, < no <tool. ", [], "stop"),
-        (f"<tool_call>{CALL[:-1]}</tool_call>", {}, f"<tool_call>{CALL[:-1]}</tool_call>", [], "stop"),
+        (f"<tool_call>{CALL[:-1]}</tool_call>", {}, "}</tool_call>", [("weather", ARGUMENTS[:-1])], "stop"),
         (ONE, {"tool_choice": "none"}, ONE, [], "stop"),
         (ONE, {"tools": []}, ONE, [], "stop"),
         (f"{ONE}\nMore text", {"stop": ["More"]}, None, [("weather", ARGUMENTS)], "tool_calls"),
@@ -136,34 +135,34 @@ def test_calls(
     num_tokens = qwen.say(text)
     whole, streamed = whole_and_streamed(qwen, **{"tools": TOOLS, **options})
     assert (whole["content"], calls_of(whole), whole["reason"]) == (content, calls, reason)
-    told = [call for call in calls_of(streamed) if is_object(call[1])]
-    assert (streamed["content"], told, streamed["reason"]) == (content or "", calls, reason)
+    assert (streamed["content"], calls_of(streamed), streamed["reason"]) == (content or "", calls, reason)
     assert whole["usage"] == streamed["usage"]
     if "stop" not in options:
         assert whole["usage"]["completion_tokens"] == num_tokens + 1  # and the end of the sequence
 
 
 @pytest.mark.parametrize("max_tokens", [12, 45])
-def test_a_call_that_is_cut_is_content(qwen: Scripted, max_tokens: int) -> None:
+def test_a_call_that_is_cut_is_told_until_there(qwen: Scripted, max_tokens: int) -> None:
     qwen.say(ONE)
-    content = qwen.tokenizer.decode(qwen.executor.script[:max_tokens])
-    whole, streamed = whole_and_streamed(qwen, tools=TOOLS, max_tokens=max_tokens)
-    for message in (whole, streamed):
-        assert (message["content"], message["reason"]) == (content, "length")
-        assert message["usage"]["completion_tokens"] == max_tokens
-    assert not calls_of(whole) and len(calls_of(streamed)) <= (max_tokens > 12)
-    for name, arguments in calls_of(streamed):  # how far the stream was when the call was cut depends on its pace
-        assert name == "weather" and ARGUMENTS.startswith(arguments) and arguments != ARGUMENTS
+    text = qwen.tokenizer.decode(qwen.executor.script[:max_tokens])
+    for message in whole_and_streamed(qwen, tools=TOOLS, max_tokens=max_tokens):
+        assert message["reason"] == "length" and message["usage"]["completion_tokens"] == max_tokens
+        if max_tokens == 12:
+            assert (message["content"], calls_of(message)) == (text, [])
+        else:
+            ((name, arguments),) = calls_of(message)
+            assert name == "weather" and text.endswith(arguments) and not message["content"]
+            assert arguments != ARGUMENTS and ARGUMENTS.startswith(arguments)
 
 
-def test_responses_tell_of_a_call_that_is_none_as_incomplete() -> None:
+def test_responses_tell_of_a_call_that_breaks_off_as_incomplete() -> None:
     text = ONE.replace("}}", "}, oh}")
     parser, items = ReplyParser(HERMES), OutputItems()
     pieces = [piece for char in text for piece in parser.feed(char)] + parser.feed("", ended=True)
     events = [*itertools.chain.from_iterable(map(items.add, pieces)), *items.finish("completed")]
     call, message = items.items
     assert (call["type"], call["arguments"], call["status"]) == ("function_call", ARGUMENTS[:-1], "incomplete")
-    assert (message["content"][0]["text"], message["status"]) == (text, "completed")
+    assert (message["content"][0]["text"], message["status"]) == ("}, oh}\n</tool_call>", "completed")
     assert [fields["item"] for kind, fields in events if kind == "response.output_item.done"] == items.items
 
 

@@ -1,8 +1,8 @@
 """Reads calls out of an answer that arrives in pieces, in JSON or in markup, and tells of them while they are written.
 
 A reader is fed from behind the mark that begins a call. Where it stops, and what it tells in all, do not depend on how
-the text was cut. Arguments lack their last bracket until the call is whole, so those of a call that turns out to be
-none are not JSON.
+the text was cut. Arguments lack their last bracket until the call is whole, so those of a call that breaks off are not
+JSON.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class CallReader(ABC):
 
     @property
     def text(self) -> str:
-        """What was read since the last call that is whole."""
+        """What was read since the last news, and is in none."""
         return "".join(self._read)
 
     @abstractmethod
@@ -82,11 +82,14 @@ class CallReader(ABC):
         if not self.is_broken:
             self._news.append(Begun(name))
             self._arguments.clear()
+            self._read.clear()
 
-    def _tell(self, text: str) -> None:
+    def _tell(self, text: str, rest: str = "") -> None:
+        """More of the arguments; `rest` is what was read behind it."""
         if text:
             self._news.append(Arguments(text))
             self._arguments.append(text)
+            self._read[:] = [rest]
 
     def _end(self, rest: str) -> None:
         """The call is over, if its arguments are right with this rest of them."""
@@ -114,8 +117,11 @@ class _JsonReader(CallReader):
     def read(self, text: str) -> str | None:
         at = 0
         while at < len(text) and self._state != "end" and not self.is_broken:
-            begin, at = at, self._value_end(text, at) if self._value is not None else self._mark_end(text, at)
-            self._read.append(text[begin:at])
+            if self._value is None:
+                begin, at = at, self._mark_end(text, at)
+                self._read.append(text[begin:at])
+            else:
+                at = self._read_value(self._value, text, at)
             if self._state == "whole" and not self.is_broken:
                 self._end("{}" if self._rest is None else self._rest)
                 self._state = "between" if self._in_list else "end"
@@ -137,17 +143,18 @@ class _JsonReader(CallReader):
         self.is_broken = not self._state or (self._state == "whole" and self._name is None)
         return at if not self._state else at + 1
 
-    def _value_end(self, text: str, begin: int) -> int:
-        assert self._value is not None
-        end = self._value.end(text, begin)
+    def _read_value(self, value: _JsonValue, text: str, begin: int) -> int:
+        """Read more of a key or a value; where it ends, or the text does."""
+        end = value.end(text, begin)
         at = len(text) if end is None else end
+        self._read.append(text[begin:at])
         self._texts.append(text[begin:at])
-        self.is_broken = self._value.is_broken
-        if self.is_broken:
-            return at
+        self.is_broken = value.is_broken
+        is_over = end is not None and not self.is_broken
         if self._is_arguments and self._texts[0][:1] == "{":
-            self._add(text[begin : at if end is None else at - 1])
-        if end is not None:
+            last = at - is_over
+            self._add(text[begin:last], text[last:at])
+        if is_over:
             self._close("".join(self._texts))
             self._value = None
             self._texts.clear()
@@ -158,12 +165,12 @@ class _JsonReader(CallReader):
         """Whether the value that is being read is what the call's arguments are taken from."""
         return self._state == "value" and self._key in ("arguments", "parameters") and self._rest is None
 
-    def _add(self, text: str) -> None:
-        """More of the arguments."""
+    def _add(self, text: str, rest: str) -> None:
+        """More of the arguments, and what was read behind it."""
         if self._name is None:
             self._early.append(text)
         else:
-            self._tell(text)
+            self._tell(text, rest)
 
     def _close(self, text: str) -> None:
         """A key or a value was read."""
@@ -180,7 +187,7 @@ class _JsonReader(CallReader):
             elif self._key == "name" and self._name is None:
                 self._name = _strings.decode(text)
                 self._begin(self._name)
-                self._tell("".join(self._early))
+                self._tell("".join(self._early), "}")
                 self._early.clear()
             else:
                 _values.decode(text)
@@ -272,10 +279,10 @@ class _MarkupReader(CallReader):
         text = self._unread[:end]
         self._take(len(text))
         self.is_broken = self._json.is_broken
-        if end is None:
+        if end is None or self.is_broken:
             self._tell(text)
-        elif not self.is_broken:
-            self._tell(text[:-1])
+        else:
+            self._tell(text[:-1], text[-1])
             self._state = "end"
             self._end("}")
         return end is not None

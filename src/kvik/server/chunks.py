@@ -2,7 +2,7 @@
 
 The chunks of a stream add up to the body of the same request without streaming, because both are made of the same
 outputs: text from the deltas, through the parser that reads whole answers too, everything else from what is new since
-the last chunk of the choice. Only the beginning of a call that turned out to be none is in the chunks alone.
+the last chunk of the choice.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 One incremental parser serves streams and whole answers, which is why they are the same: the pieces do not depend on how
 the text was cut, but for where one text ends and the next one of the same kind begins. Formats are data. A call is told
-while it is written. Whatever only looks like a call is content, unchanged. Of a text that is fed at once nothing else
-is told of it; a stream cannot take back that a call began, and its arguments are not JSON then. Time is linear in the
-text.
+while it is written, and what was told is not taken back: where a call breaks off, it keeps the arguments until there,
+which are not JSON, and what stands behind them is content. What breaks off before the end of its name is content,
+unchanged. Time is linear in the text.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class ReplyParser:
     """Parses one answer. `schemas` are the parameters of the functions that the request offers, by name.
 
     With `reasoning`, text in think tags is told apart; `opened` says that the prompt has opened them. After
-    `max_calls` further calls are left out. `forced` says that what begins as a call is one, even if the text is cut.
+    `max_calls` further calls are left out. `forced` says that nothing of a call that is cut is content.
     """
 
     def __init__(
@@ -74,9 +74,10 @@ class ReplyParser:
         self._kind: type[Reasoning] | type[Content] = Reasoning if opened else Content
         self._mark = ""  # with which the call began that is being read
         self._reader: CallReader | None = None
-        self._is_open = False  # whether a call was told of that is not whole yet
+        self._is_open = False  # whether a call has begun that is not whole yet
         self._state = ReplyParser._begin if reasoning or opened else self._answer
-        self._num_calls = 0  # that are whole
+        self._num_calls = 0  # that have begun
+        self._has_whole = False  # whether a call that was told of is whole
         self._is_cut = False
         self.has_reasoned = opened
 
@@ -87,8 +88,8 @@ class ReplyParser:
 
     @property
     def has_called(self) -> bool:
-        """Whether there are calls, none of them cut."""
-        return self._num_calls > 0 and not self._is_cut
+        """Whether there is a whole call, and no forced one was cut."""
+        return self._has_whole and not self._is_cut
 
     def feed(self, text: str, *, ended: bool = False) -> list[Piece]:
         """The pieces that are certain now; with `ended`, all that are left."""
@@ -218,24 +219,25 @@ class ReplyParser:
         """Tell of calls, or of more of them."""
         assert self._tools is not None
         for news in reader.news():
+            self._is_open = not isinstance(news, Ended)
             if isinstance(news, Begun):
-                self._is_open = self._num_calls != self._max_calls
-                if self._is_open:
-                    call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
-                    self._pieces.append(ToolCall(call_id, news.name))
-            elif isinstance(news, Ended):
-                self._num_calls += self._is_open
-                self._is_open = False
+                self._num_calls += 1
                 self._mark = ""
                 self._enter(ReplyParser._call, Content)
-            elif self._is_open:
+            if self._max_calls is not None and self._num_calls > self._max_calls:
+                continue
+            if isinstance(news, Begun):
+                call_id = self._tools.id_prefix + secrets.token_hex(12)[: self._tools.id_length]
+                self._pieces.append(ToolCall(call_id, news.name))
+            elif isinstance(news, Ended):
+                self._has_whole = True
+            else:
                 self._pieces.append(news)
 
     def _give_up(self) -> None:
-        """What was read since the last whole call is content; what was told of it is taken back, if it still can be."""
+        """What was read and is not told is content, white space included where a call breaks off."""
         assert self._tools is not None and self._reader is not None
-        while self._is_open and self._pieces:
-            self._is_open = not isinstance(self._pieces.pop(), ToolCall)
+        self._at_edge &= not self._is_open
         self._is_open = False
         self._write(self._mark + self._reader.text)
         self._state = ReplyParser._say_all if self._tools.bare else ReplyParser._say
