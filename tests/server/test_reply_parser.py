@@ -29,7 +29,7 @@ SCHEMAS: dict[str, Any] = {
             "loop": {"$ref": "#/$defs/loop"},
         },
     },
-    "now": {},
+    "now": {"properties": {"s": {"type": "string"}}},
 }
 WEATHER = '{"name": "weather", "arguments": {"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}}'
 ARGUMENTS = '{"city": "Zürich {\\"x\\"} </tool_call> [1]", "n": [1, {"a": null}]}'
@@ -237,8 +237,11 @@ BROKEN: list[tuple[ToolFormat, str, str, str]] = [
     (QWEN3_CODER, "<tool_call>\n<function=now>", "", "\nSo <functi\n</function>"),
     (QWEN3_CODER, "<function=now>", "", "\n<parameter=a>\n"),
     (QWEN3_CODER, "<function=now><parameter=a>1</parameter>", '{"a": 1', " So</function>"),
+    (QWEN3_CODER, "<function=now><parameter=s>\nA", '{"s": "A', "\n</param"),
+    (QWEN3_CODER, "<function=now><parameter=s>", '{"s": "', "\n"),
     (GLM45, "<tool_call>now<arg_key>", "", "a</arg_key>1</tool_call>"),
     (GLM45, "<tool_call>now<arg_key>", "", "a</arg_key><arg_value>1"),
+    (GLM45, "<tool_call>now<arg_key>s</arg_key><arg_value>\nA\n", '{"s": "\\nA\\n', "</"),
     (MISTRAL, '[TOOL_CALLS] [{"name": "now"', "", "]"),
     (MISTRAL_ARGS, "[TOOL_CALLS]now[ARGS]", "", "[1]"),
     (MISTRAL_ARGS, '[TOOL_CALLS]now[ARGS]{"a": 1 ', '{"a": 1 ', "<"),
@@ -392,16 +395,32 @@ def test_arguments_in_json_are_told_to_the_last_character(form: ToolFormat) -> N
     assert parser.feed(arguments[-1] + after, ended=True) == [Arguments("}")]
 
 
-@pytest.mark.parametrize("form", [form for form in TOOL_FORMATS if form.argument], ids=lambda form: form.name)
-def test_arguments_between_marks_are_told_one_by_one(form: ToolFormat) -> None:
+@pytest.mark.parametrize("form", [QWEN3_CODER, GLM45], ids=lambda form: form.name)
+def test_strings_between_marks_are_told_while_they_are_written_and_other_values_whole(form: ToolFormat) -> None:
     assert form.argument is not None
     parser, (before, after) = ReplyParser(form, SCHEMAS), form.argument
-    (call,) = parser.feed(form.layout[0] + form.head % "weather" + before % "city")
-    assert isinstance(call, ToolCall) and call.name == "weather"
-    assert parser.feed("a } ") == []
-    assert parser.feed(after) == [Arguments('{"city": "a } "')]
-    assert parser.feed(before % "days" + "3" + after) == [Arguments(', "days": 3')]
+    call, begin = parser.feed(form.layout[0] + form.head % "weather" + before % "city")
+    assert isinstance(call, ToolCall) and call.name == "weather" and begin == Arguments('{"city": "')
+    assert [parser.feed(char) for char in 'a"é'] == [[Arguments(text)] for text in ("a", r"\"", "é")]
+    assert parser.feed("</") == []
+    assert parser.feed("b> ") == [Arguments("</b> ")]
+    assert parser.feed(after) == [Arguments('"')]
+    assert parser.feed(before % "days" + "3") == []
+    assert parser.feed(after) == [Arguments(', "days": 3')]
     assert parser.feed(form.tail + form.layout[2], ended=True) == [Arguments("}")]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "\n", "\n\n", "\n\n\n", " \n<\n</", 'say "ü"\\\n\t\x00\x7f\u2028😀', "5", "null", "</par"]
+)
+@pytest.mark.parametrize("form", [QWEN3_CODER, GLM45], ids=lambda form: form.name)
+def test_the_fragments_of_a_string_add_up_to_its_json(form: ToolFormat, text: str) -> None:
+    expected = json.dumps({"city": text, "unknown": 1}, ensure_ascii=False)
+    call = form.layout[0] + written(form, "weather", expected) + form.layout[2]
+    for first, second in itertools.combinations(range(len(call) + 1), 2):
+        parts = [call[:first], call[first:second], call[second:]]
+        assert parse(parts, form, SCHEMAS) == ("", "", [("weather", expected)]), parts
+    assert parse(list(call), form, SCHEMAS) == ("", "", [("weather", expected)])
 
 
 def test_a_forced_call_that_is_cut_is_no_reason_to_end() -> None:

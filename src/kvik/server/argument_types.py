@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["argument_json", "argument_types", "resolved", "types_of"]
+__all__ = ["argument_json", "argument_types", "is_string", "resolved", "types_of"]
 
 _ANY = frozenset({"array", "boolean", "integer", "null", "number", "object", "string"})
 _MAX_REFERENCES = 32
@@ -37,6 +37,11 @@ def argument_types(name: str, parameters: Mapping[str, Any]) -> frozenset[str]:
     return types_of(properties.get(name, {}) if isinstance(properties, Mapping) else {}, parameters)
 
 
+def is_string(types: frozenset[str]) -> bool:
+    """Whether an argument of these types is a string, whatever its text is."""
+    return types <= {"string"}
+
+
 def argument_json(text: str, types: frozenset[str]) -> str:
     """The JSON of an argument: of one of the types if the text is, else a string.
 
@@ -46,7 +51,8 @@ def argument_json(text: str, types: frozenset[str]) -> str:
     kind, word = _WORDS.get(given.lower(), ("", ""))
     if types != _ANY and kind in types:
         return word
-    return given if types - {"string"} and types & _kinds(given) - {"string"} else json.dumps(text, ensure_ascii=False)
+    is_given = not is_string(types) and types & _kinds(given) - {"string"}
+    return given if is_given else json.dumps(text, ensure_ascii=False)
 
 
 def types_of(schema: Any, root: Any) -> frozenset[str]:

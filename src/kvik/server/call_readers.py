@@ -7,6 +7,7 @@ JSON.
 
 from __future__ import annotations
 
+import json
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from kvik.server.argument_types import argument_json, argument_types
+from kvik.server.argument_types import argument_json, argument_types, is_string
 from kvik.server.tool_formats import ToolFormat
 
 __all__ = ["Arguments", "Begun", "CallReader", "Ended", "News", "first_mark", "is_object", "reader_of"]
@@ -206,7 +207,11 @@ _JSON_STATES: Mapping[tuple[str, str], str] = {
 
 
 class _MarkupReader(CallReader):
-    """Reads one call of a format with states, from mark to mark."""
+    """Reads one call of a format with states, from mark to mark.
+
+    A value that can be nothing but a string is told while it is written. Whether another one is JSON or a string, its
+    last character may decide: it is told when it is over.
+    """
 
     def __init__(self, form: ToolFormat, schemas: Mapping[str, Any], *, offered_only: bool) -> None:
         super().__init__(schemas, offered_only=offered_only)
@@ -215,6 +220,9 @@ class _MarkupReader(CallReader):
         self._unread = ""  # between two pieces only what may become a mark, and names that are not over
         self._slot: list[str] = []  # what was read in this state
         self._slots: dict[str, str] = {}  # the last text of each state
+        self._types: frozenset[str] = frozenset()  # that the value may have which is read
+        self._member = ""  # what is told in front of it
+        self._lead = ""  # the padding in front of a string of which nothing was read yet
         self._json: _JsonValue | None = None
 
     @property
@@ -242,6 +250,8 @@ class _MarkupReader(CallReader):
                 return True
         if mark or self._state == "value":
             self._take(at)
+        if self._state == "value" and is_string(self._types):
+            self._tell_string(is_over=bool(mark))
         if mark:
             slot = "".join(self._slot)
             self._take(len(mark))
@@ -255,15 +265,32 @@ class _MarkupReader(CallReader):
         self._slots[last] = slot
         if last == "name":
             self._begin(slot.strip())
+        elif last == "value" and is_string(self._types):
+            self._tell('"')
         elif last == "value":
             value = slot.removeprefix(self._form.padding).removesuffix(self._form.padding)
-            self._tell((", " if self._arguments else "{") + self._member(self._slots["key"].strip(), value))
+            self._tell(self._member + argument_json(value, self._types))
+        if state == "value":
+            self._begin_value(self._slots["key"].strip())
         if state == "end" and not self.is_broken:
             self._end("}" if self._arguments else "{}")
 
-    def _member(self, key: str, value: str) -> str:
-        parameters = self._schemas.get(self._slots["name"].strip(), {})
-        return f"{_text.encode(key).decode()}: {argument_json(value, argument_types(key, parameters))}"
+    def _begin_value(self, key: str) -> None:
+        self._types = argument_types(key, self._schemas.get(self._slots["name"].strip(), {}))
+        self._member = f"{', ' if self._arguments else '{'}{_text.encode(key).decode()}: "
+        self._lead = self._form.padding
+        if is_string(self._types):
+            self._tell(self._member + '"')
+
+    def _tell_string(self, *, is_over: bool) -> None:
+        """Tell more of a string, without the padding: whether a character is that behind it shows when it is over."""
+        text = "".join(self._slot)
+        if text:
+            text, self._lead = text.removeprefix(self._lead), ""
+        more = text.removesuffix(self._form.padding)
+        rest = "" if is_over else text[len(more) :]
+        self._tell(json.dumps(more, ensure_ascii=False)[1:-1], rest)
+        self._slot[:] = [rest]
 
     def _read_json(self) -> bool:
         """Read an object to its end, or to what is wrong; whether there was either."""

@@ -128,7 +128,7 @@ class Chunks:
         return data
 
     def _sign_of_life(self) -> bytes:
-        """A comment, where nothing was told for long, as while the model writes a value between marks."""
+        """A comment, where nothing was told for long, as while the model writes a long list between marks."""
         now = time.monotonic()
         if now - self._told_at < PING_INTERVAL:
             return b""

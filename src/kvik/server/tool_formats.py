@@ -15,7 +15,7 @@ class ToolFormat:
     Without `states` that is a JSON object, or a list of them. With them it is markup: each state has the marks that may
     end it and the state behind each. The text of the states name, key and value is what these say, that of id is of no
     use, json is JSON to its end, and others are white space. A call begins with the first state and is over in `end`.
-    Values stand between `padding`, and are typed after the function's schema.
+    Values stand between `padding`, a character or none, and are typed after the function's schema.
 
     A `bare` format begins with the first character of the message, `begin` may be missing too, and only calls of
     functions that the request offers count: an answer may be JSON for other reasons.
