@@ -159,7 +159,7 @@ def sampling() -> None:
     from kvik.kernels.triton.sampling_table import SamplerTiles
 
     ints = ["rows", "edits", "num_tokens", "num_prompt", "token_ids", "counts", "allowed", "top_k", "min_tokens",
-            "bias_ids", "stop_ids", "bad_words", "lows", "limits", "best_ids", "tokens", "slice_ids", "ranks",
+            "bias_ids", "stop_ids", "bad_words", "lows", "limits", "best_groups", "tokens", "slice_ids", "ranks",
             "top_ids"]  # fmt: skip
     floats = ["edited", "repetition", "presence", "frequency", "bias", "temperature", "log_min_p", "peaks", "best",
               "stats", "slice_logits", "logprobs", "top_logprobs"]  # fmt: skip
@@ -181,14 +181,9 @@ def sampling() -> None:
         compile_kernel(
             f"settle {name}", token_filters._settle, types, {"TOP_P": top_p, **slices}, num_warps=tiles.warps
         )
-        compile_kernel(
-            f"draw {name}",
-            sampler._draw,
-            types,
-            {"FILTERS": top_p, **block, **slices},
-            num_warps=tiles.warps,
-        )
-    compile_kernel("pick", sampler._pick, types, slices, num_warps=1)
+        chosen = {"FILTERS": top_p, **slices}
+        compile_kernel(f"draw {name}", sampler._draw, types, {**chosen, **block}, num_warps=tiles.draw_warps)
+        compile_kernel(f"pick {name}", sampler._pick, types, chosen, num_warps=1)
     compile_kernel(
         "logprobs slice", token_logprobs._slice, types, {"TOP": 20, "WIDTH": 20, **block}, num_warps=tiles.warps
     )

@@ -7,14 +7,16 @@ import pytest
 import torch
 from sampling_rows import hf_warped, make_row
 from torch import Tensor
+from torch.nn.functional import pad
 
 pytest.importorskip("scipy", reason="scipy has the laws that the draws are compared with")
 
 from scipy import stats
 
 from kvik.sampling import Sampler
+from kvik.sampling.draw import Draw, draw_tokens, groups_of
 from kvik.sampling.filters import survivors
-from kvik.sampling.philox import gumbel_noise, gumbel_row, split_seed
+from kvik.sampling.philox import GROUP, gumbel_row, split_seed
 from kvik.sampling_params import SamplingParams
 
 VOCAB = 24
@@ -60,13 +62,10 @@ def assert_follows(drawn: Tensor, probabilities: np.ndarray) -> None:
 @pytest.mark.parametrize("params", CONFIGS, ids=str)
 def test_draws_follow_the_exact_law(params: dict[str, float], vary: str) -> None:
     logits = small_logits()
-    ids, scores = survivors(logits, logits.amax().item(), SamplingParams(**params))
-    grid = torch.arange(NUM_DRAWS).repeat_interleave(len(ids))  # [draws * n]
-    fixed = torch.full_like(grid, 7)
-    seeds, positions = (fixed, grid) if vary == "position" else (grid, fixed)
-    noise = gumbel_noise(torch.stack((seeds, torch.zeros_like(seeds))), positions, ids.repeat(NUM_DRAWS))
-    drawn = ids[(scores + noise.view(NUM_DRAWS, -1)).argmax(-1)]
-    assert_follows(drawn, exact_probabilities(logits, params))
+    groups, scores = groups_of(*survivors(logits, logits.amax().item(), SamplingParams(**params)))
+    draws = [Draw(i, *((7, i) if vary == "position" else (i, 7)), groups, scores) for i in range(NUM_DRAWS)]
+    drawn = draw_tokens(draws, VOCAB)
+    assert_follows(torch.tensor([drawn[i] for i in range(NUM_DRAWS)]), exact_probabilities(logits, params))
 
 
 def test_sampler_follows_the_exact_law_end_to_end() -> None:
@@ -78,7 +77,7 @@ def test_sampler_follows_the_exact_law_end_to_end() -> None:
 
 
 def test_consecutive_draws_are_independent() -> None:
-    drawn = torch.stack([gumbel_row(5, position, 3).argmax() for position in range(2000)])
+    drawn = torch.stack([gumbel_row(5, position, 3, 0).argmax() for position in range(2000)])
     pairs = np.bincount((drawn[:-1] * 3 + drawn[1:]).numpy(), minlength=9).reshape(3, 3)
     assert stats.chi2_contingency(pairs).pvalue > 1e-3
 
@@ -86,7 +85,7 @@ def test_consecutive_draws_are_independent() -> None:
 @pytest.mark.parametrize(("vocab_size", "scale"), [(9001, 0.1), (9001, 1.0), (9001, 4.0), (40_009, 4.0), (40_009, 6.0)])
 @pytest.mark.parametrize("params", [*CONFIGS, {"top_k": 1}, {"top_p": 0.999}], ids=str)
 def test_shortcuts_draw_what_full_noise_draws(params: dict[str, float], vocab_size: int, scale: float) -> None:
-    """Windows, narrowing, sparse and dense noise are only shortcuts: same token as noise on every HF-filtered logit."""
+    """Windows, sparse and dense noise are only shortcuts: same token as noise on all groups of HF-filtered logits."""
     seed, num_rows = 3, 4
     generator = torch.Generator().manual_seed(int(scale * 10))
     logits = torch.randn(num_rows, vocab_size, generator=generator) * scale
@@ -94,11 +93,14 @@ def test_shortcuts_draw_what_full_noise_draws(params: dict[str, float], vocab_si
     histories = [torch.zeros(5 + i, dtype=torch.int64) for i in range(num_rows)]
     samples = Sampler(vocab_size).sample(logits, rows, histories)
     for i, sample in enumerate(samples):
-        noise = gumbel_row(rows[i].seed, 5 + i, vocab_size)
-        assert sample.token_id == int((hf_warped(logits[i], rows[i].params) + noise).argmax())
+        place = rows[i].seed, 5 + i
+        scores = pad(hf_warped(logits[i], rows[i].params), (0, -vocab_size % GROUP), value=-torch.inf).view(-1, GROUP)
+        group = int((scores.logsumexp(1) + gumbel_row(*place, len(scores), 0)).argmax())
+        noise = gumbel_row(*place, scores.numel(), 1).view(-1, GROUP)
+        assert sample.token_id == group * GROUP + int((scores + noise)[group].argmax())
 
 
 def test_split_seed_reaches_both_words() -> None:
-    rows = {tuple(gumbel_row(seed, 0, 8).tolist()) for seed in (0, 1, 2**32, 2**32 + 1, 2**63 - 1)}
+    rows = {tuple(gumbel_row(seed, 0, 8, 0).tolist()) for seed in (0, 1, 2**32, 2**32 + 1, 2**63 - 1)}
     assert len(rows) == 5
     assert split_seed(2**63 - 1) == (2**32 - 1, 2**31 - 1)

@@ -14,7 +14,6 @@ pytest.importorskip("scipy", reason="scipy has the laws that the draws are compa
 from scipy import stats
 
 from kvik.sampling.philox import (
-    NOISE_MAX,
     NOISE_RANGE,
     gumbel_noise,
     gumbel_row,
@@ -66,10 +65,11 @@ def test_seed_words_and_counter_layout() -> None:
     assert split_seed(2**40 + 5) == (5, 256)
     assert split_seed(2**64 + 1) == (1, 0)
     seed, position, token_id = 2**40 + 5, 77, 4 * 123 + 2
-    bits = reference((123, position, 0, 0), (5, 256))[2]
-    expected = -math.log(-math.log(((bits >> 9) + 0.5) / 2**23))
-    noise = gumbel_row(seed, position, 1000)
-    assert noise[token_id].item() == pytest.approx(expected, rel=1e-5)
+    for level in (0, 1):
+        bits = reference((123, position, level, 0), (5, 256))[2]
+        expected = -math.log(-math.log(((bits >> 9) + 0.5) / 2**23))
+        noise = gumbel_row(seed, position, 1000, level)
+        assert noise[token_id].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_uniform_is_open_and_exact() -> None:
@@ -80,18 +80,17 @@ def test_uniform_is_open_and_exact() -> None:
 def test_noise_bounds() -> None:
     noise = -(-uniform(torch.tensor([0, 2**32 - 1])).log()).log()
     low, high = noise.tolist()
-    assert high < NOISE_MAX
     assert high - low < NOISE_RANGE
 
 
 @pytest.mark.parametrize("vocab_size", [1, 3, 4, 5, 1003, 40_001])
 def test_single_entries_equal_the_row_bitwise(vocab_size: int) -> None:
     seed, position = 2**61 + 12_345, 999
-    row = gumbel_row(seed, position, vocab_size)
+    row = gumbel_row(seed, position, vocab_size, 1)
     ids = torch.randperm(vocab_size, generator=torch.Generator().manual_seed(0))[:997]
     key = torch.tensor(split_seed(seed)).unsqueeze(1)
     for part in (ids, ids[:1], ids[:17]):
-        assert torch.equal(gumbel_noise(key, torch.full_like(part, position), part), row[part])
+        assert torch.equal(gumbel_noise(key, torch.full_like(part, position), part, 1), row[part])
 
 
 def test_every_uniform_keeps_its_logarithm_wherever_it_stands() -> None:
@@ -102,12 +101,14 @@ def test_every_uniform_keeps_its_logarithm_wherever_it_stands() -> None:
         assert torch.equal(values[start : start + size].clone().log(), whole[start : start + size])
 
 
-def test_noise_is_gumbel_and_independent_over_entries_positions_and_seeds() -> None:
-    base = gumbel_row(seed=1, position=10, vocab_size=50_000)
+def test_noise_is_gumbel_and_independent_over_entries_positions_seeds_and_levels() -> None:
+    base = gumbel_row(seed=1, position=10, size=50_000, level=0)
     assert stats.kstest(base.numpy(), "gumbel_r").pvalue > 1e-3
-    for other in (gumbel_row(1, 11, 50_000), gumbel_row(2, 10, 50_000), gumbel_row(1 + 2**32, 10, 50_000)):
+    for other in (
+        gumbel_row(*place, 50_000, level) for *place, level in ((1, 11, 0), (2, 10, 0), (1 + 2**32, 10, 0), (1, 10, 1))
+    ):
         assert abs(stats.pearsonr(base.numpy(), other.numpy()).statistic) < 0.02
     assert abs(stats.pearsonr(base[:-1].numpy(), base[1:].numpy()).statistic) < 0.02
-    over_positions = torch.stack([gumbel_row(3, position, 4)[1] for position in range(2000)])
+    over_positions = torch.stack([gumbel_row(3, position, 4, 0)[1] for position in range(2000)])
     assert stats.kstest(over_positions.numpy(), "gumbel_r").pvalue > 1e-3
     assert abs(stats.pearsonr(over_positions[:-1].numpy(), over_positions[1:].numpy()).statistic) < 0.08

@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvik.sampling.philox import NOISE_RANGE
+from kvik.sampling.philox import GROUP, NOISE_RANGE
 from kvik.sampling_params import SamplingParams
 
 __all__ = ["keep", "survivors", "top_k_bound", "top_k_floor", "top_p_floor"]
 
 MIN_TEMPERATURE = 2.0**-100  # keeps gap / temperature away from 0 / 0 in float32
+HOPELESS = 2 * NOISE_RANGE + math.log(GROUP)
 MARGIN = 0.01  # widens the window beyond any rounding; the exact floors come after it
 CHUNK = 64
 LOWEST = torch.finfo(torch.float32).min
@@ -62,12 +63,14 @@ def keep(ids: Tensor, scores: Tensor, floor: float) -> tuple[Tensor, Tensor]:
 def _window(gaps: Tensor, top_k: int, temperature: float, params: SamplingParams) -> float:
     """A floor for `gaps` [vocab] that no entry of the final set, and no entry that could win the draw, misses.
 
-    An entry more than NOISE_RANGE below the best cannot win. Entries lighter than (1 - top_p) / vocab of the best
-    weigh less than 1 - top_p together, so none is in the nucleus. min_p is a floor already.
+    Of an entry more than HOPELESS below the best, either its group is more than NOISE_RANGE below that of the best, or
+    itself below the best of its group, to whose weight it adds less than float32 holds. Entries lighter than
+    (1 - top_p) / vocab of the best weigh less than 1 - top_p together, so none is in the nucleus. min_p is a floor
+    already.
     """
     if top_k:
         return top_k_bound(gaps, top_k)
-    floor = -NOISE_RANGE
+    floor = -HOPELESS
     if params.min_p:
         floor = max(floor, math.log(params.min_p))
     if params.top_p < 1.0:

@@ -1,10 +1,9 @@
 """The one sampler: picks the next token of every row of a batch, and reports its log-probability where asked.
 
     all rows plain and greedy ──► one argmax
-    otherwise, row by row     ──► processors ──► argmax (greedy) or survivors ──► one batch of noise ──► argmax
+    otherwise, row by row     ──► processors ──► argmax (greedy) or survivors ──► draw
 
-A draw is the Gumbel-max trick: argmax(log-weight + Gumbel noise) is distributed as the softmax of the log-weights
-(Maddison, Tarlow, Minka, "A* sampling", arXiv 1411.0030). The same row gives the same token alone and in any batch.
+The same row gives the same token alone and in any batch.
 """
 
 from __future__ import annotations
@@ -18,9 +17,9 @@ from torch import Tensor
 
 from kvik.errors import RequestError
 from kvik.outputs import TokenLogprobs
-from kvik.sampling.filters import keep, survivors, top_k_bound
+from kvik.sampling.draw import Draw, draw_tokens, groups_of, groups_of_all
+from kvik.sampling.filters import survivors
 from kvik.sampling.logprobs import prompt_logprobs
-from kvik.sampling.philox import NOISE_MAX, gumbel_noise, gumbel_row, split_seed
 from kvik.sampling.processors import process
 from kvik.sampling.row import RowSampling
 
@@ -31,9 +30,6 @@ ALL_MASKED = (
 )
 NOT_FINITE = "the logits hold NaN or +inf: no token can be drawn from them"
 
-MANY = 4096  # candidates from which on it pays to draw the best HEAD first and to drop those that cannot win any more
-HEAD = 64
-
 
 @dataclass(frozen=True, slots=True)
 class RowSample:
@@ -42,26 +38,6 @@ class RowSample:
     token_id: int
     logprobs: TokenLogprobs | None = None
     error: str | None = None
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Draw:
-    """A draw that awaits its noise: candidates of one row, ids ascending [n], log-weights [n]."""
-
-    index: int
-    seed: int
-    position: int
-    ids: Tensor
-    scores: Tensor
-
-    def winner(self, noise: Tensor) -> int:
-        """The token with the highest score plus noise; the lowest id where several are equal."""
-        return int(self.ids[(self.scores + noise).argmax()].item())
-
-    def among(self, floor: float, limit: int | None = None) -> _Draw:
-        """The same draw among the candidates whose score reaches `floor`, or the first `limit` of them."""
-        ids, scores = keep(self.ids, self.scores, floor)
-        return replace(self, ids=ids[:limit], scores=scores[:limit])
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,11 +62,10 @@ class Sampler:
 
     def _sample_rows(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
         picks = [self._pick(i, logits[i].float(), row, token_ids[i]) for i, row in enumerate(rows)]
-        draws = _narrow([pick for pick in picks if isinstance(pick, _Draw)])
-        winners = {draw.index: draw.winner(noise) for draw, noise in zip(draws, self._noise(draws), strict=True)}
-        return [RowSample(winners[pick.index]) if isinstance(pick, _Draw) else pick for pick in picks]
+        tokens = draw_tokens([pick for pick in picks if isinstance(pick, Draw)], self.vocab_size)
+        return [RowSample(tokens[pick.index]) if isinstance(pick, Draw) else pick for pick in picks]
 
-    def _pick(self, index: int, logits: Tensor, row: RowSampling, tokens: Tensor) -> RowSample | _Draw:
+    def _pick(self, index: int, logits: Tensor, row: RowSampling, tokens: Tensor) -> RowSample | Draw:
         """The sample of one row, or its draw where noise decides."""
         try:
             logits = process(logits, row, tokens) if row.edits else logits
@@ -100,41 +75,10 @@ class Sampler:
             return RowSample(-1, error=str(error))
         if row.params.greedy:
             return RowSample(int(logits.argmax().item()))
-        ids, scores = survivors(logits, peak, row.params)
-        return _Draw(index, row.seed, tokens.numel(), ids, scores) if ids.numel() > 1 else RowSample(int(ids.item()))
-
-    def _noise(self, draws: list[_Draw]) -> list[Tensor]:
-        """Noise of every draw, [n] each: whole rows where many candidates are left, else one batch over all rows."""
-        limit = self.vocab_size // 4  # a Philox call yields four neighbours, of which a lone candidate uses one
-        sparse = [draw for draw in draws if draw.ids.numel() <= limit]
-        found = dict(zip((draw.index for draw in sparse), _sparse_noise(sparse), strict=True))
-        for draw in draws:
-            if draw.index not in found:
-                noise = gumbel_row(draw.seed, draw.position, self.vocab_size, draw.ids.device)  # [vocab_size]
-                found[draw.index] = noise.index_select(0, draw.ids)
-        return [found[draw.index] for draw in draws]
-
-
-def _narrow(draws: list[_Draw]) -> list[_Draw]:
-    """Drop the candidates of large draws that even the largest noise could not lift above one that is drawn already."""
-    large = [i for i, draw in enumerate(draws) if draw.ids.numel() > MANY]
-    heads = [draws[i].among(top_k_bound(draws[i].scores, HEAD), MANY) for i in large]
-    narrowed = list(draws)
-    for i, head, noise in zip(large, heads, _sparse_noise(heads), strict=True):
-        narrowed[i] = draws[i].among((head.scores + noise).amax().item() - NOISE_MAX)
-    return narrowed
-
-
-def _sparse_noise(draws: list[_Draw]) -> list[Tensor]:
-    if not draws:
-        return []
-    device = draws[0].ids.device
-    sizes = [draw.ids.numel() for draw in draws]
-    words = torch.tensor([(*split_seed(draw.seed), draw.position) for draw in draws], device=device)  # [draws, 3]
-    owners = torch.repeat_interleave(torch.tensor(sizes, device=device))  # [candidates]
-    words = words.t()[:, owners]  # [3, candidates]
-    noise = gumbel_noise(words[:2], words[2], torch.cat([draw.ids for draw in draws]))
-    return list(torch.split(noise, sizes))
+        place, params = (index, row.seed, tokens.numel()), row.params
+        if params.top_k or params.top_p < 1.0 or params.min_p:
+            return Draw(*place, *groups_of(*survivors(logits, peak, params)))
+        return Draw(*place, *groups_of_all(logits, peak, params.temperature))
 
 
 def _greedy(logits: Tensor) -> list[RowSample]:

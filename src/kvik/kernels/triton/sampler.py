@@ -4,9 +4,10 @@
     some filtered    peaks ──► top-k, top-p ──► draw ──► pick            `token_filters`
     some edited      edits ──► one of the above                          `logit_edits`
 
-A draw is argmax(log-weight + Gumbel noise), with the noise of `sampling/philox` word for word. Temperature 0 is the
-argmax of the logits. The lowest id wins ties. A row gives the same token in every batch: which of the paths the batch
-takes decides only what is computed for its neighbours.
+A draw is that of `sampling/draw`, with the noise of `sampling/philox` word for word: `draw` finds the best group of
+neighbours of each slice of a row, by the sum of their weights plus noise, and `pick` an entry of the best of all.
+Temperature 0 is the argmax of the logits. The lowest id wins ties. A row gives the same token in every batch: which of
+the paths the batch takes decides only what is computed for its neighbours.
 """
 
 from __future__ import annotations
@@ -29,61 +30,92 @@ BROKEN = -2
 _MASKED, _BROKEN = tl.constexpr(MASKED), tl.constexpr(BROKEN)
 NO_ID = tl.constexpr(0x7FFFFFFF)
 MIN_TEMPERATURE = tl.constexpr(2.0**-100)
+GROUP = tl.constexpr(8)  # that of `sampling/philox`
 
 
 @triton.jit
-def _gumbel(seed: tl.tensor, position: tl.tensor, first: tl.tensor, BLOCK: tl.constexpr) -> tl.tensor:
-    """Noise of the entries [first, first + BLOCK), first a multiple of 4: a Philox call gives that of 4 neighbours."""
-    counters = first // 4 + tl.arange(0, BLOCK // 4)
+def _exponential(seed: tl.tensor, position: tl.tensor, first: tl.tensor, LEVEL: tl.constexpr,
+                 COUNT: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """e of the Gumbel noise -ln e of the candidates [first, first + COUNT), multiples of 4: four to a Philox call."""
+    counters = first // 4 + tl.arange(0, COUNT // 4)
     zeros = counters * 0
-    a, b, c, d = tl.philox(seed, counters, position + zeros, zeros, zeros)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [BLOCK])  # a b c d a b c d ...
+    a, b, c, d = tl.philox(seed, counters, position + zeros, LEVEL + zeros, zeros)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), [COUNT])  # a b c d a b c d ...
     uniform = ((words >> 9).to(tl.float32) + 0.5) * 1.1920928955078125e-07  # 2^-23
-    return -tl.log(-tl.log(uniform))
+    return -tl.log(uniform)
+
+
+@triton.jit
+def _scores(logits: tl.tensor, edited: tl.tensor, edits: tl.tensor, index: tl.tensor, row: tl.tensor, ids: tl.tensor,
+            heat: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, log_min_p: tl.tensor, peaks: tl.tensor,
+            limits: tl.tensor, vocab: tl.tensor, stride: tl.tensor, slices: tl.tensor, FILTERS: tl.constexpr,
+            SLICES: tl.constexpr) -> tl.tensor:  # fmt: skip
+    """Log-weights of entries, or logits of a greedy row; -inf where filtered or masked, NaN or +inf where broken."""
+    x = load_logits(logits, edited, index, tl.load(edits + row), ids, vocab, stride)
+    scores = x * tl.where(heat > 0, 1.0 / tl.maximum(heat, MIN_TEMPERATURE), 1.0)
+    if FILTERS:  # noqa: SIM102 - one is known when the kernel is compiled, the other is not
+        if (heat > 0) & is_filtered(row, top_k, top_p, log_min_p, vocab):
+            gaps, keys = gap_keys(x, row_peak(peaks, index, slices, SLICES), heat)
+            kept = (keys <= tl.load(limits + index)) & (-gaps >= tl.load(log_min_p + row))
+            dropped = (x < float("inf")) & ~kept  # NaN is not below infinity
+            scores = tl.where(dropped, float("-inf"), tl.where(kept, -gaps, x))
+    return scores
 
 
 @triton.jit
 def _draw(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tensor, num_tokens: tl.tensor,
           seed: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, log_min_p: tl.tensor,
-          peaks: tl.tensor, limits: tl.tensor, best: tl.tensor, best_ids: tl.tensor, vocab: tl.tensor,
+          peaks: tl.tensor, limits: tl.tensor, best: tl.tensor, best_groups: tl.tensor, vocab: tl.tensor,
           stride: tl.tensor, slices: tl.tensor, FILTERS: tl.constexpr, BLOCK: tl.constexpr,
           SLICES: tl.constexpr) -> None:  # fmt: skip
-    """The best entry of one slice of one row, by score: the logit of a greedy row, else log-weight plus noise."""
+    """The best group of one slice of one row, by score: its best logit in a greedy row, else log-weight plus noise."""
     index, row = tl.program_id(0), tl.load(rows + tl.program_id(0))
     if row >= 0:
-        first = tl.program_id(1) * BLOCK
-        ids = first + tl.arange(0, BLOCK)
-        x = load_logits(logits, edited, index, tl.load(edits + row), ids, vocab, stride)
-        heat = tl.load(temperature + row)
-        scores = x
+        COUNT: tl.constexpr = BLOCK // GROUP
+        first, heat = tl.program_id(1) * COUNT, tl.load(temperature + row)
+        ids = first * GROUP + tl.arange(0, BLOCK)
+        scores = _scores(logits, edited, edits, index, row, ids, heat, top_k, top_p, log_min_p, peaks, limits, vocab,
+                         stride, slices, FILTERS, SLICES)  # fmt: skip
+        scores = tl.reshape(scores, [COUNT, GROUP])
+        peak = tl.max(scores, 1)
+        base = tl.where(tl.abs(peak) == float("inf"), 0.0, peak)
+        weights = tl.sum(tl.exp(scores - base[:, None]), 1)  # 1 at least where an entry is left
+        found = peak
         if heat > 0:
-            noise = _gumbel(tl.load(seed + row), tl.load(num_tokens + row), first, BLOCK)
-            scores = tl.div_rn(x, tl.maximum(heat, MIN_TEMPERATURE) + tl.zeros_like(x)) + noise
-            if FILTERS:  # noqa: SIM102 - one is known when the kernel is compiled, the other is not
-                if is_filtered(row, top_k, top_p, log_min_p, vocab):
-                    gaps, keys = gap_keys(x, row_peak(peaks, index, slices, SLICES), heat)
-                    kept = (keys <= tl.load(limits + index)) & (-gaps >= tl.load(log_min_p + row))
-                    scores = tl.where(kept, noise - gaps, float("-inf"))
-            scores = tl.where(x == float("-inf"), float("-inf"), scores)
-        scores = tl.where((x != x) | (x == float("inf")), float("inf"), scores)  # logits up to 2^28 score less
-        top = tl.max(scores, 0)
-        winner = tl.min(tl.where(scores == top, ids, NO_ID), 0)
+            e = _exponential(tl.load(seed + row), tl.load(num_tokens + row), first, 0, COUNT)
+            found = tl.where(weights > 0, base + tl.log(tl.maximum(weights, 1.0) / e), float("-inf"))
+        found = tl.where(weights < float("inf"), found, float("inf"))  # logits up to 2^28 score less
+        top = tl.max(found, 0)
+        winner = tl.min(tl.where(found == top, first + tl.arange(0, COUNT), NO_ID), 0)
         place = index * slices + tl.program_id(1)
         tl.store(best + place, top)
-        tl.store(best_ids + place, tl.where(top == float("inf"), _BROKEN, winner))
+        tl.store(best_groups + place, winner)
 
 
 @triton.jit
-def _pick(rows: tl.tensor, best: tl.tensor, best_ids: tl.tensor, tokens: tl.tensor, slices: tl.tensor,
+def _pick(logits: tl.tensor, edited: tl.tensor, rows: tl.tensor, edits: tl.tensor, num_tokens: tl.tensor,
+          seed: tl.tensor, temperature: tl.tensor, top_k: tl.tensor, top_p: tl.tensor, log_min_p: tl.tensor,
+          peaks: tl.tensor, limits: tl.tensor, best: tl.tensor, best_groups: tl.tensor, tokens: tl.tensor,
+          vocab: tl.tensor, stride: tl.tensor, slices: tl.tensor, FILTERS: tl.constexpr,
           SLICES: tl.constexpr) -> None:  # fmt: skip
-    """The best of a row's slices."""
-    index, part = tl.program_id(0), tl.arange(0, SLICES)
-    held = (part < slices) & (tl.load(rows + index) >= 0)
-    scores = tl.load(best + index * slices + part, mask=held, other=float("-inf"))
-    ids = tl.load(best_ids + index * slices + part, mask=held, other=NO_ID)
-    top = tl.max(scores, 0)
-    winner = tl.min(tl.where(scores == top, ids, NO_ID), 0)
-    tl.store(tokens + index, tl.where(top == float("-inf"), _MASKED, winner))
+    """The best entry of the best group of a row's slices."""
+    index, row, part = tl.program_id(0), tl.load(rows + tl.program_id(0)), tl.arange(0, SLICES)
+    token = tl.full([], _MASKED, tl.int32)
+    if row >= 0:
+        found = tl.load(best + index * slices + part, mask=part < slices, other=float("-inf"))
+        groups = tl.load(best_groups + index * slices + part, mask=part < slices, other=NO_ID)
+        top = tl.max(found, 0)
+        if top == float("inf"):
+            token = tl.full([], _BROKEN, tl.int32)
+        elif top > float("-inf"):
+            first = tl.min(tl.where(found == top, groups, NO_ID), 0) * GROUP
+            ids, heat = first + tl.arange(0, GROUP), tl.load(temperature + row)
+            scores = _scores(logits, edited, edits, index, row, ids, heat, top_k, top_p, log_min_p, peaks, limits,
+                             vocab, stride, slices, FILTERS, SLICES)  # fmt: skip
+            if heat > 0:
+                scores -= tl.log(_exponential(tl.load(seed + row), tl.load(num_tokens + row), first, 1, GROUP))
+            token = tl.min(tl.where(scores == tl.max(scores, 0), ids, NO_ID), 0)
+    tl.store(tokens + index, token)
 
 
 def sample(
@@ -102,12 +134,12 @@ def sample(
     filters = top_k or top_p or min_p
     if filters:
         find_limits(logits, rows, table, work, top_k=top_k, top_p=top_p)
-    slices = triton.next_power_of_2(work.slices)
-    _draw[(num_rows, work.slices)](
+    row_state = (
         logits, work.edited, rows, table.edits, table.num_tokens, table.seed, table.temperature, table.top_k,
-        table.top_p, table.log_min_p, work.peaks, work.limits, work.best, work.best_ids, vocab, logits.stride(0),
-        work.slices, FILTERS=filters, BLOCK=work.tiles.slice, SLICES=slices,
-        num_warps=work.tiles.warps, enable_fp_fusion=False,
+        table.top_p, table.log_min_p, work.peaks, work.limits, work.best, work.best_groups,
     )  # fmt: skip
-    _pick[(num_rows,)](rows, work.best, work.best_ids, work.tokens, work.slices, SLICES=slices, num_warps=1)
+    sizes = (vocab, logits.stride(0), work.slices)
+    fixed = {"FILTERS": filters, "SLICES": triton.next_power_of_2(work.slices), "enable_fp_fusion": False}
+    _draw[(num_rows, work.slices)](*row_state, *sizes, BLOCK=work.tiles.slice, num_warps=work.tiles.draw_warps, **fixed)
+    _pick[(num_rows,)](*row_state, work.tokens, *sizes, num_warps=1, **fixed)
     return work.tokens[:num_rows]

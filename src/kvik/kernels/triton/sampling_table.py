@@ -30,7 +30,8 @@ class SamplerTiles:
     slice: int = 2048  # vocabulary entries per program
     part: int = 256  # entries of a slice that a pass of the filters measures at a time
     tokens: int = 1024  # tokens of a request that one program counts
-    warps: int = 4  # of every kernel that goes over the vocabulary
+    warps: int = 4  # of the kernels that go over the vocabulary
+    draw_warps: int = 2  # of the one that draws
 
 
 DEFAULT_TILES = SamplerTiles()
@@ -111,5 +112,5 @@ class SamplingWorkspace:
         self.lows = empty(torch.int32, FILTER_PASSES)
         self.limits = empty(torch.int32)
         self.best = empty(torch.float32, slices)
-        self.best_ids = empty(torch.int32, slices)
+        self.best_groups = empty(torch.int32, slices)
         self.tokens = empty(torch.int32)

@@ -33,10 +33,10 @@ def load_logits(logits: tl.tensor, edited: tl.tensor, index: tl.tensor, edits: t
                 vocab: tl.tensor, stride: tl.tensor) -> tl.tensor:  # fmt: skip
     """Logits of one row in fp32, the edited ones where the row has edits; -inf beyond the vocabulary."""
     held = ids < vocab
+    # Nearly all rows have none: their logits are on their way before it is known.
+    x = tl.load(logits + index.to(tl.int64) * stride + ids, mask=held, other=float("-inf")).to(tl.float32)
     if edits != 0:
         x = tl.load(edited + index.to(tl.int64) * vocab + ids, mask=held, other=float("-inf"))
-    else:
-        x = tl.load(logits + index.to(tl.int64) * stride + ids, mask=held, other=float("-inf")).to(tl.float32)
     return x
 
 
