@@ -125,11 +125,11 @@ def hopper() -> None:
 
 
 def hopper_linear() -> None:
-    """The projections for Hopper: every plan that is shipped, once."""
+    """The projections for Hopper: every plan that is shipped, once, whole and with fewer tokens."""
     from triton.experimental.gluon import language as gl
 
     from kvik.kernels.triton.dispatch import load_table
-    from kvik.kernels.triton.linear_hopper import _linear_hopper, launch_options
+    from kvik.kernels.triton.linear_hopper import _linear_hopper, launch_options, token_widths
 
     def tiles(box: list[int]) -> str:
         return f"tensordesc<bf16{box},{gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16)!r}>"
@@ -140,17 +140,20 @@ def hopper_linear() -> None:
         if plan.path != "hopper" or kind in seen:
             continue
         seen.add(kind)
-        groups, width = plan.block_n // 64, min(plan.block_t, 128 if plan.block_n == 192 else 256)
-        types = {
-            "x": tiles([width, 64]), "weight": tiles([4, 2, 8, 64] if swiglu else [64, 64]), "m": "i32", "n": "i32",
-            "out": "*fp32" if plan.split_k > 1 else tiles([width, 32 if swiglu else 64]),
-        }  # fmt: skip
-        constants = {
-            "K": 4096, "GROUPS": groups, "BLOCK_T": plan.block_t, "STAGES": plan.num_stages, "SPLIT_K": plan.split_k,
-            "bias": None, "residual": None, "SWIGLU": swiglu, "PDL": True,
-        }  # fmt: skip
-        options = launch_options(plan)
-        compile_kernel(f"hopper linear {kind}", _linear_hopper, types, constants, launch_pdl=1, **options)
+        for width, rest in {token_widths(plan, eighths * plan.block_t // 8) for eighths in (5, 6, 8)}:
+            x, out = ([tiles([tokens, columns]) if tokens else None for tokens in (width, rest)]
+                      for columns in (64, 32 if swiglu else 64))  # fmt: skip
+            if plan.split_k > 1:
+                out = ["*fp32", "*fp32"]
+            names = dict(zip(("x", "rest", "out", "rest_out"), (*x, *out), strict=True))
+            types = {name: kind for name, kind in names.items() if kind}
+            types |= {"weight": tiles([4, 2, 8, 64] if swiglu else [64, 64]), "m": "i32", "n": "i32"}
+            constants = {name: None for name, kind in names.items() if kind is None} | {
+                "K": 4096, "GROUPS": plan.block_n // 64, "WIDTH": width, "REST": rest, "STAGES": plan.num_stages,
+                "SPLIT_K": plan.split_k, "bias": None, "residual": None, "SWIGLU": swiglu, "PDL": True,
+            }  # fmt: skip
+            name = f"hopper linear {kind} {width} {rest}"
+            compile_kernel(name, _linear_hopper, types, constants, launch_pdl=1, **launch_options(plan))
 
 
 def sampling() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 
 import numpy as np
 import pytest
@@ -15,7 +17,7 @@ from linear_cases import DTYPES, check, noise, one_plan, projection
 from kvik.kernels.api import LinearWeight
 from kvik.kernels.reference import ReferenceOps
 from kvik.kernels.triton.dispatch import Plan, Rule, load_table
-from kvik.kernels.triton.features import Features
+from kvik.kernels.triton.features import Features, knows_gluon
 from kvik.kernels.triton.ops import Parts, TritonOps
 from kvik.kernels.triton.skinny import skinny
 
@@ -74,14 +76,33 @@ def test_skinny(name: str, m: int, dtype: torch.dtype, device: torch.device) -> 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("block_n", [64, 128, 192])
 @pytest.mark.parametrize(
-    ("m", "block_t", "split_k"), [(1, 8, 1), (17, 32, 3), (150, 128, 1), (300, 256, 1), (256, 256, 2)]
-)
+    ("m", "block_t", "split_k"),
+    [(1, 8, 1), (17, 32, 3), (40, 64, 2), (45, 64, 1), (75, 128, 1), (150, 128, 1), (155, 256, 1), (192, 256, 2),
+     (300, 256, 1), (256, 256, 2)],
+)  # fmt: skip
 def test_hopper(m: int, block_t: int, split_k: int, block_n: int, dtype: torch.dtype, device: torch.device) -> None:
     if not Features.of(device).hopper:
         pytest.skip("needs a Hopper GPU and a Triton whose Gluon is known; Gluon has no interpreter")
     plan = Plan(path="hopper", block_n=block_n, block_t=block_t, split_k=split_k, num_stages=3)
     for (n, k), bias in zip([(40, 80), (200, 1096), (1000, 512), (64, 64)], (False, True, False, True), strict=True):
         compare(plan, m, n, k, dtype, bias, device)
+
+
+@pytest.mark.skipif(not knows_gluon(), reason="this Triton has a Gluon that the kernels were not tried with")
+def test_programs_for_hopper_have_no_more_tokens_than_they_need() -> None:
+    from kvik.kernels.triton.linear_hopper import token_widths
+
+    for block_n, block_t in itertools.product((64, 128, 192), (8, 32, 64, 128, 256)):
+        plan = Plan(path="hopper", block_n=block_n, block_t=block_t, num_stages=3)
+        for m in range(1, 600):
+            total = sum(widths := token_widths(plan, m))
+            assert total <= block_t and math.ceil(m / total) == math.ceil(m / block_t)
+            assert all(width.bit_count() < 2 and width % 8 == 0 for width in widths) and widths[0] >= widths[1]
+            assert max(widths) <= (128 if block_n == 192 else 256)
+    plan = Plan(path="hopper", block_n=128, block_t=256)
+    assert [token_widths(plan, m) for m in (8, 160, 161, 193, 256, 300, 640)] == [
+        (128, 32), (128, 32), (128, 64), (256, 0), (256, 0), (128, 32), (256, 0)
+    ]  # fmt: skip
 
 
 def test_what_the_kernel_for_hopper_cannot_address_goes_elsewhere(device: torch.device) -> None:

@@ -50,37 +50,36 @@ def _copy_weights(weight: gl.tensor, row: gl.tensor, column: gl.tensor, full: gl
 
 
 @gluon.jit
-def _copy_tokens(x: gl.tensor, token: gl.tensor, column: gl.tensor, full: gl.tensor, tokens: gl.tensor, slot: gl.tensor,
-                 STAGES: gl.constexpr) -> None:  # fmt: skip
-    PIECES: gl.constexpr = tokens.shape[0] // STAGES
-    for piece in gl.static_range(PIECES):
-        place = tokens.index(slot * PIECES + piece)
-        tma.async_copy_global_to_shared(x, [token + tokens.shape[1] * piece, column], full, place)
+def _copy_tokens(x: gl.tensor, rest: gl.tensor, token: gl.tensor, column: gl.tensor, full: gl.tensor,
+                 tokens: gl.tensor, rest_tokens: gl.tensor, slot: gl.tensor) -> None:  # fmt: skip
+    tma.async_copy_global_to_shared(x, [token, column], full, tokens.index(slot))
+    if rest is not None:
+        tma.async_copy_global_to_shared(rest, [token + tokens.shape[1], column], full, rest_tokens.index(slot))
 
 
 @gluon.jit
-def _copy(x: gl.tensor, weight: gl.tensor, ring: gl.tensor, place: gl.tensor, STEPS: gl.constexpr,
-          SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
+def _copy(x: gl.tensor, rest: gl.tensor, weight: gl.tensor, ring: gl.tensor, place: gl.tensor, STEPS: gl.constexpr,
+          WIDTH: gl.constexpr, SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
     """The part of the warp that copies."""
-    weights, tokens, full, empty = ring
+    weights, tokens, rest_tokens, full, empty = ring
     token, row, split = place
     first = split * (STEPS * STEP)
     STAGES: gl.constexpr = full.shape[0]
     GROUPS: gl.constexpr = weights.shape[0] // STAGES
-    BYTES: gl.constexpr = (GROUPS * ROWS + tokens.shape[0] // STAGES * tokens.shape[1]) * STEP * 2
+    BYTES: gl.constexpr = (GROUPS * ROWS + WIDTH) * STEP * 2
     AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
     for step in gl.static_range(AHEAD):
         mbarrier.expect(full.index(step), BYTES)
         _copy_weights(weight, row, first + STEP * step, full.index(step), weights, step, GROUPS, SWIGLU)
     wait_for_inputs(PDL)
     for step in gl.static_range(AHEAD):
-        _copy_tokens(x, token, first + STEP * step, full.index(step), tokens, step, STAGES)
+        _copy_tokens(x, rest, token, first + STEP * step, full.index(step), tokens, rest_tokens, step)
     for step in range(STAGES, STEPS):
         slot, column = step % STAGES, first + STEP * step
         mbarrier.wait(empty.index(slot), ((step // STAGES) & 1) ^ 1)
         mbarrier.expect(full.index(slot), BYTES)
         _copy_weights(weight, row, column, full.index(slot), weights, slot, GROUPS, SWIGLU)
-        _copy_tokens(x, token, column, full.index(slot), tokens, slot, STAGES)
+        _copy_tokens(x, rest, token, column, full.index(slot), tokens, rest_tokens, slot)
 
 
 @gluon.jit
@@ -128,33 +127,40 @@ def _store(acc: gl.tensor, bias: gl.tensor, residual: gl.tensor, out: gl.tensor,
 
 
 @gluon.jit
-def _multiply(PART: gl.constexpr, bias: gl.tensor, residual: gl.tensor, out: gl.tensor, ring: gl.tensor,
-              buffers: gl.tensor, done: gl.tensor, place: gl.tensor, m: gl.tensor, n: gl.tensor, STEPS: gl.constexpr,
-              SPLIT_K: gl.constexpr, SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
+def _zeros(tokens: gl.tensor) -> gl.tensor:
+    WIDTH: gl.constexpr = tokens.shape[1]
+    return gl.zeros([ROWS, WIDTH], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16]))
+
+
+@gluon.jit
+def _multiply(PART: gl.constexpr, given: gl.tensor, ring: gl.tensor, results: gl.tensor, place: gl.tensor,
+              STEPS: gl.constexpr, REST: gl.constexpr, SPLIT_K: gl.constexpr, SWIGLU: gl.constexpr,
+              PDL: gl.constexpr) -> None:  # fmt: skip
     """The part of a group of warps: 64 rows of the weight."""
-    weights, tokens, full, empty = ring
+    weights, tokens, rest_tokens, full, empty = ring
+    bias, residual, m, n = given
+    out, rest_out, buffers, rest_buffers, done = results
     STAGES: gl.constexpr = full.shape[0]
     GROUPS: gl.constexpr = weights.shape[0] // STAGES
-    PIECES: gl.constexpr = tokens.shape[0] // STAGES
-    WIDTH: gl.constexpr = tokens.shape[1]
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     token, row, split = place
     wait_for_inputs(PDL)
-    acc = gl.zeros([ROWS, WIDTH], gl.float32, LAYOUT)
-    more = acc
+    acc = _zeros(tokens)
+    rest = acc
+    if REST > 0:
+        rest = _zeros(rest_tokens)
     for step in range(STEPS):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
         rows = weights.index(slot * GROUPS + PART)
-        acc = warpgroup_mma(rows, tokens.index(slot * PIECES).permute((1, 0)), acc, is_async=True)
-        if PIECES == 2:
-            more = warpgroup_mma(rows, tokens.index(slot * 2 + 1).permute((1, 0)), more, is_async=True)
-            acc, more = warpgroup_mma_wait(2, deps=(acc, more))
+        acc = warpgroup_mma(rows, tokens.index(slot).permute((1, 0)), acc, is_async=True)
+        if REST > 0:
+            rest = warpgroup_mma(rows, rest_tokens.index(slot).permute((1, 0)), rest, is_async=True)
+            acc, rest = warpgroup_mma_wait(2, deps=(acc, rest))
         else:
             acc = warpgroup_mma_wait(1, deps=(acc,))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-    if PIECES == 2:
-        acc, more = warpgroup_mma_wait(0, deps=(acc, more))
+    if REST > 0:
+        acc, rest = warpgroup_mma_wait(0, deps=(acc, rest))
     else:
         acc = warpgroup_mma_wait(0, deps=(acc,))
     if SPLIT_K == 1:
@@ -162,9 +168,10 @@ def _multiply(PART: gl.constexpr, bias: gl.tensor, residual: gl.tensor, out: gl.
         mbarrier.arrive(done, count=1)
         mbarrier.wait(done, 0)
     row += PART * (ROWS // 2 if SWIGLU else ROWS)
-    _store(acc, bias, residual, out, buffers.index(PART * PIECES), token, row, split, m, n, SPLIT_K, SWIGLU)
-    if PIECES == 2:
-        _store(more, bias, residual, out, buffers.index(PART * 2 + 1), token + WIDTH, row, split, m, n, SPLIT_K, SWIGLU)
+    _store(acc, bias, residual, out, buffers.index(PART), token, row, split, m, n, SPLIT_K, SWIGLU)
+    if REST > 0:
+        _store(rest, bias, residual, rest_out, rest_buffers.index(PART), token + tokens.shape[1], row, split, m, n,
+               SPLIT_K, SWIGLU)  # fmt: skip
     if SPLIT_K == 1:
         tma.store_wait(0)
 
@@ -177,20 +184,24 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr) -> gl.tensor:
     return barriers
 
 
-@gluon.jit(do_not_specialize=["m"])
-def _linear_hopper(x: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: gl.tensor, out: gl.tensor,
-                   m: gl.tensor, n: gl.tensor, K: gl.constexpr, GROUPS: gl.constexpr, BLOCK_T: gl.constexpr,
-                   STAGES: gl.constexpr, SPLIT_K: gl.constexpr, SWIGLU: gl.constexpr,
-                   PDL: gl.constexpr) -> None:  # fmt: skip
-    """GROUPS * 64 rows of the weight (half gates, half ups with SWIGLU) times BLOCK_T tokens, over a part of K.
+@gluon.jit
+def _buffers(tokens: gl.tensor, out: gl.tensor) -> gl.tensor:
+    """The memory of tokens, for results of a gate and up that share 64 rows of the weight."""
+    shape: gl.constexpr = [2 * tokens.shape[0], tokens.shape[1], ROWS // 2]
+    return tokens._reinterpret(tokens.dtype, shape, out.layout)
 
-    Programs: blocks of up to TOGETHER * BLOCK_T tokens and all rows, of which those of the same rows are neighbours;
-    parts of K."""
+
+@gluon.jit(do_not_specialize=["m"])
+def _linear_hopper(x: gl.tensor, rest: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: gl.tensor,
+                   out: gl.tensor, rest_out: gl.tensor, m: gl.tensor, n: gl.tensor, K: gl.constexpr,
+                   GROUPS: gl.constexpr, WIDTH: gl.constexpr, REST: gl.constexpr, STAGES: gl.constexpr,
+                   SPLIT_K: gl.constexpr, SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
+    """GROUPS * 64 rows of the weight (half gates, half ups with SWIGLU) times WIDTH + REST tokens, over a part of K.
+
+    Programs: TOGETHER blocks of tokens and all rows, of which those of the same rows are neighbours; parts of K."""
     STEPS: gl.constexpr = (K + SPLIT_K * STEP - 1) // (SPLIT_K * STEP)  # of each part; past K there is nothing to add
     OUTPUTS: gl.constexpr = ROWS // 2 if SWIGLU else ROWS
-    # 512 threads leave each too few registers for a product of 256 tokens in one instruction.
-    PIECES: gl.constexpr = 2 if GROUPS == 3 and BLOCK_T == 256 else 1
-    WIDTH: gl.constexpr = BLOCK_T // PIECES
+    BLOCK_T: gl.constexpr = WIDTH + REST
     start_dependents(PDL)
     blocks, rows = gl.cdiv(m, BLOCK_T), gl.cdiv(n, GROUPS * OUTPUTS)
     before = gl.program_id(0) // (TOGETHER * rows) * TOGETHER
@@ -200,41 +211,57 @@ def _linear_hopper(x: gl.tensor, weight: gl.tensor, bias: gl.tensor, residual: g
     dtype: gl.constexpr = x.dtype
     tile: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, STEP], dtype)
     weights = gl.allocate_shared_memory(dtype, [STAGES * GROUPS, ROWS, STEP], tile)
-    tokens = gl.allocate_shared_memory(dtype, [STAGES * PIECES, WIDTH, STEP], x.layout)
+    tokens = gl.allocate_shared_memory(dtype, [STAGES, WIDTH, STEP], x.layout)
+    rest_tokens = tokens
+    if REST > 0:
+        rest_tokens = gl.allocate_shared_memory(dtype, [STAGES, REST, STEP], rest.layout)
     full, empty, done = _barriers(STAGES, 1), _barriers(STAGES, GROUPS), _barriers(1, GROUPS).index(0)
     gl.thread_barrier()
-    boxes, buffers = weights, tokens
+    boxes, buffers, rest_buffers = weights, tokens, rest_tokens
     if SWIGLU:  # and K is in one part
         boxes = weights._reinterpret(dtype, [STAGES * GROUPS, 4, 2, TURN, STEP], weight.layout)
-        buffers = tokens._reinterpret(dtype, [2 * STAGES * PIECES, WIDTH, OUTPUTS], out.layout)
-    ring, boxes = (weights, tokens, full, empty), (boxes, tokens, full, empty)
+        buffers, rest_buffers = _buffers(tokens, out), _buffers(rest_tokens, out if REST == 0 else rest_out)
+    ring, boxes = (weights, tokens, rest_tokens, full, empty), (boxes, tokens, rest_tokens, full, empty)
+    given, results = (bias, residual, m, n), (out, rest_out, buffers, rest_buffers, done)
     if GROUPS == 1:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_copy, (x, weight, boxes, place, STEPS, SWIGLU, PDL)),
+                (_multiply, (0, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_copy, (x, rest, weight, boxes, place, STEPS, BLOCK_T, SWIGLU, PDL)),
             ],
-            [1], [24],
+            [1], [32],
         )  # fmt: skip
     elif GROUPS == 2:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_multiply, (1, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_copy, (x, weight, boxes, place, STEPS, SWIGLU, PDL)),
+                (_multiply, (0, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_multiply, (1, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_copy, (x, rest, weight, boxes, place, STEPS, BLOCK_T, SWIGLU, PDL)),
             ],
             [4, 1], [240, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
             [
-                (_multiply, (0, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_multiply, (1, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_multiply, (2, bias, residual, out, ring, buffers, done, place, m, n, STEPS, SPLIT_K, SWIGLU, PDL)),
-                (_copy, (x, weight, boxes, place, STEPS, SWIGLU, PDL)),
+                (_multiply, (0, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_multiply, (1, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_multiply, (2, given, ring, results, place, STEPS, REST, SPLIT_K, SWIGLU, PDL)),
+                (_copy, (x, rest, weight, boxes, place, STEPS, BLOCK_T, SWIGLU, PDL)),
             ],
             [4, 4, 1], [160, 160, 24],
         )  # fmt: skip
+
+
+def token_widths(plan: Plan, num_tokens: int) -> tuple[int, int]:
+    """The tokens of a program, as widths of two products or of one and 0: of `plan.block_t`, 5, 6 or 8 eighths, as few
+    as leave the number of programs what it is."""
+    block_t = plan.block_t
+    needed = cdiv(num_tokens, cdiv(num_tokens, block_t))
+    for rest in (block_t // 8, block_t // 4):
+        if block_t >= 64 and needed <= block_t // 2 + rest:
+            return block_t // 2, rest
+    # 512 threads leave each too few registers for a product of 256 tokens in one instruction.
+    return (128, 128) if plan.block_n > 128 and block_t == 256 else (block_t, 0)
 
 
 def launch_options(plan: Plan) -> dict[str, int]:
@@ -257,7 +284,7 @@ def linear_hopper(
     """
     (m, k), n = x.shape, w.weight.shape[0] // (1 + swiglu)
     split_k = 1 if swiglu else plan.split_k
-    groups, block_t = plan.block_n // ROWS.value, plan.block_t
+    groups, (width, rest) = plan.block_n // ROWS.value, token_widths(plan, m)
     dtype = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
     out = x.new_empty((m, n)) if split_k == 1 else x.new_empty((split_k, m, n), dtype=torch.float32)
 
@@ -265,14 +292,14 @@ def linear_hopper(
         return TensorDescriptor(tensor, shape, strides, box, gl.NVMMASharedLayout.get_default_for(box, dtype))
 
     turn, outputs = TURN.value, ROWS.value // (1 + swiglu)
-    width = 128 if groups == 3 else block_t
     weight = tiles(w.weight, [n, k], [k, 1], [ROWS.value, STEP.value])
     if swiglu:
         weight = tiles(w.weight, [n // turn, 2, turn, k], [turn * k, n * k, k, 1], [4, 2, turn, STEP.value])
-    _linear_hopper[cdiv(m, block_t) * cdiv(n, groups * outputs), split_k](
-        tiles(x, [m, k], [k, 1], [min(width, block_t), STEP.value]), weight, w.bias, residual,
-        tiles(out, [m, n], [n, 1], [min(width, block_t), outputs]) if split_k == 1 else out, m, n,
-        K=k, GROUPS=groups, BLOCK_T=block_t, STAGES=plan.num_stages, SPLIT_K=split_k, SWIGLU=swiglu, PDL=pdl,
+    inputs = [tiles(x, [m, k], [k, 1], [tokens, STEP.value]) if tokens else None for tokens in (width, rest)]
+    results = [tiles(out, [m, n], [n, 1], [tokens, outputs]) if tokens else None for tokens in (width, rest)]
+    _linear_hopper[cdiv(m, width + rest) * cdiv(n, groups * outputs), split_k](
+        *inputs, weight, w.bias, residual, *(results if split_k == 1 else (out, out)), m, n,
+        K=k, GROUPS=groups, WIDTH=width, REST=rest, STAGES=plan.num_stages, SPLIT_K=split_k, SWIGLU=swiglu, PDL=pdl,
         **launch_options(plan),
         **({"launch_pdl": True} if pdl else {}),
     )  # fmt: skip
