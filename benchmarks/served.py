@@ -8,6 +8,8 @@ loads named by --offline, as many at a time as there will be clients: for 256 cl
 `LLM.generate`. Then the server gets every row: N clients who each wait for their answer, or R/s with Poisson arrivals.
 Prompts are 100 to 1024 random ids, answers 100 to 512 tokens, streamed completions, greedy.
 
+With --same-prompts every row sends the requests of the others over again, so that most prompts are in the prefix cache.
+
 A named shape has random weights and a vocabulary of words, so that every token is an event of its own; so has a folder
 that holds a config.json and no tokenizer. Every row says which share of a core each process took: near 1, that process
 is what the row measured.
@@ -119,7 +121,8 @@ def load(server: LocalServer, seed: str, how: Sequence[str], results: Path) -> d
 def served(server: LocalServer, row: str, args: argparse.Namespace, results: Path) -> dict[str, Any]:
     """Load the server with a row; its record."""
     before = cpu_seconds(server.processes)
-    result = load(server, f"{args.seed}/{row}", load_flags(row, args), results)
+    seed = args.seed if args.same_prompts else f"{args.seed}/{row}"
+    result = load(server, seed, load_flags(row, args), results)
     spent = {name: value - before[name] for name, value in cpu_seconds(server.processes).items()}
     shares = {name: value / result["seconds"] for name, value in spent.items()}
     return {"load": row, **result, "cpu_share": {"client": result["client"]["cpu_share"], **shares}}
@@ -184,6 +187,7 @@ def main() -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests, and of Poisson seconds")
     parser.add_argument("--seed", default="0", help="of lengths, arrivals and ids")
+    parser.add_argument("--same-prompts", action="store_true", help="one seed for all rows, not one each")
     parser.add_argument("--engine", nargs="*", default=[], type=option, help="options of both engines, NAME=VALUE")
     parser.add_argument("--json", type=Path, help="append one line with machine, versions and all records")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more flags of kvik serve; comes last")
@@ -195,6 +199,7 @@ def main() -> int:
         records = measure_rows(model, args, options, Path(folder))
     name = Path(args.model).resolve().name if Path(args.model).is_dir() else args.model
     facts = {"model": name, "engine": options, "serve": args.serve, "scale": args.scale, "seed": args.seed}
+    facts["same_prompts"] = args.same_prompts
     write_line(args.json, "served", **facts, seconds=time.perf_counter() - begin, records=records)
     print(f"{time.perf_counter() - begin:.0f} s in all")
     return int(sum("offline" not in record for record in records) < len(args.rows))

@@ -111,14 +111,17 @@ class Run:
 
 
 def planned(workload: Workload, load: Load) -> Iterator[Planned]:
-    """The requests of a load in the order of their arrival; without an end if only a duration is given."""
+    """The requests of a load in the order of their arrival; without an end if only a duration is given.
+
+    Their lengths depend on the seed alone.
+    """
     if workload.trace:
         yield from workload.trace[: workload.num_requests]
         return
-    rng, at = random.Random(f"{workload.seed}/plan"), 0.0
+    rng, arrivals, at = random.Random(f"{workload.seed}/plan"), random.Random(f"{workload.seed}/arrivals"), 0.0
     for _ in itertools.count() if workload.num_requests is None else range(workload.num_requests):
         if load.kind == "rate":
-            at += rng.expovariate(load.value)
+            at += arrivals.expovariate(load.value)
         yield Planned(at, rng.randint(*workload.prompt_tokens), rng.randint(*workload.output_tokens))
 
 
