@@ -124,6 +124,25 @@ def test_a_wrong_request_harms_nobody(llm: AsyncLLM) -> None:
     asyncio.run(main())
 
 
+def test_it_gets_ready_while_nobody_asks(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, busy = llm.llm_engine.engine, list[bool]()
+
+    def get_ready() -> bool:
+        busy.append(engine.has_unfinished())
+        return len(busy) < 4
+
+    monkeypatch.setattr(engine.executor, "get_ready", get_ready)
+
+    async def main() -> None:
+        await collect(llm, [3, 4, 5], LONG)
+        await until_idle(llm)
+        await asyncio.sleep(0.05)
+        await collect(llm, [3, 4, 5], LONG)
+
+    asyncio.run(main())
+    assert len(busy) >= 4 and not any(busy)
+
+
 def test_an_engine_failure_reaches_every_caller(llm: AsyncLLM, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(plan: Any) -> None:
         raise MemoryError("out of memory")

@@ -154,7 +154,10 @@ class AsyncLLM:
 
     def _obey(self) -> bool:
         """Run the commands that came, waiting for one when there is nothing else to do; False to stop."""
-        while not (self._commands.empty() and self.llm_engine.has_unfinished()):
+        engine = self.llm_engine.engine
+        while not (self._commands.empty() and engine.has_unfinished()):
+            if self._commands.empty() and engine.get_ready():
+                continue
             command = self._commands.get()
             if command is None:
                 return False

@@ -16,6 +16,7 @@ from tiny_models import make_tiny
 
 from engine_runs import BASE, options_for, prompts, run, same
 from kvik import LLM, CapacityError, ConfigError, SamplingParams
+from kvik.runtime.graphs import GraphPool
 
 pytestmark = pytest.mark.gpu
 LARGE: dict[str, Any] = {
@@ -75,6 +76,27 @@ def test_every_kind_of_sampling_in_graphs(folder: Path, replays: list[Any]) -> N
     assert len(set(map(id, replays))) > 8, "each combination of passes is a graph of its own"
     for graphs, plain in zip(*found, strict=True):
         same(graphs, plain)
+
+
+def test_graphs_that_are_missing_are_captured_while_idle(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds = [
+        [SamplingParams(max_tokens=6, ignore_eos=True, seed=i, temperature=0.9, top_p=top_p) for i in range(5)]
+        for top_p in (1.0, 0.8)
+    ]
+    options = {**BASE, "device": "cuda", "max_num_batched_tokens": 512}
+    with LLM(str(folder), **options, enforce_eager=True) as llm:
+        assert not llm.llm_engine.engine.get_ready()
+        expected = [llm.generate(prompts(5), kind) for kind in kinds]
+    with LLM(str(folder), **options, enforce_eager=False) as llm:
+        for kind in kinds:
+            llm.generate(prompts(1), kind[:1])
+        count = 0
+        while llm.llm_engine.engine.get_ready():
+            count += 1
+        assert count >= 1 + 2  # 384 tokens, and decode steps with top-p of 2 and of 4 rows at least
+        monkeypatch.setattr(GraphPool, "capture", lambda *_: pytest.fail("a graph was captured in a step"))
+        for kind, plain in zip(kinds, expected, strict=True):
+            same(llm.generate(prompts(5), kind), plain)
 
 
 def test_the_worst_case_stays_within_the_plan(tmp_path: Path) -> None:

@@ -184,23 +184,36 @@ class _Recomputed:
         self.replay = compute
 
 
-@pytest.mark.parametrize("rows", [1, 2])
-@pytest.mark.parametrize("asked", [{}, {"logprobs": 0}], ids=str)
-def test_padded_steps_give_the_same_tokens(
-    rows: int, asked: dict[str, Any], monkeypatch: pytest.MonkeyPatch, device: torch.device
-) -> None:
-    """What graphs of steps with prompts compute, without graphs, and with memory that holds no zeros by luck."""
+@pytest.fixture
+def captured(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the steps with prompts that were captured, without graphs."""
+    sizes: list[int] = []
 
     def capture(self: MixedStep, pool: Any, packed: torch.Tensor, size: int) -> _Captured:
+        sizes.append(size)
         hidden = self._compute(packed, size)
         return _Captured(_Recomputed(lambda: hidden.copy_(self._compute(packed, size))), packed, hidden)
 
     monkeypatch.setattr(MixedStep, "_capture", capture)
+    return sizes
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+@pytest.mark.parametrize(("asked", "early"), [({}, False), ({}, True), ({"logprobs": 0}, False)], ids=str)
+def test_padded_steps_give_the_same_tokens(
+    rows: int, asked: dict[str, Any], early: bool, captured: list[int], monkeypatch: pytest.MonkeyPatch,
+    device: torch.device,
+) -> None:  # fmt: skip
+    """What graphs of steps with prompts compute, without graphs, and with memory that holds no zeros by luck."""
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, math.nan))
     config = settings(max_num_seqs=rows)
     runner = gpu_runner(device, config)
     assert isinstance(runner, GpuRunner)
+    assert device.type == "cuda" or not runner.get_ready()
     monkeypatch.setattr(runner._mixed_step, "_pool", object())
+    while early and runner.get_ready():
+        pass
+    assert captured == ([32, 16] if early else []), "the largest first"
     for length in (1, 3, 17):
         found = []
         for one in (runner, cpu_runner(settings())):
@@ -214,3 +227,4 @@ def test_padded_steps_give_the_same_tokens(
                     tokens += output.new_token_ids
             found.append(tokens)
         assert found[0] == found[1]
+    assert not early or captured == [32, 16], "none of them again"

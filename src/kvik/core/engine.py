@@ -51,6 +51,10 @@ class Engine:
     def has_unfinished(self) -> bool:
         return self.scheduler.has_unfinished()
 
+    def get_ready(self) -> bool:
+        """Do a piece of what later steps would wait for, if nothing else is to be done; whether there was any."""
+        return not self.has_unfinished() and not self._submitted and self.executor.get_ready()
+
     def reset(self) -> None:
         """Abort everything, also after an exception (Ctrl-C, say) left a step unfinished."""
         self.executor.reset()

@@ -23,6 +23,9 @@ class Executor(Protocol):
     def collect(self) -> StepResult:
         """Wait for the oldest submitted step."""
 
+    def get_ready(self) -> bool:
+        """While nothing is submitted: do a piece of what later steps would wait for; False if there is none."""
+
     def reset(self) -> None:
         """Wait for whatever still runs and forget it; rows start over from the next plan that joins them."""
 

@@ -47,6 +47,9 @@ class MockExecutor:
         item = self._queue.popleft()
         return self._run(item) if isinstance(item, StepPlan) else item
 
+    def get_ready(self) -> bool:
+        return False
+
     def reset(self) -> None:
         self._queue.clear()
 

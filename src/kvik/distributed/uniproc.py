@@ -19,6 +19,9 @@ class Runner(Protocol):
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Start a step, or compute it where the device is this processor; what is returned waits for its result."""
 
+    def get_ready(self) -> bool:
+        """See `Executor`."""
+
     def reset(self) -> None:
         """Wait for whatever still runs."""
 
@@ -39,6 +42,9 @@ class UniprocExecutor:
     def collect(self) -> StepResult:
         with self._tracer.span("collect"):
             return self._results.popleft()()
+
+    def get_ready(self) -> bool:
+        return self._runner is not None and self._runner.get_ready()
 
     def reset(self) -> None:
         self._results.clear()

@@ -105,9 +105,7 @@ class DecodeStep:
     def run(self, rows: list[int], path: SamplerPath) -> Callable[[], list[int]]:
         """Decode one token of each table row: a function that waits for them."""
         size = next(size for size in self._sizes if size >= len(rows))
-        bucket = self._buckets.get(size)
-        if bucket is None:
-            bucket = self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
+        bucket = self._bucket(size)
         bucket.fill(rows)
         graph = self._graphs.get((size, path))
         if graph is None:
@@ -118,6 +116,25 @@ class DecodeStep:
         if graph is None and self._pool is not None:
             self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
         return tokens
+
+    def get_ready(self) -> bool:
+        """Capture a graph that is missing of a path that was taken, the largest first; False if none is.
+
+        What it launches is compiled: the layers since the start, and the sampler for every number of rows.
+        """
+        paths = {path for _, path in self._graphs}
+        missing = [(size, path) for size in reversed(self._sizes) for path in paths if (size, path) not in self._graphs]
+        if self._pool is None or not missing:
+            return False
+        size, path = missing[0]
+        bucket = self._bucket(size)
+        self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
+        return True
+
+    def _bucket(self, size: int) -> _Bucket:
+        if size not in self._buckets:
+            self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
+        return self._buckets[size]
 
     def _compute(self, bucket: _Bucket, path: SamplerPath) -> None:
         self._table.decode_inputs(bucket.rows, bucket.inputs)

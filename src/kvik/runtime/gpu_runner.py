@@ -87,8 +87,7 @@ class GpuRunner:
     @torch.inference_mode()
     def start(self, plan: StepPlan) -> Callable[[], StepResult]:
         """Launch a step. The result waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.set_device(self._device)  # what kernels are launched on is a matter of the calling thread
+        self._choose_device()
         with self._tracer.span("prepare"):
             self._table.apply(plan)
             for init in plan.joined:
@@ -107,6 +106,12 @@ class GpuRunner:
                 self._table.num_tokens[decodes.index] += 1
         return lambda: self._collect(plan, step)
 
+    @torch.inference_mode()
+    def get_ready(self) -> bool:
+        """Capture a graph that a later step would have to capture first; False if none is missing."""
+        self._choose_device()
+        return self._mixed_step.get_ready() or (self._decode is not None and self._decode.get_ready())
+
     def reset(self) -> None:
         """Wait for whatever still runs, and forget what an interrupted step has left."""
         if self._device.type == "cuda":
@@ -114,6 +119,10 @@ class GpuRunner:
         self._work.counts.zero_()
         self._table.results.reset()
         self._unread.clear()
+
+    def _choose_device(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)  # what kernels are launched on is a matter of the calling thread
 
     def _row_needs(self, row: int) -> int:
         """The bits of a row that joins."""

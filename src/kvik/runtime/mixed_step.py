@@ -103,6 +103,18 @@ class MixedStep:
         captured.graph.replay()
         return captured.hidden[:num_rows]
 
+    def get_ready(self) -> bool:
+        """Capture the largest graph that is missing; False if none is."""
+        missing = [size for size in self._sizes if size not in self._captured]
+        if self._pool is None or not missing or self._model.spec.rope.depends_on_length:
+            return False
+        size, nothing = missing[-1], np.zeros(0, dtype=np.int64)
+        parts = MixedParts(nothing, nothing, nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
+        packed = upload(_padded(parts, size, self._max_seqs), self._table.device)
+        self._compute(packed, size)  # also compiles what the capture will launch
+        self._captured[size] = self._capture(self._pool, packed, size)
+        return True
+
     def _capture(self, pool: GraphPool, packed: Tensor, size: int) -> _Captured:
         left: list[Tensor] = []
         graph = pool.capture(lambda: left.append(self._compute(packed, size)))

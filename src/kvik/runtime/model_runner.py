@@ -43,6 +43,10 @@ class ModelRunner:
         result = self.execute(plan)
         return lambda: result
 
+    def get_ready(self) -> bool:
+        """Every step can be computed as it is."""
+        return False
+
     def reset(self) -> None:
         """Nothing runs between calls."""
 

@@ -33,7 +33,7 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens.
 
     All rows use KV block 0 alone, over and over. Steps with prompts of the sizes between launch the same kernels; their
-    graphs are captured when they first come.
+    graphs are captured while the engine has nothing to do, or when they first come.
     """
     num_seqs, size = settings.max_num_seqs, settings.block_size
     rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))

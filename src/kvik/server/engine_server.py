@@ -87,7 +87,7 @@ class EngineServer:
     def run(self) -> None:
         """Serve. An exception of the engine ends the loop: a failure that no single request caused."""
         while not self._stopping:
-            self._receive(wait=not self._engine.has_unfinished())
+            self._receive(wait=not (self._engine.has_unfinished() or self._engine.get_ready()))
             self._take_compiled()
             if self._engine.has_unfinished():
                 self._deliver(self._engine.step())

@@ -48,6 +48,9 @@ class _WatchedExecutor:
     def collect(self) -> StepResult:
         return self.inner.collect()
 
+    def get_ready(self) -> bool:
+        return self.inner.get_ready()
+
     def reset(self) -> None:
         self.inner.reset()
 
