@@ -51,6 +51,9 @@ class InstantExecutor:
         rows = tuple(RowResult(chunk.row, (7,) if chunk.sample else ()) for chunk in plan.chunks)
         return StepResult(plan.step_id, rows, (7,) * len(plan.decodes))
 
+    def get_ready(self) -> bool:
+        return False
+
     def reset(self) -> None:
         self._plans.clear()
 
@@ -96,7 +99,7 @@ def measure(batch: int, args: argparse.Namespace) -> dict[str, Any]:
     found = defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = f"ipc://{folder}/engine"
-        server = EngineServer(engine, endpoint, wire.Ready(config, 10_000, False, "none", "none", "", ""))
+        server = EngineServer(engine, endpoint, wire.Ready(config, 10_000, False, "none", "none", "", "", "none"))
         thread = threading.Thread(target=server.run)
         thread.start()
         peer = subprocess.Popen(

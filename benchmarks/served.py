@@ -8,7 +8,8 @@ loads named by --offline, as many at a time as there will be clients: for 256 cl
 `LLM.generate`. Then the server gets every row: N clients who each wait for their answer, or R/s with Poisson arrivals.
 Prompts are 100 to 1024 random ids, answers 100 to 512 tokens, streamed completions, greedy.
 
-With --same-prompts every row sends the requests of the others over again, so that most prompts are in the prefix cache.
+With --watch N every row follows N more times twice, first with somebody at the inspector's /debug/events. With
+--same-prompts every row sends the requests of the others over again, so that most prompts are in the prefix cache.
 
 A named shape has random weights and a vocabulary of words, so that every token is an event of its own; so has a folder
 that holds a config.json and no tokenizer. Every row says which share of a core each process took: near 1, that process
@@ -18,14 +19,17 @@ is what the row measured.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -118,19 +122,42 @@ def load(server: LocalServer, seed: str, how: Sequence[str], results: Path) -> d
     return result
 
 
-def served(server: LocalServer, row: str, args: argparse.Namespace, results: Path) -> dict[str, Any]:
+@contextmanager
+def watching(server: LocalServer) -> Iterator[None]:
+    """Read the inspector's events until the block ends."""
+
+    def read() -> None:
+        while connection.recv(1 << 20):
+            pass
+
+    with socket.create_connection(server.address) as connection:
+        connection.sendall(b"GET /debug/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert connection.recv(1 << 20).startswith(b"HTTP/1.1 200 ")
+        reader = threading.Thread(target=read)
+        reader.start()
+        yield
+        assert reader.is_alive(), "the events ended"
+        connection.shutdown(socket.SHUT_RDWR)
+        reader.join()
+
+
+def served(
+    server: LocalServer, row: str, args: argparse.Namespace, results: Path, *, watched: bool = False
+) -> dict[str, Any]:
     """Load the server with a row; its record."""
     before = cpu_seconds(server.processes)
     seed = args.seed if args.same_prompts else f"{args.seed}/{row}"
-    result = load(server, seed, load_flags(row, args), results)
+    with watching(server) if watched else nullcontext():
+        result = load(server, seed, load_flags(row, args), results)
     spent = {name: value - before[name] for name, value in cpu_seconds(server.processes).items()}
     shares = {name: value / result["seconds"] for name, value in spent.items()}
-    return {"load": row, **result, "cpu_share": {"client": result["client"]["cpu_share"], **shares}}
+    shares = {"client": result["client"]["cpu_share"], **shares}
+    return {"load": row, "watched": watched, **result, "cpu_share": shares}
 
 
 def show(record: dict[str, Any]) -> None:
     """Print a row of the table."""
-    cells = [f"{record['load']:>6}", f"{record['output_tok_s']:>9,.0f} tok/s"]
+    cells = [f"{record['load']:>6}{' watched' if record['watched'] else ''}", f"{record['output_tok_s']:>9,.0f} tok/s"]
     for name, title in (("ttft_s", "TTFT"), ("later_ttft_s", "later"), ("tpot_s", "TPOT")):
         if found := record.get(name):
             cells.append(f"{title} ms " + " / ".join(f"{1e3 * value:.1f}" for value in found.values()))
@@ -149,9 +176,9 @@ def measure_rows(model: str, args: argparse.Namespace, options: dict[str, Any], 
         print(f"ready after {server.start_seconds:.1f} s", flush=True)
         how = ["--clients", str(WARM_UP), "--requests", str(WARM_UP)]
         load(server, f"{args.seed}/warm-up", how, root / "results")
-        for row in args.rows:
+        for row, watched in itertools.product(args.rows, [False, *[True, False] * args.watch]):
             try:
-                record = served(server, row, args, root / "results")
+                record = served(server, row, args, root / "results", watched=watched)
             except RuntimeError as error:
                 print(f"{row}: {error}\nthe server said: {(root / 'log').read_text()[-4000:]}", file=sys.stderr)
                 break
@@ -187,6 +214,7 @@ def main() -> int:
     )
     parser.add_argument("--scale", type=float, default=1.0, help="of the number of requests, and of Poisson seconds")
     parser.add_argument("--seed", default="0", help="of lengths, arrivals and ids")
+    parser.add_argument("--watch", type=int, default=0, metavar="N", help="pairs of rows with and without an inspector")
     parser.add_argument("--same-prompts", action="store_true", help="one seed for all rows, not one each")
     parser.add_argument("--engine", nargs="*", default=[], type=option, help="options of both engines, NAME=VALUE")
     parser.add_argument("--json", type=Path, help="append one line with machine, versions and all records")
@@ -202,7 +230,7 @@ def main() -> int:
     facts["same_prompts"] = args.same_prompts
     write_line(args.json, "served", **facts, seconds=time.perf_counter() - begin, records=records)
     print(f"{time.perf_counter() - begin:.0f} s in all")
-    return int(sum("offline" not in record for record in records) < len(args.rows))
+    return int(sum("offline" not in record for record in records) < len(args.rows) * (1 + 2 * args.watch))
 
 
 if __name__ == "__main__":
