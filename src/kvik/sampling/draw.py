@@ -11,15 +11,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.sampling.filters import MARGIN, MIN_TEMPERATURE
-from kvik.sampling.philox import GROUP, NOISE_RANGE, gumbel_noise, gumbel_row, split_seed
+from kvik.sampling.philox import GROUP, MASK, NOISE_RANGE, gumbel_noise, gumbel_row
 
 __all__ = ["Draw", "draw_tokens", "groups_of", "groups_of_all"]
 
+Ids: TypeAlias = NDArray[np.int64]
+Scores: TypeAlias = NDArray[np.float32]
 
 BATCHED = 256  # candidates up to which a draw shares the batch of the others anyhow
 
@@ -31,11 +36,11 @@ class Draw:
     index: int
     seed: int
     position: int
-    groups: Tensor  # [n] int64, ascending
-    scores: Tensor  # [n, GROUP] float32, log-weights of their entries, best 0
+    groups: Ids  # [n], ascending
+    scores: Scores  # [n, GROUP], log-weights of their entries, best 0
 
 
-def groups_of_all(logits: Tensor, peak: float, temperature: float) -> tuple[Tensor, Tensor]:
+def groups_of_all(logits: Tensor, peak: float, temperature: float) -> tuple[Ids, Scores]:
     """The groups of all entries, as `Draw` has them, but for those that no noise can lift above that of the best.
 
     logits: float32 [vocab] with the finite maximum `peak`.
@@ -44,32 +49,31 @@ def groups_of_all(logits: Tensor, peak: float, temperature: float) -> tuple[Tens
     gaps = torch.nn.functional.pad(logits - peak, (0, -len(logits) % GROUP), value=-math.inf).view(-1, GROUP)
     floor = -(NOISE_RANGE + math.log(GROUP) + MARGIN) * temperature  # a group weighs up to GROUP times its best
     groups = (gaps.amax(1) >= floor).nonzero().squeeze(-1)
-    return groups, gaps.index_select(0, groups) / temperature
+    return groups.cpu().numpy(), (gaps.index_select(0, groups) / temperature).cpu().numpy()
 
 
-def groups_of(ids: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
+def groups_of(ids: Tensor, scores: Tensor) -> tuple[Ids, Scores]:
     """The groups of some entries, as `Draw` has them: ids [n], ascending, and log-weights [n]."""
-    groups, places = torch.unique_consecutive(ids // GROUP, return_inverse=True)
-    grouped = scores.new_full((len(groups), GROUP), -math.inf)
-    grouped[places, ids % GROUP] = scores
-    return groups, grouped
+    numbers, places = np.divmod(ids.cpu().numpy(), GROUP)
+    is_first = np.diff(numbers, prepend=-1) > 0
+    grouped = np.full((int(is_first.sum()), GROUP), -np.inf, dtype=np.float32)
+    grouped[is_first.cumsum() - 1, places] = scores.cpu().numpy()
+    return numbers[is_first], grouped
 
 
 def draw_tokens(draws: list[Draw], vocab_size: int) -> dict[int, int]:
     """The vocabulary entry that each draw gives, by the draw's index."""
-    weights = [draw.scores.exp().sum(1).log_() for draw in draws]
     num_groups = -(-vocab_size // GROUP)
+    with np.errstate(divide="ignore"):  # a group may weigh nothing
+        weights = [np.log(np.exp(draw.scores).sum(1)) for draw in draws]
     winners = _winners(draws, [draw.groups for draw in draws], weights, num_groups, 0)
-    entries, scores = list[Tensor](), list[Tensor]()
-    for draw, winner in zip(draws, winners, strict=True):
-        first = int(draw.groups[winner]) * GROUP
-        entries.append(torch.arange(first, first + GROUP, device=draw.groups.device))
-        scores.append(draw.scores[winner])
+    entries = [draw.groups[at] * GROUP + np.arange(GROUP) for draw, at in zip(draws, winners, strict=True)]
+    scores = [draw.scores[at] for draw, at in zip(draws, winners, strict=True)]
     tokens = _winners(draws, entries, scores, num_groups * GROUP, 1)
     return {draw.index: int(ids[at]) for draw, ids, at in zip(draws, entries, tokens, strict=True)}
 
 
-def _winners(draws: list[Draw], ids: list[Tensor], scores: list[Tensor], size: int, level: int) -> list[int]:
+def _winners(draws: list[Draw], ids: list[Ids], scores: list[Scores], size: int, level: int) -> list[int]:
     """Where in `ids`, some of [0, size), the score plus noise is highest; the first where several are equal.
 
     Whole rows get noise where many candidates are left, the others in one batch: a Philox call yields that of four
@@ -79,19 +83,17 @@ def _winners(draws: list[Draw], ids: list[Tensor], scores: list[Tensor], size: i
     sparse = iter(_noise([(draw, some) for draw, some, all_ in zip(draws, ids, dense, strict=True) if not all_], level))
     winners = []
     for draw, some, score, all_ in zip(draws, ids, scores, dense, strict=True):
-        noise = gumbel_row(draw.seed, draw.position, size, level, some.device)[some] if all_ else next(sparse)
+        noise = gumbel_row(draw.seed, draw.position, size, level)[some] if all_ else next(sparse)
         winners.append(int((score + noise).argmax()))
     return winners
 
 
-def _noise(candidates: list[tuple[Draw, Tensor]], level: int) -> list[Tensor]:
+def _noise(candidates: list[tuple[Draw, Ids]], level: int) -> list[Scores]:
     if not candidates:
         return []
-    device = candidates[0][1].device
     sizes = [len(ids) for _, ids in candidates]
-    words = torch.tensor(
-        [(*split_seed(draw.seed), draw.position) for draw, _ in candidates], device=device
-    )  # [draws, 3]
-    owners = torch.repeat_interleave(torch.tensor(sizes, device=device))  # [candidates]
-    words = words.t()[:, owners]  # [3, candidates]
-    return list(torch.split(gumbel_noise(words[:2], words[2], torch.cat([ids for _, ids in candidates]), level), sizes))
+    seeds = np.array([draw.seed & (MASK << 32 | MASK) for draw, _ in candidates], dtype=np.uint64)
+    positions = np.array([draw.position for draw, _ in candidates], dtype=np.uint64)
+    ids = np.concatenate([ids for _, ids in candidates]).astype(np.uint64)
+    noise = gumbel_noise(np.repeat(seeds, sizes), np.repeat(positions, sizes), ids, level)
+    return np.split(noise, np.cumsum(sizes)[:-1])

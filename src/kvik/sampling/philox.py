@@ -13,15 +13,21 @@ equal Random123's `philox4x32_R(10, ...)` and Triton's `tl.philox(seed, v // 4, 
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TypeAlias
 
-__all__ = ["GROUP", "NOISE_RANGE", "gumbel_noise", "gumbel_row", "philox4x32", "split_seed", "uniform"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["GROUP", "NOISE_RANGE", "Words", "gumbel_noise", "gumbel_row", "philox4x32", "split_seed", "uniform"]
+
+Words: TypeAlias = NDArray[np.uint64]
+"""32-bit words, in integers that hold their products."""
 
 ROUNDS = 10
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+MULTIPLIERS: Words = np.array([[0xCD9E8D57], [0xD2511F53]], dtype=np.uint64)  # of the words 2 and 0
+KEY_STEPS: Words = np.array([[0x9E3779B9], [0xBB67AE85]], dtype=np.uint64)
 MASK = 0xFFFFFFFF
+LOW, WIDTH = np.uint64(MASK), np.uint64(32)
 
 GROUP = 8
 """Neighbours of the vocabulary of which the first level of a draw picks one group: an eighth of the noise, which costs
@@ -36,46 +42,43 @@ def split_seed(seed: int) -> tuple[int, int]:
     return seed & MASK, (seed >> 32) & MASK
 
 
-def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
-    """Ten rounds of Philox4x32 on 32-bit words held in int64: counter [4, n], key [2, n] or [2, 1] -> [4, n].
+def philox4x32(counter: Words, key: Words) -> Words:
+    """Ten rounds of Philox4x32: counter [4, n], key [2, n] or [2, 1] -> [4, n].
 
-    The words 0 and 2 (`even`) go through the same steps, as do 1 and 3 (`odd`), so each pair is one tensor. Products
-    wrap around in int64, which leaves their 64 bits right; whatever lies above the low 32 bits of `odd` and `key`, or
-    comes from the sign in the shift, is cleared by the mask. Source: Salmon, Moraes, Dror, Shaw, "Parallel random
-    numbers: as easy as 1, 2, 3", SC 2011.
+    The words 0 and 2 (`even`) go through the same steps, as do 1 and 3 (`odd`), so each pair is one array. In numpy,
+    because a draw has few of them, and torch takes several times as long to call. Source: Salmon, Moraes, Dror, Shaw,
+    "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
     """
-    multipliers = torch.tensor(MULTIPLIERS[::-1], device=counter.device).unsqueeze(-1)  # [2, 1]
-    steps = torch.tensor(KEY_STEPS, device=counter.device).unsqueeze(-1)  # [2, 1]
     even, odd = counter[0::2], counter[1::2]  # [2, n]
     for _ in range(ROUNDS):
-        product = even.flip(0).mul_(multipliers)
-        even = (product >> 32).bitwise_xor_(odd).bitwise_xor_(key).bitwise_and_(MASK)
-        odd = product
-        key = key + steps
-    return torch.stack((even, odd & MASK), dim=1).flatten(0, 1)
+        product = even[::-1] * MULTIPLIERS
+        even, odd = (product >> WIDTH) ^ odd ^ key, product & LOW
+        key = (key + KEY_STEPS) & LOW
+    return np.stack((even, odd), axis=1).reshape(4, -1)
 
 
-def uniform(words: Tensor) -> Tensor:
+def uniform(words: Words) -> NDArray[np.float32]:
     """Float32 in (0, 1), never 0 or 1, from 32-bit words: the centre of one of 2^23 equal cells, exact in float32."""
-    return (words >> 9).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    return ((words >> 9).astype(np.float32) + np.float32(0.5)) * np.float32(2.0**-23)
 
 
-def _gumbel(words: Tensor) -> Tensor:
-    return uniform(words).log_().neg_().log_().neg_()
+def _gumbel(words: Words) -> NDArray[np.float32]:
+    noise: NDArray[np.float32] = -np.log(-np.log(uniform(words)))
+    return noise
 
 
-def gumbel_noise(key: Tensor, positions: Tensor, ids: Tensor, level: int) -> Tensor:
-    """Gumbel(0, 1) noise of single candidates, [n]: key words [2, n], positions [n], candidates [n], int64."""
-    levels = torch.full_like(ids, level)
-    words = philox4x32(torch.stack((ids >> 2, positions, levels, torch.zeros_like(ids))), key)  # [4, n]
-    return _gumbel(words.gather(0, (ids & 3).unsqueeze(0)).squeeze(0))
+def gumbel_noise(seeds: Words, positions: Words, ids: Words, level: int) -> NDArray[np.float32]:
+    """Gumbel(0, 1) noise of single candidates, each with its seed (64 bits) and position: [n] of [n]."""
+    counters = np.zeros((4, len(ids)), dtype=np.uint64)
+    counters[0], counters[1], counters[2] = ids >> 2, positions, level
+    words = philox4x32(counters, np.stack((seeds & LOW, seeds >> WIDTH)))  # [4, n]
+    return _gumbel(np.take_along_axis(words, (ids & 3).astype(np.int64)[None], axis=0)[0])
 
 
-def gumbel_row(seed: int, position: int, size: int, level: int, device: torch.device | str = "cpu") -> Tensor:
+def gumbel_row(seed: int, position: int, size: int, level: int) -> NDArray[np.float32]:
     """Gumbel(0, 1) noise of the candidates [0, size): `gumbel_noise` at a quarter of the work."""
-    counters = torch.zeros(4, (size + 3) // 4, dtype=torch.int64, device=device)  # [4, size / 4]
-    counters[0] = torch.arange(counters.shape[1], device=device)
+    counters = np.zeros((4, -(-size // 4)), dtype=np.uint64)
+    counters[0] = np.arange(counters.shape[1])
     counters[1], counters[2] = position, level
-    key = torch.tensor(split_seed(seed), device=device).unsqueeze(-1)  # [2, 1]
-    lanes = torch.stack(philox4x32(counters, key).unbind(), dim=-1)  # [size / 4, 4]; transposing is six times slower
-    return _gumbel(lanes.flatten()[:size])
+    key = np.array(split_seed(seed), dtype=np.uint64)[:, None]
+    return _gumbel(philox4x32(counters, key).T.reshape(-1)[:size])
