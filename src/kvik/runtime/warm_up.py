@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from kvik.config import SchedulerConfig
 from kvik.core.plan import Chunk, RowInit, StepPlan
+from kvik.kernels.triton.candidates import MAX_TOKENS
 from kvik.kernels.triton.dispatch import BUCKETS
 from kvik.runtime.decode_step import buckets
 from kvik.runtime.gpu_runner import GpuRunner
@@ -30,7 +31,8 @@ def warm_up(runner: GpuRunner, settings: SchedulerConfig) -> None:
 
 
 def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
-    """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens.
+    """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens, and of the
+    parts of a bucket that programs of `linear_hopper` are cut for.
 
     All rows use KV block 0 alone, over and over. Steps with prompts of the sizes between launch the same kernels; their
     graphs are captured while the engine has nothing to do, or when they first come.
@@ -44,7 +46,8 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
     coarse = {size for size in graph_sizes(budget) if size % 1024 == 0}
-    for num_tokens in sorted({budget, *coarse, *(count for count in BUCKETS if 1 < count < budget)}):
+    fitted = {size * eighths // 8 for size in BUCKETS if 64 <= size <= MAX_TOKENS for eighths in (5, 6)}
+    for num_tokens in sorted({budget, *coarse, *(count for count in {*BUCKETS, *fitted} if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
         lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
