@@ -52,8 +52,8 @@ def staged(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` at the end, and is removed if anything is raised."""
     staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
     old = out.with_name(f".{out.name}.{os.getpid()}.old")
-    staging.mkdir()
     try:
+        staging.mkdir()
         yield staging
         if out.exists():
             out.rename(old)
