@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kvik.sampling.filters import MARGIN, MIN_TEMPERATURE
-from kvik.sampling.philox import GROUP, MASK, NOISE_RANGE, gumbel_noise, gumbel_row
+from kvik.sampling.philox import GROUP, NOISE_RANGE, gumbel_noise, gumbel_row, split_seed
 
 __all__ = ["Draw", "draw_tokens", "groups_of", "groups_of_all"]
 
@@ -92,8 +92,8 @@ def _noise(candidates: list[tuple[Draw, Ids]], level: int) -> list[Scores]:
     if not candidates:
         return []
     sizes = [len(ids) for _, ids in candidates]
-    seeds = np.array([draw.seed & (MASK << 32 | MASK) for draw, _ in candidates], dtype=np.uint64)
-    positions = np.array([draw.position for draw, _ in candidates], dtype=np.uint64)
+    words = np.array([(*split_seed(draw.seed), draw.position) for draw, _ in candidates], dtype=np.uint64)
+    words = words.repeat(sizes, axis=0).T  # [3, candidates]
     ids = np.concatenate([ids for _, ids in candidates]).astype(np.uint64)
-    noise = gumbel_noise(np.repeat(seeds, sizes), np.repeat(positions, sizes), ids, level)
+    noise = gumbel_noise(words[:2], words[2], ids, level)
     return np.split(noise, np.cumsum(sizes)[:-1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from kvik.sampling.philox import GROUP, NOISE_RANGE
 from kvik.sampling_params import SamplingParams
 
-__all__ = ["keep", "survivors", "top_k_bound", "top_k_floor", "top_p_floor"]
+__all__ = ["survivors", "top_k_bound", "top_k_floor", "top_p_floor"]
 
 MIN_TEMPERATURE = 2.0**-100  # keeps gap / temperature away from 0 / 0 in float32
 HOPELESS = 2 * NOISE_RANGE + math.log(GROUP)
@@ -54,7 +54,7 @@ def top_p_floor(scores: Tensor, top_p: float, total: float) -> float:
     return -float(ordered[int((reached < top_p * total).sum())])
 
 
-def keep(ids: Tensor, scores: Tensor, floor: float) -> tuple[Tensor, Tensor]:
+def _keep(ids: Tensor, scores: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     """The entries whose score reaches `floor`, in the order given: ids [n] and scores [n]."""
     kept = (scores >= floor).nonzero().squeeze(-1)
     return ids.index_select(0, kept), scores.index_select(0, kept)
@@ -90,10 +90,10 @@ def survivors(logits: Tensor, peak: float, params: SamplingParams) -> tuple[Tens
     ids = (gaps >= _window(gaps, top_k, temperature, params)).nonzero().squeeze(-1)  # [n], ascending
     scores = gaps.index_select(0, ids) / temperature
     if top_k:
-        ids, scores = keep(ids, scores, top_k_floor(scores, top_k))
+        ids, scores = _keep(ids, scores, top_k_floor(scores, top_k))
     if params.top_p < 1.0:
         weights = (scores if top_k else gaps / temperature).exp()
-        ids, scores = keep(ids, scores, top_p_floor(scores, params.top_p, weights.sum(dtype=torch.float64).item()))
+        ids, scores = _keep(ids, scores, top_p_floor(scores, params.top_p, weights.sum(dtype=torch.float64).item()))
     if params.min_p:
-        ids, scores = keep(ids, scores, math.log(params.min_p))
+        ids, scores = _keep(ids, scores, math.log(params.min_p))
     return ids, scores

@@ -67,11 +67,11 @@ def _gumbel(words: Words) -> NDArray[np.float32]:
     return noise
 
 
-def gumbel_noise(seeds: Words, positions: Words, ids: Words, level: int) -> NDArray[np.float32]:
-    """Gumbel(0, 1) noise of single candidates, each with its seed (64 bits) and position: [n] of [n]."""
+def gumbel_noise(key: Words, positions: Words, ids: Words, level: int) -> NDArray[np.float32]:
+    """Gumbel(0, 1) noise of single candidates, [n]: key [2, n] or [2, 1], positions [n], ids [n]."""
     counters = np.zeros((4, len(ids)), dtype=np.uint64)
     counters[0], counters[1], counters[2] = ids >> 2, positions, level
-    words = philox4x32(counters, np.stack((seeds & LOW, seeds >> WIDTH)))  # [4, n]
+    words = philox4x32(counters, key)  # [4, n]
     return _gumbel(np.take_along_axis(words, (ids & 3).astype(np.int64)[None], axis=0)[0])
 
 
