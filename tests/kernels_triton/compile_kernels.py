@@ -128,7 +128,7 @@ def hopper_linear() -> None:
     """The projections for Hopper: every plan that is shipped, once, whole and with fewer tokens."""
     from triton.experimental.gluon import language as gl
 
-    from kvik.kernels.triton.dispatch import load_table
+    from kvik.kernels.triton.dispatch import CUTS, load_table
     from kvik.kernels.triton.linear_hopper import _linear_hopper, launch_options, token_widths
 
     def tiles(box: list[int]) -> str:
@@ -140,7 +140,7 @@ def hopper_linear() -> None:
         if plan.path != "hopper" or kind in seen:
             continue
         seen.add(kind)
-        for width, rest in {token_widths(plan, eighths * plan.block_t // 8) for eighths in (5, 6, 8)}:
+        for width, rest in {token_widths(plan, eighths * plan.block_t // 8) for eighths in (*CUTS, 8)}:
             x, out = ([tiles([tokens, columns]) if tokens else None for tokens in (width, rest)]
                       for columns in (64, 32 if swiglu else 64))  # fmt: skip
             if plan.split_k > 1:

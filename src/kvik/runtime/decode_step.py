@@ -8,6 +8,7 @@ While the batch stays the same, a step is one graph launch and copies nothing to
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -123,10 +124,11 @@ class DecodeStep:
         What it launches is compiled: the layers since the start, and the sampler for every number of rows.
         """
         paths = {path for _, path in self._graphs}
-        missing = [(size, path) for size in reversed(self._sizes) for path in paths if (size, path) not in self._graphs]
-        if self._pool is None or not missing:
+        keys = itertools.product(reversed(self._sizes), paths)
+        missing = next((key for key in keys if key not in self._graphs), None)
+        if self._pool is None or missing is None:
             return False
-        size, path = missing[0]
+        size, path = missing
         bucket = self._bucket(size)
         self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
         return True

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from kvik.config import SchedulerConfig
 from kvik.core.plan import Chunk, RowInit, StepPlan
 from kvik.kernels.triton.candidates import MAX_TOKENS
-from kvik.kernels.triton.dispatch import BUCKETS
+from kvik.kernels.triton.dispatch import BUCKETS, CUTS
 from kvik.runtime.decode_step import buckets
 from kvik.runtime.gpu_runner import GpuRunner
 from kvik.runtime.mixed_step import graph_sizes
@@ -46,8 +46,8 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
     coarse = {size for size in graph_sizes(budget) if size % 1024 == 0}
-    fitted = {size * eighths // 8 for size in BUCKETS if 64 <= size <= MAX_TOKENS for eighths in (5, 6)}
-    for num_tokens in sorted({budget, *coarse, *(count for count in {*BUCKETS, *fitted} if 1 < count < budget)}):
+    cut = {cut * size // 8 for size in BUCKETS if 64 <= size <= MAX_TOKENS for cut in CUTS}
+    for num_tokens in sorted({budget, *coarse, *(count for count in {*BUCKETS, *cut} if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
         lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))

@@ -22,10 +22,15 @@ from kvik.errors import ConfigError
 from kvik.kernels.triton.features import knows_gluon
 from kvik.log import logger
 
-__all__ = ["BUCKETS", "Case", "Norm", "Plan", "RowPlan", "Rule", "Table", "cache_path", "load_table", "save_measured"]
+__all__ = [
+    "BUCKETS", "CUTS", "Case", "Norm", "Plan", "RowPlan", "Rule", "Table", "cache_path", "load_table", "save_measured",
+]  # fmt: skip
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens that have a plan of their own; others take the next larger one, and more than these the last."""
+
+CUTS = (5, 6)
+"""Eighths of a plan's tokens, of 64 and more, that programs of `linear_hopper` have where a step needs no more."""
 
 _HERE = Path(__file__).parent
 _PATHS = ("gemv", "skinny", "hopper", "blas")

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvik.kernels.api import LinearWeight
-from kvik.kernels.triton.dispatch import Plan
+from kvik.kernels.triton.dispatch import CUTS, Plan
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 from kvik.kernels.triton.tiles import silu
 
@@ -59,14 +59,14 @@ def _copy_tokens(x: gl.tensor, rest: gl.tensor, token: gl.tensor, column: gl.ten
 
 @gluon.jit
 def _copy(x: gl.tensor, rest: gl.tensor, weight: gl.tensor, ring: gl.tensor, place: gl.tensor, STEPS: gl.constexpr,
-          WIDTH: gl.constexpr, SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
+          BLOCK_T: gl.constexpr, SWIGLU: gl.constexpr, PDL: gl.constexpr) -> None:  # fmt: skip
     """The part of the warp that copies."""
     weights, tokens, rest_tokens, full, empty = ring
     token, row, split = place
     first = split * (STEPS * STEP)
     STAGES: gl.constexpr = full.shape[0]
     GROUPS: gl.constexpr = weights.shape[0] // STAGES
-    BYTES: gl.constexpr = (GROUPS * ROWS + WIDTH) * STEP * 2
+    BYTES: gl.constexpr = (GROUPS * ROWS + BLOCK_T) * STEP * 2
     AHEAD: gl.constexpr = STAGES if STAGES < STEPS else STEPS
     for step in gl.static_range(AHEAD):
         mbarrier.expect(full.index(step), BYTES)
@@ -253,13 +253,13 @@ def _linear_hopper(x: gl.tensor, rest: gl.tensor, weight: gl.tensor, bias: gl.te
 
 
 def token_widths(plan: Plan, num_tokens: int) -> tuple[int, int]:
-    """The tokens of a program, as widths of two products or of one and 0: of `plan.block_t`, 5, 6 or 8 eighths, as few
+    """The tokens of a program, as widths of two products or of one and 0: of `plan.block_t`, CUTS or 8 eighths, as few
     as leave the number of programs what it is."""
     block_t = plan.block_t
     needed = cdiv(num_tokens, cdiv(num_tokens, block_t))
-    for rest in (block_t // 8, block_t // 4):
-        if block_t >= 64 and needed <= block_t // 2 + rest:
-            return block_t // 2, rest
+    for cut in CUTS:
+        if block_t >= 64 and needed <= cut * block_t // 8:
+            return block_t // 2, (cut - 4) * block_t // 8
     # 512 threads leave each too few registers for a product of 256 tokens in one instruction.
     return (128, 128) if plan.block_n > 128 and block_t == 256 else (block_t, 0)
 
