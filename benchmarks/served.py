@@ -220,6 +220,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="append one line with machine, versions and all records")
     parser.add_argument("--serve", nargs=argparse.REMAINDER, default=[], help="more flags of kvik serve; comes last")
     args = parser.parse_args()
+    if args.watch < 0:
+        parser.error(f"--watch must be at least 0, got {args.watch}")
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         model, needed = prepare(args.model, Path(folder))

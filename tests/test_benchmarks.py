@@ -9,14 +9,30 @@ from pathlib import Path
 
 import pytest
 
-HOST_STEP = Path(__file__).parents[1] / "benchmarks" / "host_step.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
 def test_the_host_of_a_step_can_be_measured(tmp_path: Path) -> None:
     pytest.importorskip("triton", reason="the runner of GPUs needs triton")
     out = tmp_path / "host.jsonl"
     options = ["--batch", "2", "--tokens", "24", "--runs", "1", "--json", str(out)]
-    subprocess.run([sys.executable, str(HOST_STEP), *options], check=True, capture_output=True, timeout=200)
+    subprocess.run(
+        [sys.executable, str(BENCHMARKS / "host_step.py"), *options], check=True, capture_output=True, timeout=200
+    )
     records = json.loads(out.read_text())["records"]
     assert [(record["batch"], record["stream"]) for record in records] == [(2, False), (2, True)]
     assert all(record["us"]["step"] > 0 for record in records)
+
+
+def test_the_cost_of_the_inspector_can_be_measured(tmp_path: Path) -> None:
+    out = tmp_path / "inspector.jsonl"
+    options = ["--batch", "2", "--tokens", "24", "--pairs", "1", "--json", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "inspector_cost.py"), *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    assert [record["batch"] for record in json.loads(out.read_text())["records"]] == [2]
+
+
+def test_pairs_of_watched_rows_are_not_fewer_than_none() -> None:
+    command = [sys.executable, str(BENCHMARKS / "served.py"), "--watch", "-1"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 2 and "--watch must be at least 0, got -1" in run.stderr
