@@ -91,7 +91,8 @@ def test_a_full_disk_under_the_log_does_not_end_the_server(model: str, tmp_path:
     with serve(model, Path("/dev/full"), "--port", port, "--log-level", "info", wait=False) as served:
         wait_until(lambda: answers(f"{url}/ready"), 60)
         time.sleep(0.5)
-        reply = httpx.post(f"{url}/v1/completions", json={"prompt": "Hi", "max_tokens": 2}, timeout=30)
+        body = {"prompt": "Hi", "max_tokens": 2, "ignore_eos": True}
+        reply = httpx.post(f"{url}/v1/completions", json=body, timeout=30)
         assert reply.json()["usage"]["completion_tokens"] == 2
         served.process.send_signal(signal.SIGTERM)
         assert served.process.wait(20) == 0

@@ -115,11 +115,12 @@ def test_models(client: OpenAI) -> None:
 
 
 def test_responses(client: OpenAI) -> None:
-    answer = client.responses.create(model="tiny", input="Hello", max_output_tokens=5, instructions="Be brief")
+    options: dict[str, Any] = {"model": "tiny", "temperature": 0}
+    answer = client.responses.create(input="Hello", max_output_tokens=5, instructions="Be brief", **options)
     assert answer.status == "incomplete" and answer.incomplete_details and answer.usage
     assert answer.usage.output_tokens == 5 and answer.output_text
     items = [{"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}]
-    assert client.responses.create(model="tiny", input=items, max_output_tokens=2).output  # type: ignore[arg-type]
+    assert client.responses.create(input=items, max_output_tokens=2, **options).output
 
 
 def test_responses_stream(client: OpenAI) -> None:

@@ -31,9 +31,16 @@ def set_parameter(page: Any, name: str, value: str) -> None:
     page.fill(f"#params [name={name}]", value)
 
 
-def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
+def greedy_chat(chromium: Any, url: str) -> Any:
+    """A page on which no answer ends early by chance."""
     page = chromium()
     page.goto(url)
+    set_parameter(page, "temperature", "0")
+    return page
+
+
+def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
+    page = greedy_chat(chromium, url)
     set_parameter(page, "max_tokens", "60")
     ask(page, "Tell me a story.")
     done(page)
@@ -51,8 +58,7 @@ def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
 
 
 def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
-    page = chromium()
-    page.goto(url)
+    page = greedy_chat(chromium, url)
     page.evaluate("""() => {  // a slow engine: the demo model could be done before the click
         const real = fetch;
         window.fetch = async (path, options) => {
@@ -77,8 +83,7 @@ def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
 
 
 def test_edit_and_regenerate(chromium: Any, url: str) -> None:
-    page = chromium()
-    page.goto(url)
+    page = greedy_chat(chromium, url)
     set_parameter(page, "max_tokens", "20")
     for text in ("First question.", "Second question."):
         ask(page, text)
