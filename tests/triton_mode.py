@@ -34,10 +34,11 @@ def _from_bfloat16(data: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 
 def _repair_interpreter() -> None:
-    """Casts to bfloat16 that round to nearest even, products of bfloat16 numbers, and scalars as bounds of a range.
+    """Casts to bfloat16 that round to nearest even, products of bfloat16 numbers, scalars as bounds, half the time.
 
     The interpreter of Triton 3.6 keeps bfloat16 as uint16, truncates, and multiplies the bit patterns in `tl.dot`. Its
-    scalars are arrays of one element, which numpy 2.4 no longer takes for an integer.
+    scalars are arrays of one element, which numpy 2.4 no longer takes for an integer. Whenever a kernel calls another
+    function it exchanges the whole language for its own again, in a third of the time; once in a launch is enough.
     """
     import triton.language as tl
     from triton.runtime import interpreter
@@ -62,6 +63,19 @@ def _repair_interpreter() -> None:
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    patch_language, patched = interpreter._patch_lang, set[Any]()
+
+    def patch_language_once(fn: Any) -> Any:
+        found = {value for value in fn.__globals__.values() if value is tl or value is tl.core}
+        if found <= patched:
+            return interpreter._LangPatchScope()
+        scope = patch_language(fn)
+        patched.update(found)
+        undo = scope.restore
+        scope.restore = lambda: (patched.clear(), undo())
+        return scope
+
+    interpreter._patch_lang = patch_language_once
     interpreter._patch_lang_tensor = patch_tensor_and_index
     interpreter._convert_float = convert_float
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)

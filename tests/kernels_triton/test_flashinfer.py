@@ -146,7 +146,7 @@ def test_a_step_may_be_planned_before_the_one_before_has_begun(place: torch.devi
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="Triton compiles for the GPU in this process")
-@pytest.mark.parametrize("changes", [{}, {"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6}], ids=str)
+@pytest.mark.parametrize("changes", [{"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6}], ids=str)
 def test_the_runner_gives_the_same_tokens(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch)
     config = settings(**changes)

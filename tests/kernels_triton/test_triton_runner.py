@@ -116,7 +116,7 @@ def test_a_step_in_which_nothing_is_sampled(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"run_ahead": 1}, {"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6, "run_ahead": 1}]
+    "changes", [{}, {"run_ahead": 2, "max_num_batched_tokens": 7}, {"num_blocks": 6, "run_ahead": 1}], ids=str
 )
 def test_the_engine_gives_the_same_tokens(changes: dict[str, Any], device: torch.device) -> None:
     config = settings(**changes)

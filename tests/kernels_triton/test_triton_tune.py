@@ -141,14 +141,15 @@ def test_tuning_keeps_the_fastest_that_runs(
 ) -> None:
     """With a clock that knows what it wants: every candidate is run, and one of them cannot."""
     gpu = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device)
-    wanted, impossible = Plan(path="skinny", block_k=16), Plan(path="skinny", block_k=32)
+    wanted, impossible = Plan(path="skinny", block_k=64), Plan(path="skinny", block_k=32)
     nearby = dataclasses.replace(wanted, prefetch=1)
     monkeypatch.setattr(tune, "candidates", lambda case, limits: [BLAS, impossible, wanted])
     monkeypatch.setattr(tune, "refinements", lambda case, plan: [nearby] if plan == wanted else [])
     monkeypatch.setattr(tune, "_FINALS", 1)
+    monkeypatch.setattr(tune, "_CONTEXT", (16, 48))
     shape = shape_of(folder)
     shape = dataclasses.replace(shape, spec=dataclasses.replace(shape.spec, num_layers=1, windows=(None,)))
-    earlier = Plan(path="skinny", block_k=64)
+    earlier = Plan(path="skinny", block_k=128)
     cases = shape.cases(2)
     save_measured(gpu, {case.key: earlier for case in cases}, tmp_path)
     microseconds = {BLAS: 30.0, wanted: 20.0, nearby: 10.0, earlier: 25.0}
