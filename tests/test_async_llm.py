@@ -115,7 +115,9 @@ def test_a_wrong_request_harms_nobody(llm: AsyncLLM) -> None:
     async def main() -> None:
         good = asyncio.create_task(collect(llm, "good", LONG, request_id="good"))
         await asyncio.sleep(0.02)
-        for prompt, options in (([10**9], {}), ([], {}), ([1] * 10_000, {}), ("twice", {"request_id": "good"})):
+        wrong: list[tuple[Any, dict[str, Any]]] = [([10**9], {}), ([], {}), ([1] * 10_000, {}), (None, {})]
+        wrong += [("x", options) for options in ({"request_id": "good"}, {"request_id": ["x"]}, {"cache_salt": 1})]
+        for prompt, options in wrong:
             with pytest.raises(RequestError):
                 await collect(llm, prompt, LONG, **options)
         assert len((await good)[1].token_ids) == 200

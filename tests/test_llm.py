@@ -81,6 +81,7 @@ def test_usage_and_metrics(llm: LLM) -> None:
         ([5, -1], GREEDY, "outside the vocabulary"),
         ([5, 10**6], GREEDY, "outside the vocabulary"),
         ([5, 2.5], GREEDY, "token ids"),
+        (None, GREEDY, "token ids"),
         ([5] * 300, GREEDY, "300 tokens"),
         ([5] * 256, GREEDY, "256"),
         ([5] * 200, SamplingParams(max_tokens=57), "257"),
@@ -138,6 +139,24 @@ def test_a_closed_stream_frees_its_blocks(llm: LLM) -> None:
     next(stream)
     stream.close()
     assert idle(llm)
+    llm.stream("never begun", SamplingParams(max_tokens=100, ignore_eos=True)).close()
+    assert idle(llm)
+
+
+def test_an_interrupt_among_the_prompts_queues_none(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    submit, calls = llm.llm_engine.submit, [0]
+
+    def failing(*args: Any, **options: Any) -> None:
+        submit(*args, **options)
+        calls[0] += 1
+        if calls[0] == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.llm_engine, "submit", failing)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(["a", "b", "c"], GREEDY)
+    assert idle(llm)
 
 
 def test_calls_may_interleave(llm: LLM) -> None:
@@ -157,6 +176,8 @@ def test_an_interrupted_step_leaves_a_usable_engine(
     llm: LLM, monkeypatch: pytest.MonkeyPatch, error: type[BaseException]
 ) -> None:
     expected = llm.generate("after the storm", GREEDY)[0].token_ids
+    other = llm.stream("of another call", SamplingParams(max_tokens=100, ignore_eos=True))
+    next(other)
     executor = llm.llm_engine.engine.executor
     submit, calls = executor.submit, [0]
 
@@ -170,6 +191,7 @@ def test_an_interrupted_step_leaves_a_usable_engine(
         patch.setattr(executor, "submit", failing)
         with pytest.raises(error):
             llm.generate(["a", "b", "c"], GREEDY)
+    assert [output.finish_reason for output in other] == ["abort"]
     assert idle(llm)
     assert llm.generate("after the storm", GREEDY)[0].token_ids == expected
 
@@ -223,6 +245,50 @@ def test_step_api(folder: Path) -> None:
         assert finished[aborted].finish_reason == "abort"
         assert engine.get_all_responses() == finished and engine.get_all_responses() == {}
         assert not engine.has_unfinished() and engine.step() == []
+
+
+def test_one_output_of_a_request_a_step(folder: Path) -> None:
+    """Also when a stop string ends one of its completions, which the engine learns from outside."""
+    params = SamplingParams(max_tokens=40, seed=3, ignore_eos=True, n=3)
+    with LLMEngine(str(folder)) as engine:
+        engine.add_request("stop here", params)
+        (plain,) = engine.run_until_complete().values()
+        engine.add_request("stop here", replace(params, stop=(plain.outputs[1].text[10:13],)))
+        steps = []
+        while engine.has_unfinished():
+            steps.append(engine.step())
+        ended = [[choice.finish_reason for choice in outputs[0].outputs] for outputs in steps]
+        assert all(len(outputs) == 1 for outputs in steps)
+        assert any("stop" in reasons and None in reasons for reasons in ended)
+
+
+def test_a_reset_ends_what_was_not_told(folder: Path) -> None:
+    """As after an interrupt between the engine's step and the text of its outputs."""
+    with LLMEngine(str(folder)) as engine:
+        engine.add_request("short", SamplingParams(max_tokens=1, temperature=0.0), request_id="a")
+        engine.add_request("long", SamplingParams(max_tokens=100, ignore_eos=True), request_id="b")
+        while not any(output.finish_reason for output in engine.engine.step()):
+            pass
+        assert {output.request_id: output.finish_reason for output in engine.reset()} == {"a": "abort", "b": "abort"}
+        assert not engine.has_unfinished()
+        engine.add_request("again", GREEDY, request_id="a")
+        assert len(engine.run_until_complete()["a"].token_ids) == 6
+
+
+def test_what_a_request_is_called(folder: Path) -> None:
+    with LLMEngine(str(folder)) as engine:
+        assert engine.add_request("mine", GREEDY, request_id="0") == "0"
+        assert engine.add_request("any", GREEDY) != "0"
+        for options in ({"request_id": 1}, {"request_id": ["x"]}, {"cache_salt": 1}, {"priority": "high"}):
+            with pytest.raises(RequestError, match=f"{next(iter(options))} must be"):
+                engine.add_request("wrong", GREEDY, **options)
+        assert len(engine.run_until_complete()) == 2
+
+
+def test_options_change_a_config_by_any_of_their_names(folder: Path) -> None:
+    config = EngineConfig(str(folder), kvcache_block_size=32)
+    with LLMEngine(config, block_size=64, max_num_seqs=3) as engine:
+        assert (engine.config.kvcache_block_size, engine.config.max_num_seqs) == (64, 3)
 
 
 def test_two_engines_do_not_share_anything(folder: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvik.config import EngineConfig
 from kvik.core.request import Request
-from kvik.errors import RequestError, WorkerError
+from kvik.errors import WorkerError
 from kvik.llm_engine import LLMEngine
 from kvik.log import logger
 from kvik.mailbox import Mailbox
@@ -148,7 +148,8 @@ class AsyncLLM:
         while not self._commands.empty():
             command = self._commands.get()
             if command is not None:
-                command()
+                with contextlib.suppress(Exception):
+                    command()
         for stream in self._streams.values():
             stream.put(error)
 
@@ -175,7 +176,7 @@ class AsyncLLM:
     def _start(self, request: Request, prompt: Prompt, stream: _Stream) -> None:
         try:
             self.llm_engine.submit(request, prompt)
-        except RequestError as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, its caller must not wait for ever
             stream.put(error)
         else:
             self._streams[request.request_id] = stream

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -69,12 +69,11 @@ class LLM:
         prompt. use_tqdm shows a progress bar with prefill and decode tokens per second. Raises RequestError, before
         anything runs, if one of them could never run.
         """
-        batch = _as_batch(prompts)
-        ids = self._add(batch, sampling_params, priority, stream=False)
+        ids = self._add(_as_batch(prompts), sampling_params, priority, stream=False)
         finished: dict[str, RequestOutput] = {}
         with _Progress(self.stats, len(ids), use_tqdm) as progress:
             for output in self._outputs(ids):
-                if output.finished:
+                if output is not None and output.finished:
                     finished[output.request_id] = output
                 progress.update(len(finished))
         return [finished[request_id] for request_id in ids]
@@ -85,8 +84,9 @@ class LLM:
         Outputs of several prompts interleave: `output.index` is the prompt's place in the list. Closing the iterator
         aborts what is unfinished.
         """
-        ids = self._add(_as_batch(prompts), sampling_params, None, stream=True)
-        return self._outputs(ids)
+        outputs = self._outputs(self._add(_as_batch(prompts), sampling_params, None, stream=True))
+        next(outputs)
+        return cast(Iterator[RequestOutput], outputs)
 
     def chat(
         self,
@@ -142,22 +142,27 @@ class LLM:
         call = next(self._calls)
         try:
             for index, prompt in enumerate(prompts):
-                request_id = f"{call}-{index}"
+                ids.append(f"{call}-{index}")
                 self.llm_engine.add_request(
-                    prompt, params[index], request_id=request_id, priority=priorities[index], stream=stream
+                    prompt, params[index], request_id=ids[index], priority=priorities[index], stream=stream
                 )
-                ids.append(request_id)
-        except RequestError as error:
+        except BaseException as error:
             for request_id in ids:
                 self.llm_engine.abort(request_id)
-            raise RequestError(f"prompt {len(ids)}: {error}" if len(prompts) > 1 else str(error), error.param) from None
+            if not isinstance(error, RequestError) or len(prompts) == 1:
+                raise
+            raise RequestError(f"prompt {len(ids) - 1}: {error}", error.param) from None
         self._mailboxes.update((request_id, Mailbox()) for request_id in ids)
         return ids
 
-    def _outputs(self, ids: list[str]) -> Iterator[RequestOutput]:
-        """Step the engine and yield what concerns `ids`; outputs of other calls wait in their mailboxes."""
+    def _outputs(self, ids: list[str]) -> Iterator[RequestOutput | None]:
+        """Step the engine and yield what concerns `ids`; outputs of other calls wait in their mailboxes.
+
+        The first item is None: whoever has it may close the iterator, and what is unfinished is aborted.
+        """
         pending = {request_id: index for index, request_id in enumerate(ids)}
         try:
+            yield None
             while pending:
                 for request_id, index in list(pending.items()):
                     output = self._mailboxes[request_id].take()
@@ -177,9 +182,11 @@ class LLM:
         try:
             outputs = self.llm_engine.step()
         except BaseException:
-            self.llm_engine.reset()
-            self._mailboxes.clear()
+            self._deliver(self.llm_engine.reset())
             raise
+        self._deliver(outputs)
+
+    def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:
             if output.request_id in self._mailboxes:
                 self._mailboxes[output.request_id].put(output)
@@ -189,7 +196,7 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one or several: a list of integers is one prompt of token ids."""
     if isinstance(prompts, (str, ChatPrompt)):
         return [prompts]
-    items = list(prompts)
+    items = list(prompts) if isinstance(prompts, Iterable) else [prompts]
     if items and isinstance(items[0], int):
         return [cast(Sequence[int], items)]
     return cast(list[Prompt], items)

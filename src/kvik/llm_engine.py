@@ -6,6 +6,7 @@ Joins the text half (tokenizer, chat template, output processor) and the token h
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from functools import cached_property
 from types import TracebackType
 from typing import Any
@@ -113,8 +114,9 @@ class LLMEngine:
             processed = self._processor.process(outputs)
         for request_id, index in processed.to_finish:
             self.engine.finish(request_id, FinishReason.STOP, index)
-        ends = self._processor.process(self.engine.drain()).outputs if processed.to_finish else []
-        return processed.outputs + ends
+        if processed.to_finish:
+            self.engine.drain()  # the ends of completions that have ended here
+        return processed.outputs
 
     def has_unfinished(self) -> bool:
         """Whether `step` has anything left to do."""
@@ -133,10 +135,11 @@ class LLMEngine:
         responses, self._responses = self._responses, {}
         return responses
 
-    def reset(self) -> None:
-        """Abort everything without delivering outputs, also after an exception left a step unfinished."""
+    def reset(self) -> list[RequestOutput]:
+        """Abort everything, also after an exception left a step unfinished; the terminal output of every request."""
         self.engine.reset()
-        self._processor.process(self.engine.step())
+        self.engine.drain()
+        return self._processor.end_all(FinishReason.ABORT)
 
     @property
     def stats(self) -> EngineStats:
@@ -161,5 +164,7 @@ class LLMEngine:
 def _config(model: str | EngineConfig, options: dict[str, Any]) -> EngineConfig:
     if not isinstance(model, EngineConfig):
         return EngineConfig(model, **options)
-    given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model)}
+    aliases: Mapping[str, str] = EngineConfig.__aliases__  # type: ignore[attr-defined]
+    taken = {aliases[name] for name in options if name in aliases}
+    given = {f.name: getattr(model, f.name) for f in dataclasses.fields(model) if f.name not in taken}
     return EngineConfig(**{**given, **options})

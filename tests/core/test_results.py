@@ -102,18 +102,6 @@ def test_ending_an_unknown_request_or_completion_is_ignored() -> None:
     assert world.terminal("a").finish_reason is FinishReason.LENGTH
 
 
-def test_finish_all_ends_everything_with_the_same_reason_and_error() -> None:
-    world = World(make_config(max_num_seqs=2))
-    for i in range(4):
-        world.engine.add(make_request(f"r{i}", PROMPT, 20, n=2))
-    world.engine.step()
-    world.scheduler.drain()
-    world.scheduler.finish_all(FinishReason.SHUTDOWN, error="bye")
-    outputs = world.scheduler.drain()
-    assert len(outputs) == 8
-    assert {(o.finish_reason, o.error) for o in outputs} == {(FinishReason.SHUTDOWN, "bye")}
-
-
 def test_nothing_of_a_finished_request_stays_in_memory() -> None:
     world = World(make_config(run_ahead=1, num_blocks=20), lag=True)
     for i in range(12):

@@ -124,7 +124,6 @@ def test_never_two_bos() -> None:
     assert tokenizer.encode("<s>").count(1) == 1
     assert tokenizer.encode("hello<s>").count(1) == 2
     assert tokenizer.encode("hello", add_special_tokens=False)[0] != 1
-    assert tokenizer.encode_batch(["<s>hello", "hello", ""]) == [tokenizer.encode(t) for t in ("<s>hello", "hello", "")]
 
 
 @pytest.mark.parametrize(
@@ -162,12 +161,8 @@ def test_bad_word_ids() -> None:
 @pytest.mark.parametrize("text", ["bad \ud800 text", "\udfff", 3, None, b"bytes"])
 def test_text_that_is_no_text(text: Any) -> None:
     tokenizer = Tokenizer(byte_level())
-    with pytest.raises(RequestError) as one:
+    with pytest.raises(RequestError, match=r"surrogate|must be a string"):
         tokenizer.encode(text)
-    with pytest.raises(RequestError) as many:
-        tokenizer.encode_batch(["fine", text])
-    assert str(one.value) == str(many.value)
-    assert "surrogate" in str(one.value) or "must be a string" in str(one.value)
 
 
 def test_ids_outside_the_vocabulary_are_silent() -> None:

@@ -1,7 +1,7 @@
 """The only thing that the two halves of the engine share: the plan of a step and its result.
 
-The scheduler writes a `StepPlan`, an executor turns it into a `StepResult`. Both are frozen, hold plain values only and
-can be serialised, so a plan can cross a process border, be recorded, and be replayed.
+The scheduler writes a `StepPlan`, an executor turns it into a `StepResult`. Both are frozen and hold plain values only,
+logits processors apart, which are a user's code: so a plan can be recorded and replayed.
 
 Executors keep one table row per live sequence: its token ids, block table and sampling state. A plan is a diff of that
 table (`joined`, `new_blocks`) and says which positions to compute. Token ids that were sampled in an earlier step are

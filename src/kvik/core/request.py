@@ -114,10 +114,6 @@ class Sequence:
         return self.num_tokens - self.num_computed
 
     @property
-    def finished(self) -> bool:
-        return self.status is SequenceStatus.FINISHED
-
-    @property
     def stop_reason(self) -> FinishReason | None:
         """Whether the last token ends the sequence."""
         if self.token_ids[-1] in self.stop_token_ids and self.num_output_tokens > self.request.params.min_tokens:

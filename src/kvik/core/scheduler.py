@@ -116,11 +116,6 @@ class Scheduler:
             if index is None or seq.index == index:
                 self._finish(seq, reason)
 
-    def finish_all(self, reason: FinishReason, error: str | None = None) -> None:
-        """End every unfinished request."""
-        for seq in [seq for completions in self._live.values() for seq in completions.values()]:
-            self._finish(seq, reason, error=error)
-
     def preempt(self, seq: Sequence) -> None:
         """Take a running sequence's row and blocks; it resumes, before new ones, by computing its tokens again."""
         self._release(seq)

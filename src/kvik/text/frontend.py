@@ -10,12 +10,13 @@ import dataclasses
 import itertools
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from kvik.core.request import Request
 from kvik.errors import RequestError
+from kvik.fields import show
 from kvik.log import logger
 from kvik.models.hub import load_generation_config
 from kvik.sampling_params import SamplingParams
@@ -106,6 +107,12 @@ class Frontend:
     ) -> Request:
         """The request in token ids, with everything checked that depends on the model. Raises RequestError."""
         params = sampling_params or self.default_sampling_params
+        given_id = f"auto-{next(self._ids)}" if request_id is None else request_id
+        for name, value, kind in (
+            ("request_id", given_id, str), ("cache_salt", cache_salt, str), ("priority", priority, int),
+        ):  # fmt: skip
+            if not isinstance(value, kind):
+                raise RequestError(f"{name} must be of type {kind.__name__}, got {show(value)}", name)
         prompt_ids = self.prompt_ids(prompt)
         self.check_ids(params.stop_token_ids, "stop_token_ids")
         self.check_ids(params.allowed_token_ids or (), "allowed_token_ids")
@@ -115,7 +122,7 @@ class Frontend:
         if self._facts.rope_depends_on_length:
             cache_salt = f"{cache_salt}/{len(prompt_ids)}"  # keys are rotated by an angle that depends on the length
         return Request(
-            request_id=str(next(self._ids)) if request_id is None else request_id,
+            request_id=given_id,
             prompt_token_ids=prompt_ids,
             params=params,
             seed=self._seeds.getrandbits(48) if params.seed is None else params.seed,
@@ -138,8 +145,9 @@ class Frontend:
             if not ids:
                 raise RequestError("the prompt is empty and this model has no beginning-of-sequence token", "prompt")
             return ids
-        ids = prompt.token_ids if isinstance(prompt, ChatPrompt) else tuple(prompt)
-        if not {int}.issuperset(map(type, ids)):
+        given = prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt
+        ids = tuple(given) if isinstance(given, Iterable) else (given,)
+        if not {int}.issuperset(map(type, ids)) or not isinstance(given, Iterable):
             raise RequestError("a prompt is a string or a list of token ids (integers)", "prompt")
         self.check_ids(ids, "prompt")
         return ids

@@ -42,7 +42,8 @@ class Processed(NamedTuple):
 class OutputProcessor:
     """Folds engine outputs into user outputs. Not thread-safe: one caller at a time.
 
-    A request is forgotten once all its completions are done; whatever still comes for it is ignored.
+    A request is forgotten once all its completions are done; whatever still comes for it, or for a completion of it
+    that is done, is ignored.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, clock: Callable[[], float] = time.monotonic) -> None:
@@ -52,9 +53,6 @@ class OutputProcessor:
 
     def __len__(self) -> int:
         return len(self._open)
-
-    def __contains__(self, request_id: object) -> bool:
-        return request_id in self._open
 
     def add(self, request: Request, prompt_text: str | None = None, *, stream: bool = True) -> None:
         """Open a request. With `stream` off it gives a single output, when all its completions are done."""
@@ -77,7 +75,7 @@ class OutputProcessor:
         to_finish: list[tuple[str, int]] = []
         for output in outputs:
             state = self._open.get(output.request_id)
-            if state is None:
+            if state is None or state.completions[output.index].finish_reason is not None:
                 continue
             if state.take(output):
                 to_finish.append((output.request_id, output.index))
@@ -166,8 +164,6 @@ class OpenRequest:
     def take(self, output: SequenceOutput) -> bool:
         """Fold one engine output. True if a stop string ended the sequence and the engine does not know it yet."""
         completion = self.completions[output.index]
-        if completion.finish_reason is not None:
-            return False
         if output.index == 0:
             if output.num_cached_tokens > self._num_cached_tokens:
                 self._num_cached_tokens = output.num_cached_tokens

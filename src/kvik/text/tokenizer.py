@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +106,6 @@ class Tokenizer:
             raise _bad_text(text) from error
         return self._one_bos(text, ids) if add_special_tokens else ids
 
-    def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
-        """`encode` for several texts at once, on several threads."""
-        try:
-            encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
-        except TypeError as error:
-            raise next((_bad_text(text) for text in texts if not _encodable(text)), _bad_text(texts)) from error
-        ids: list[list[int]] = [encoding.ids for encoding in encodings]
-        return [self._one_bos(text, row) for text, row in zip(texts, ids, strict=True)] if add_special_tokens else ids
-
     def _one_bos(self, text: str, ids: list[int]) -> list[int]:
         bos = self.special_tokens.get("bos_token")
         doubled = bos is not None and text.startswith(bos) and ids[:2] == [self.bos_token_id] * 2
@@ -163,16 +154,6 @@ class Tokenizer:
             if newline and after[: len(newline)] == newline:
                 found[tuple(after[len(newline) :])] = None
         return tuple(ids for ids in found if ids)
-
-
-def _encodable(text: object) -> bool:
-    if not isinstance(text, str):
-        return False
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _bad_text(text: object) -> RequestError:
