@@ -143,7 +143,6 @@ class Table(Generic[T]):
     name: str
     cls: type[T]
     section: str | None
-    variable_prefix: str
     none_word: str
     aliases: Mapping[str, str]
     options: Mapping[str, Option]
@@ -196,7 +195,7 @@ def _table(
     cls: type[T], name: str, section: str | None, prefix: str, none_word: str, shared: frozenset[str]
 ) -> Table[T]:
     aliases: Mapping[str, str] = MappingProxyType(getattr(cls, "__aliases__", {}))
-    return Table(name, cls, section, prefix, none_word, aliases, _options(cls, prefix, shared, f"{name}-"))
+    return Table(name, cls, section, none_word, aliases, _options(cls, prefix, shared, f"{name}-"))
 
 
 _SHARED = frozenset(f.name for f in dataclasses.fields(EngineConfig)) & frozenset(

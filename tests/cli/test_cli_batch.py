@@ -71,6 +71,15 @@ def test_wrong_lines_harm_no_other(kvik: Kvik, model: str, tmp_path: Path) -> No
         '{"custom_id": "u", "methd": "POST"}': "did you mean 'method'?",
         '{"custom_id": 5}': "custom_id must be",
         line("url", url="/v1/embeddings"): "url must be",
+        line("urls", url=["/v1/completions"]): "url must be",
+        line(
+            "kwargs",
+            "/v1/chat/completions",
+            prompt=None,
+            messages=[{"role": "user", "content": "x"}],
+            reasoning_effort="low",
+            chat_template_kwargs=5,
+        ): "chat_template_kwargs must be",
         line("unknown", max_token=5): "did you mean 'max_tokens'?",
         line("tools", tools=[{"type": "function"}]): "tools is not supported",
         line("chat tools", "/v1/chat/completions", prompt=None, messages=[], tools=[{}]): "tools[0] must be",
@@ -93,7 +102,7 @@ def test_wrong_lines_harm_no_other(kvik: Kvik, model: str, tmp_path: Path) -> No
         assert message in errors[number], text
     before = lasting(target)
     again = kvik("batch", model, source, target, "--fail-on-error")
-    assert again.code == 1 and "0 done, 0 failed, 16 skipped" in again.err
+    assert again.code == 1 and "0 done, 0 failed, 18 skipped" in again.err
     assert lasting(target) == before
 
 

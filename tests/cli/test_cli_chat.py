@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +46,17 @@ def test_messages_are_answered_and_remembered(chat: Chat, tmp_path: Path) -> Non
     assert messages[3]["content"] == "again\nand again"
     assert result.out == f"{messages[2]['content']}\n{messages[4]['content']}\n"
     assert result.err.count("4 tokens") == 2 and "max_tokens 4 reached" in result.err
+
+
+def test_a_conversation_is_saved_in_utf_8(model: str, tmp_path: Path) -> None:
+    """Whatever the locale says."""
+    file = tmp_path / "chat.json"
+    command = [sys.executable, "-m", "kvik.cli.main", "chat", model, "--max-tokens", "1", "--threads", "1"]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONIOENCODING": "utf-8"}
+    text = f"sch\u00f6n\n/save {file}\n".encode()
+    done = subprocess.run(command, input=text, env={**os.environ, **plain}, capture_output=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(file.read_bytes().decode())["messages"][0]["content"] == "sch\u00f6n"
 
 
 def test_quoted_lines_are_one_message(chat: Chat, tmp_path: Path) -> None:

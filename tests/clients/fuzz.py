@@ -157,7 +157,8 @@ async def abuse(url: str, connections: int = 500) -> None:
     for number in range(connections):
         _, writer = await asyncio.open_connection(parts.hostname, parts.port)
         if number % 2:
-            writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 1000\r\n\r\n{")
+            head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+            writer.write(head + b"content-length: 1000\r\n\r\n{")
         sockets.append(writer)
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         large = await client.post("/v1/completions", json={"prompt": "z" * 10_000_000})

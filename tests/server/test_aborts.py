@@ -33,7 +33,7 @@ def run(model: str, folder: Path, body: Body, *, limits: tuple[int, int] = (10**
             await asyncio.wait_for(client.wait_ready(), 10)
             client.attach(OutputProcessor(Tokenizer.from_folder(Path(model))))
             await asyncio.wait_for(body(client, engine), 100)
-            assert client.num_open == 0 and client.num_queued == (0, 0) and client._processor is not None
+            assert client.num_open == 0 and client._num_queued == [0, 0] and client._processor is not None
             assert len(client._processor) == 0
             await asyncio.to_thread(wait_until, lambda: not engine.engine.has_unfinished())
         finally:
@@ -189,3 +189,40 @@ def test_events_tell_every_step(model: str, tmp_path: Path) -> None:
         assert any(len(record.get("decode", ())) > 1 for record in seen)
 
     run(model, tmp_path, body)
+
+
+def test_whoever_comes_later_sees_the_same_and_disturbs_nobody(model: str, tmp_path: Path) -> None:
+    """Block lists of three listeners, of which two come while steps are in flight, are the same at every step."""
+
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        feeds = [client.watch()]
+        requests = [request(f"r{i}", 40 + i, n=2, max_tokens=60) for i in range(6)]
+        running = client.open(requests, [None] * 6, stream=False)
+        for _ in range(2):
+            await asyncio.sleep(0.02)
+            feeds.append(client.watch())
+        await finish(running)
+        await asyncio.sleep(0.2)
+        seen = [[json.loads(feed.get_nowait()) for _ in range(feed.qsize())] for feed in feeds]
+        for records in seen:
+            assert [record["type"] for record in records].count("snapshot") == 1 and records[0]["type"] == "snapshot"
+        first, *others = map(block_lists, seen)
+        for later in others:
+            assert later and all(first[step] == lists for step, lists in later.items())
+
+    def block_lists(records: list[dict[str, Any]]) -> dict[int, dict[int, list[int]]]:
+        held = {row: blocks for row, *_, blocks in records[0]["sequences"]}
+        found = {}
+        for record in records[1:]:
+            if record.get("step", records[0]["step"] + 1) <= records[0]["step"]:
+                continue
+            for row, _ in record["left"]:
+                held.pop(row, None)
+            held.update({row: [] for row, *_ in record.get("joined", ())})
+            for row, blocks in record.get("blocks", ()):
+                held[row] = held[row] + blocks
+            if "step" in record:
+                found[record["step"]] = dict(held)
+        return found
+
+    run(model, tmp_path, body, run_ahead=2)

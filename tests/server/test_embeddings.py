@@ -58,6 +58,13 @@ def test_shapes(http: httpx.Client, served: Served) -> None:
     assert found.data[0].embedding == pytest.approx(numbers, abs=1e-6)
 
 
+def test_embeddings_generate_nothing(http: httpx.Client, served: Served) -> None:
+    name = 'vllm:generation_tokens_total{model_name="tiny"}'
+    before = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)]
+    assert http.post("/v1/embeddings", json={"input": ["a", "b"]}).status_code == 200
+    assert [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)] == before
+
+
 @pytest.mark.parametrize(
     ("fields", "param"),
     [

@@ -10,6 +10,7 @@ import httpx
 import jinja2
 import pytest
 
+from kvik.server import body as bodies
 from kvik.server.openapi import BODIES, NO_EFFECT
 from kvik.server.protocol import IGNORED, REFUSED
 
@@ -139,6 +140,12 @@ def test_template_variables(http: httpx.Client) -> None:
     assert http.post(PATHS["chat"], json={**CHAT, "priority": 1001}).status_code == 400
 
 
+def test_template_variables_that_are_no_object(http: httpx.Client) -> None:
+    for more in ({}, {"reasoning_effort": "low"}):
+        answer = http.post(PATHS["chat"], json={**CHAT, "chat_template_kwargs": 5, **more})
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == "chat_template_kwargs", answer.text
+
+
 def test_unknown_fields(http: httpx.Client, strict: httpx.Client) -> None:
     warned = http.post(PATHS["chat"], json={**CHAT, "temprature": 1}).json()
     assert "temprature" in warned["warnings"][0] and "temperature" in warned["warnings"][0]
@@ -147,6 +154,22 @@ def test_unknown_fields(http: httpx.Client, strict: httpx.Client) -> None:
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "temprature"
         assert "'temperature'" in refused.json()["error"]["message"]
     assert strict.post(PATHS["chat"], json={**CHAT, "user": "me"}).status_code == 200
+
+
+def test_many_unknown_fields_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To look for the nearest name of each would take seconds, in which the process does nothing else."""
+    looked_for: list[str] = []
+    monkeypatch.setattr(bodies, "did_you_mean", lambda name, known: looked_for.append(name) or "")
+    fields = {f"name_{i}": i for i in range(20_000)}
+    warnings = bodies.Body(fields).finish(("temperature", "max_tokens"), strict=False)
+    assert len(looked_for) == 32
+    assert len(warnings) == 33 and "name_31" in warnings[31] and "19968 more" in warnings[32]
+
+
+@pytest.mark.parametrize("items", [[{"type": []}], [{"type": {}}], [{"type": None}], [[]]])
+def test_items_that_are_none(http: httpx.Client, items: list[Any]) -> None:
+    answer = http.post("/v1/responses", json={"input": items})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,21 @@ def test_what_cannot_be_forced_between_marks_is_refused(folder: Path, parameters
             with pytest.raises(RequestError, match=re.escape(words)) as caught:
                 call_grammar(form, [{"name": "f", "parameters": parameters}], Tokenizer.from_folder(folder), many=False)
             assert caught.value.param == "tools" and form.name in str(caught.value)
+
+
+def test_a_grammar_that_grows_too_large_is_refused_at_once(folder: Path) -> None:
+    """Each of 400 parameters would have a copy of the definitions that they share, 10 million characters in all."""
+    shared = {"$defs": {"many": {"enum": ["x" * 60] * 400}}}
+    parameters = {"properties": {f"p{i}": {"type": "integer", "minimum": i} for i in range(400)}, **shared}
+    tokenizer = Tokenizer.from_folder(folder)
+    for form in TOOL_FORMATS:
+        if form.argument is not None:
+            tracemalloc.start()
+            with pytest.raises(RequestError, match="more than 65536 characters") as caught:
+                call_grammar(form, [{"name": "f", "parameters": parameters}], tokenizer, many=False)
+            most = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            assert caught.value.param == "tools" and most < 5e6
 
 
 def test_numbers_that_no_float_holds_are_arguments() -> None:

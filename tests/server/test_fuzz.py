@@ -51,7 +51,9 @@ def test_slow_client_is_ended(model: str, tmp_path: Path) -> None:
             b'{"prompt": "x", "n": 40, "max_tokens": 500, "ignore_eos": true, "stream": true, "return_token_ids": true,'
             b'"logprobs": 5, "stream_options": {"continuous_usage_stats": true}}'
         )
-        head = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n"
+        head = (
+            b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
+        )
         http = served.children["http"][0]
         before = http.memory_info().rss
         stalled.sendall(head % len(body) + body)

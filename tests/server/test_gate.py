@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import shutil
@@ -11,17 +12,21 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
 from chat_templates import TEMPLATES
 from scripted_server import scripted_server
 from server_harness import KEY, Served, serve, wait_until
+from starlette.datastructures import Headers
 
 from kvik.config import EngineConfig
 from kvik.server.app import make_routes
-from kvik.server.gate import PUBLIC, key_salt
+from kvik.server.errors import ApiError
+from kvik.server.gate import PUBLIC, Gate, key_salt
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.service import Service
@@ -107,10 +112,75 @@ def test_heads_are_bounded(served: Served) -> None:
             with contextlib.suppress(ConnectionError):
                 assert b" 400 " in connection.recv(200)
     large = b"x" * 60_000  # a body in the same packet as the head does not count
-    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % (len(large) + 14)
+    head = b"POST /tokenize HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+    head += b"content-length: %d\r\n\r\n" % (len(large) + 14)
     with socket.create_connection((parts.hostname, parts.port or 0), timeout=20) as connection:
         connection.sendall(head + b'{"prompt": "' + large + b'"}')
         assert b" 200 " in connection.recv(200)
+
+
+@pytest.mark.parametrize("case", ["an empty line", "a body that nobody reads"])
+def test_connections_without_a_request_end(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    http_protocol = pytest.importorskip("kvik.server.http_protocol", reason="httptools is not installed")
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.3)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        headers = [(b"content-length", b"2")]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"ok"})
+
+    async def main() -> None:
+        config = uvicorn.Config(
+            app, port=0, http=http_protocol.BoundedProtocol, lifespan="off", timeout_keep_alive=60, log_level="error"
+        )
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        body = 1000 if case == "a body that nobody reads" else 0
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % body)
+        assert b"200" in await reader.readline()
+        begin = asyncio.get_running_loop().time()
+        if not body:
+            await asyncio.sleep(0.4)
+            writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")  # it was idle, which is allowed
+            await asyncio.sleep(0.1)
+            writer.write(b"\r\n")
+        dripping = asyncio.create_task(drip(writer)) if body else None
+        rest = await asyncio.wait_for(reader.read(), 10)
+        assert rest.count(b"200 OK") == (0 if body else 1)
+        assert 0.2 < asyncio.get_running_loop().time() - begin < 5
+        if dripping is not None:
+            dripping.cancel()
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    async def drip(writer: asyncio.StreamWriter) -> None:
+        while True:
+            writer.write(b"x")
+            await asyncio.sleep(0.05)
+
+    asyncio.run(main())
+
+
+def test_a_body_says_what_it_is(served: Served) -> None:
+    """Without a type a page of another site could send one, unasked (a "simple" request)."""
+    for headers in ({}, {"content-type": "text/plain"}):
+        answer = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": "x"}', headers=headers)
+        assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+
+
+def test_keys_are_compared_as_bytes_without_white_space() -> None:
+    gate = Gate(
+        None, public=PUBLIC, api_keys=[" spaced ", "sch\u00f6n"], max_body_bytes=1, max_requests_per_key=None,  # type: ignore[arg-type]
+        on_response=lambda *_: None,
+    )  # fmt: skip
+    for sent in (b"Bearer spaced", b"Bearer  spaced ", "Bearer sch\u00f6n".encode()):
+        assert gate._salt(Headers(raw=[(b"authorization", sent)]), "/v1/models")
+    with pytest.raises(ApiError, match="API key"):
+        gate._salt(Headers(raw=[(b"authorization", b"Bearer schon")]), "/v1/models")
 
 
 def test_headers(http: httpx.Client) -> None:

@@ -84,6 +84,19 @@ def test_an_interrupt_while_the_model_loads_ends_the_server_at_once(model: str, 
         assert "is gone" not in served.log.read_text()
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="this system has no SIGHUP")
+def test_a_hangup_that_is_ignored_ends_nothing(model: str, tmp_path: Path) -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with serve(model, tmp_path / "log") as served:
+            served.process.send_signal(signal.SIGHUP)
+            time.sleep(0.5)
+            assert served.process.poll() is None and answers(f"{served.url}/ready")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has a device that is always full")
 def test_a_full_disk_under_the_log_does_not_end_the_server(model: str, tmp_path: Path) -> None:
     port = free_port()

@@ -202,7 +202,7 @@ def test_the_engine_goes_on_while_grammars_are_compiled(model: str, tmp_path: Pa
         other = await finish(client.open([request("other")], [None], stream=False))
         assert other[0].finish_reason == FinishReason.LENGTH
         await asyncio.sleep(0.2)
-        assert set(engine.server._compiling) == {"slow", "bad", "late", "left"}
+        assert set(engine.server._compiling) == {"slow", "bad", "late"}
         grammars.go.set()
         ends = await asyncio.gather(finish(slow), finish(late))
         assert [found[0].finish_reason for found in ends] == [FinishReason.LENGTH, FinishReason.TIMEOUT]

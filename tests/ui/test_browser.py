@@ -57,6 +57,21 @@ def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
     assert page.complaints == []
 
 
+def test_two_tabs_keep_both_conversations(chromium: Any, url: str) -> None:
+    one = greedy_chat(chromium, url)
+    set_parameter(one, "max_tokens", "5")
+    other = one.context.new_page()
+    other.goto(url)
+    for page, text in ((one, "From the first tab."), (other, "From the second tab."), (one, "Once more.")):
+        ask(page, text)
+        done(page)
+    other.reload()
+    titles = other.locator("#conversations .open").all_inner_texts()
+    assert sorted(titles) == ["From the first tab.", "From the second tab."]
+    other.click("#conversations .open:has-text('first tab')")
+    assert other.locator("article.user").count() == 2
+
+
 def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
     page = greedy_chat(chromium, url)
     page.evaluate("""() => {  // a slow engine: the demo model could be done before the click

@@ -70,7 +70,7 @@ def parse_line(line: bytes) -> BatchLine:
         raise RequestError("custom_id must be a non-empty string", "custom_id")
     if content.get("method") != "POST":
         raise RequestError(f"method must be POST, got {content.get('method')!r}", "method")
-    if content.get("url") not in URLS:
+    if not isinstance(content.get("url"), str) or content["url"] not in URLS:
         raise RequestError(f"url must be {' or '.join(URLS)}, got {content.get('url')!r}", "url")
     if not isinstance(content.get("body"), dict):
         raise RequestError("body must be an object", "body")

@@ -117,8 +117,9 @@ def _save(conversation: Conversation, argument: str) -> str:
     if not argument:
         raise RequestError("/save needs the name of a file")
     content = {"messages": conversation.prompt()} if not conversation.raw else {"text": conversation.prompt()}
+    path, text = Path(argument).expanduser(), json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     try:
-        Path(argument).expanduser().write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise RequestError(f"cannot write {argument}: {error}") from error
     return f"saved {len(conversation.messages)} messages to {argument}"

@@ -142,6 +142,11 @@ class Scheduler:
         return len(self._waiting) + len(self._resuming) + sum(map(len, self._followers.values()))
 
     @property
+    def last_step_id(self) -> int:
+        """Of the step that was planned last."""
+        return self._next_step_id - 1
+
+    @property
     def num_steps_in_flight(self) -> int:
         return len(self._in_flight)
 

@@ -155,7 +155,7 @@ class EngineClient:
         self._num_queued = [0, 0]
         self._generations: dict[str, Generation] = {}
         self._processor: OutputProcessor | None = None
-        self._watchers: set[asyncio.Queue[str]] = set()
+        self._watchers: dict[asyncio.Queue[str], bool] = {}  # whether its snapshot has come
         self._is_ready = asyncio.Event()
         self._last_sign = time.monotonic()
         self._loop = asyncio.get_running_loop()
@@ -185,11 +185,6 @@ class EngineClient:
     def num_open(self) -> int:
         """Requests that are not finished."""
         return len(self._generations)
-
-    @property
-    def num_queued(self) -> tuple[int, int]:
-        """Sequences and prompt tokens that wait for a first token."""
-        return self._num_queued[0], self._num_queued[1]
 
     @property
     def silence(self) -> float:
@@ -259,13 +254,13 @@ class EngineClient:
     def watch(self) -> asyncio.Queue[str]:
         """Begin to listen to the engine's events; the queue gets one JSON record after the other."""
         records: asyncio.Queue[str] = asyncio.Queue(MAX_EVENTS)
-        self._watchers.add(records)
+        self._watchers[records] = False
         self._send(wire.Watch(True))
         return records
 
     def unwatch(self, records: asyncio.Queue[str]) -> None:
         """Stop listening."""
-        self._watchers.discard(records)
+        self._watchers.pop(records, None)
         if not self._watchers:
             self._send(wire.Watch(False))
 
@@ -326,7 +321,7 @@ class EngineClient:
             self.status = message
         elif isinstance(message, wire.Events):
             for record in message.records:
-                self._tell(record)
+                self._tell(record, first=message.first)
         elif isinstance(message, wire.Rejected):
             self._reject(message)
         else:
@@ -377,8 +372,12 @@ class EngineClient:
             with contextlib.suppress(asyncio.QueueFull):
                 records.put_nowait("")
 
-    def _tell(self, record: str) -> None:
-        for records in self._watchers:
+    def _tell(self, record: str, *, first: bool) -> None:
+        """Hand a record on; whoever has no snapshot yet gets nothing before it, and nobody gets another one's."""
+        for records, has_begun in self._watchers.items():
+            if has_begun == first:
+                continue
+            self._watchers[records] = True
             if records.full():
                 records.get_nowait()
             records.put_nowait(record)

@@ -124,6 +124,8 @@ class EngineServer:
             waiting = self._compiling.get(message.request_id)
             if waiting is None:
                 self._engine.finish(message.request_id, message.reason, message.index)
+            elif message.reason is FinishReason.ABORT and message.index is None and waiting.compiled.cancel():
+                del self._compiling[message.request_id]  # nobody waits for it, and its turn has not come yet
             else:
                 waiting.finish = message
         elif isinstance(message, wire.Watch):
@@ -172,9 +174,10 @@ class EngineServer:
 
     def _watch(self, peer: bytes, on: bool) -> None:
         if on:
+            self._tell_watchers()  # for the earlier ones; the snapshot holds what these records say
             self._watchers.add(peer)
             self._feed.switch(True)
-            self._send(peer, wire.Events([self._feed.snapshot()]))
+            self._send(peer, wire.Events([self._feed.snapshot()], first=True))
         else:
             self._watchers.discard(peer)
             self._feed.switch(bool(self._watchers))
@@ -204,11 +207,13 @@ class EngineServer:
             self._broadcast(self._peers, self._status())
         if self._feed.on and (now - self._events_at >= EVENTS_INTERVAL or not self._engine.has_unfinished()):
             self._events_at = now
-            records = self._feed.take()
-            if records:
-                self._broadcast(self._watchers, wire.Events(records))
+            self._tell_watchers()
         elif self._feed.on:
             self._feed.complete()
+
+    def _tell_watchers(self) -> None:
+        if self._feed.on and (records := self._feed.take()):
+            self._broadcast(self._watchers, wire.Events(records))
 
     def _status(self) -> wire.Status:
         scheduler, stats = self._engine.scheduler, self._engine.stats
@@ -241,7 +246,8 @@ class EngineServer:
         self._peers.discard(peer)
         self._watchers.discard(peer)
         self._feed.switch(bool(self._watchers))
-        self._compiling = {key: waiting for key, waiting in self._compiling.items() if waiting.peer != peer}
+        for key in [key for key, waiting in self._compiling.items() if waiting.peer == peer]:
+            self._compiling.pop(key).compiled.cancel()
         for request_id in [request_id for request_id, entry in self._open.items() if entry.peer == peer]:
             del self._open[request_id]
             self._engine.finish(request_id, FinishReason.ABORT)

@@ -1,6 +1,6 @@
 """The engine's diary for whoever watches (`GET /debug/events`): one JSON record per step, nothing when nobody does.
 
-    {"type": "snapshot", "at", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens",
+    {"type": "snapshot", "at", "step", "block_size", "num_blocks", "max_num_seqs", "max_num_batched_tokens",
      "sequences": [[row, id, index, num_prompt_tokens, num_tokens, num_cached, [block, ...]], ...], "used", "waiting"}
     {"type": "step", "at", "step", "left": [[row, why], ...], "joined": [[row, id, index, num_prompt_tokens,
      num_cached], ...], "blocks": [[row, [new block, ...]], ...], "decode": [row, ...], "prefill": [[row, start,
@@ -8,9 +8,10 @@
      "ms": [schedule, execute, update]}
     {"type": "left", "at", "left": [[row, why], ...], "used"}       sequences that ended with nothing after them
 
-A row is a sequence's number while it runs. `why` is "finished" or "preempted", `at` is Unix time. A watcher applies
-`left`, then `joined`, then `blocks`, ignoring rows that it does not know, and has every block list; a block in two
-lists is a shared prefix.
+A snapshot comes first, and holds all steps up to its `step`: records that still come of those, which were in flight,
+say nothing new. A row is a sequence's number while it runs. `why` is "finished" or "preempted", `at` is Unix time. A
+watcher applies `left`, then `joined`, then `blocks`, ignoring rows that it does not know, and has every block list; a
+block in two lists is a shared prefix.
 """
 
 from __future__ import annotations
@@ -110,6 +111,7 @@ class EventFeed:
             {
                 "type": "snapshot",
                 "at": _now(),
+                "step": scheduler.last_step_id,
                 "block_size": scheduler.config.block_size,
                 "num_blocks": scheduler.config.num_blocks,
                 "max_num_seqs": scheduler.config.max_num_seqs,

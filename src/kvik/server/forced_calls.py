@@ -7,12 +7,12 @@ parser of answers reads. Names and brackets are fixed to the byte; arguments fol
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvik.errors import RequestError
 from kvik.fields import show
-from kvik.sampling_params import StructuredOutputsParams
+from kvik.sampling_params import MAX_STRUCTURE, StructuredOutputsParams
 from kvik.server.forced_markup import MarkupArguments, literal, plain_name
 from kvik.server.tool_formats import ToolFormat
 from kvik.structured.grammars import json_rule
@@ -51,26 +51,32 @@ def call_grammar(
     form: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, many: bool
 ) -> StructuredOutputsParams:
     """One call of one of the functions, or with `many` one after the other. Raises RequestError for wrong schemas."""
+    rules, size = dict[str, None](), 0
+    for rule in _rules(form, functions, tokenizer, many=many):
+        if rule not in rules:
+            rules[rule], size = None, size + len(rule) + 1
+        if size > MAX_STRUCTURE + 1:  # told at once: a few tools can make a hundred million
+            raise RequestError(f"tools: their schemas make a grammar of more than {MAX_STRUCTURE} characters", "tools")
+    return StructuredOutputsParams(grammar="\n".join(rules))
+
+
+def _rules(
+    form: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, many: bool
+) -> Iterator[str]:
     opening, between, closing = (_literal(text, form, tokenizer) for text in form.layout)
     calls = f"call ({between} call)*" if many else "call"
-    rules = [
-        f"start: {opening} {calls} {closing}",
-        "call: " + " | ".join(f"call_{i}" for i in range(len(functions))),
-    ]
+    yield f"start: {opening} {calls} {closing}"
+    yield "call: " + " | ".join(f"call_{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
         name, schema = function["name"], _schema(function)
         spelt = plain_name(name, form) if form.states else json.dumps(name, ensure_ascii=False)
         head, tail = (_literal(text, form, tokenizer) for text in (form.head % spelt, form.tail))
-        rules.append(f"call_{i}: {head} arguments_{i} {tail}")
+        yield f"call_{i}: {head} arguments_{i} {tail}"
         if form.argument is None:
-            rules.append(f"arguments_{i}: {json_rule(schema)}")
+            yield f"arguments_{i}: {json_rule(schema)}"
         else:
             markup = MarkupArguments(form, name, schema, lambda text: _literal(text, form, tokenizer))
-            rules += markup.rules(f"arguments_{i}")
-    try:
-        return StructuredOutputsParams(grammar="\n".join(dict.fromkeys(rules)))
-    except RequestError as error:
-        raise RequestError(f"tools: their schemas make a grammar that is too large: {error}", "tools") from None
+            yield from markup.rules(f"arguments_{i}")
 
 
 def _schema(function: Mapping[str, Any]) -> dict[str, Any]:

@@ -54,11 +54,11 @@ class Gate:
         api_keys: Sequence[str],
         max_body_bytes: int,
         max_requests_per_key: int | None,
-        on_response: Callable[[str, str, int, float], None],
+        on_response: Callable[[str, str, int], None],
     ) -> None:
         self._app = app
         self._public = public
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in api_keys]
+        self._digests = [hashlib.sha256(key.strip().encode()).digest() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._max_requests_per_key = max_requests_per_key
         self._num_open: Counter[str] = Counter()
@@ -83,7 +83,7 @@ class Gate:
             await exchange.refuse(error)
         finally:
             route = getattr(scope.get("route"), "path", "none")
-            self._on_response(scope["method"], route, exchange.status, exchange.seconds)
+            self._on_response(scope["method"], route, exchange.status)
             exchange.log()
 
     def _salt(self, headers: Headers, path: str) -> str:
@@ -91,7 +91,7 @@ class Gate:
         if not self._digests:
             return ""
         scheme, _, token = headers.get("authorization", "").partition(" ")
-        given = hashlib.sha256(token.strip().encode()).digest()
+        given = hashlib.sha256(token.strip().encode("latin-1")).digest()  # as which the bytes of a header are decoded
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         if any(matches) and scheme.lower() == "bearer":
             return key_salt(given)

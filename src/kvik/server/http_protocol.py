@@ -63,6 +63,7 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._in_head:
             self._head_bytes += len(data)
+            self._start_timer()  # for an empty line, too, with which no message begins
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes.")
@@ -82,6 +83,13 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._in_head = True
+        self._stop_timer()
+
+    def on_response_complete(self) -> None:
+        """The response is out; a client that still sends the body that nobody reads has as long as for a head."""
+        if not self.pipeline and self.cycle is not None and self.cycle.more_body:
+            self._start_timer()
+        super().on_response_complete()
 
     def _start_timer(self) -> None:
         if self._head_timer is None:

@@ -93,7 +93,7 @@ class Rejected(msgspec.Struct, tag="rejected", frozen=True):
 
 
 class Status(msgspec.Struct, tag="status", frozen=True):
-    """A sign of life, sent at least every second, and totals since start."""
+    """A sign of life, sent every half second or after a step that took longer, and totals since start."""
 
     num_running: int
     num_waiting: int
@@ -108,9 +108,10 @@ class Status(msgspec.Struct, tag="status", frozen=True):
 
 
 class Events(msgspec.Struct, tag="events", frozen=True):
-    """Records of steps for whoever watches, each one a JSON text; see `kvik.server.events`."""
+    """Records for whoever watches, each one a JSON text; see `kvik.server.events`. A snapshot comes alone, `first`."""
 
     records: list[str]
+    first: bool = False
 
 
 ToEngine = Hello | Add | Finish | Watch

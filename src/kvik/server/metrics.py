@@ -71,12 +71,14 @@ class Metrics:
         usage, metrics = request.usage, request.metrics
         self._success.labels(self._model, str(request.finish_reason)).inc()
         self._prompt_tokens.labels(self._model).inc(usage.prompt_tokens)
-        self._output_tokens.labels(self._model).inc(usage.completion_tokens)
+        if not request.embedding:  # its one token was sampled for nobody
+            self._output_tokens.labels(self._model).inc(usage.completion_tokens)
         self._queries.labels(self._model).inc(usage.prompt_tokens)
         self._hits.labels(self._model).inc(usage.cached_tokens)
         self._preemptions.labels(self._model).inc(metrics.num_preemptions)
         self._prompt_size.labels(self._model).observe(usage.prompt_tokens)
-        self._output_size.labels(self._model).observe(usage.completion_tokens)
+        if not request.embedding:
+            self._output_size.labels(self._model).observe(usage.completion_tokens)
         self._e2e.labels(self._model).observe(metrics.total_time)
         for histogram, seconds in (
             (self._ttft, metrics.time_to_first_token),
@@ -86,8 +88,8 @@ class Metrics:
             if seconds is not None:
                 histogram.labels(self._model).observe(seconds)
 
-    def responded(self, method: str, route: str, status: int, seconds: float) -> None:
-        """Count an HTTP response; status 0 is a client that left before one."""
+    def responded(self, method: str, route: str, status: int) -> None:
+        """Count an HTTP response; status 499 is a client that left before one."""
         self._http.labels(self._model, method, route, str(status)).inc()
 
     def render(self, status: Status | None) -> bytes:

@@ -14,7 +14,7 @@ from kvik.sampling_params import SamplingParams
 from kvik.server.protocol import IGNORED, known_fields
 from kvik.settings import SAMPLING, Pair
 
-__all__ = ["BODIES", "NO_EFFECT", "operation"]
+__all__ = ["BODIES", "NO_EFFECT", "PLAIN_FIELDS", "operation"]
 
 NO_EFFECT = "Accepted for compatibility; has no effect, which the response's `warnings` says."
 _HELP = {f.name: f for f in dataclasses.fields(SamplingParams)}
@@ -143,7 +143,7 @@ def _body(
     }
 
 
-_PLAIN = (frozenset(SAMPLING.options) | {"structured_outputs"}) - {"echo", "logprobs", "prompt_logprobs"}
+PLAIN_FIELDS = (frozenset(SAMPLING.options) | {"structured_outputs"}) - {"echo", "logprobs", "prompt_logprobs"}
 _TEMPLATE = ("messages", "add_generation_prompt", "continue_final_message", "chat_template_kwargs", "tools")
 _RESPONSES = (
     "input",
@@ -166,8 +166,8 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "chat": _body(known_fields(True) | set(IGNORED), "messages", chat=True),
     "completions": _body(known_fields(False) | set(IGNORED), "prompt"),
     "responses": _body(_RESPONSES, "input"),
-    "generate": _body(_PLAIN | {"prompt", "stream"}, "prompt"),
-    "batch_generate": _body(_PLAIN | {"prompts"}, "prompts"),
+    "generate": _body(PLAIN_FIELDS | {"prompt", "stream"}, "prompt"),
+    "batch_generate": _body(PLAIN_FIELDS | {"prompts"}, "prompts"),
     "tokenize": _body((*_TEMPLATE, "prompt", "add_special_tokens", "model")),
     "detokenize": _body(("tokens", "skip_special_tokens", "model"), "tokens"),
     "apply_template": _body((*_TEMPLATE, "model"), "messages"),
@@ -206,7 +206,7 @@ def operation(name: str) -> dict[str, Any]:
         for status, text in _STATUSES.items()
     }
     content: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
-    if "stream" in BODIES[name]["properties"] or name == "generate_stream":
+    if "stream" in BODIES[name]["properties"]:
         content["text/event-stream"] = {}
     return {
         "response_model": None,

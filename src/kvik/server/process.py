@@ -31,7 +31,7 @@ _STDIN = 0
 
 
 class ChildSettings(msgspec.Struct, frozen=True):
-    """What a child process has to know. `engine.model` is a local folder; `socket` the file of the ipc endpoint."""
+    """What a child process has to know. `engine.model` is a local folder, `endpoint` that of ipc."""
 
     endpoint: str
     engine: EngineConfig

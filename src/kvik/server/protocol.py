@@ -263,7 +263,10 @@ def refuse_both(syntax: ReplySyntax, structure_param: str | None) -> None:
 
 
 def _merge(given: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    kwargs = {**more.get("chat_template_kwargs", {}), **(given.get("chat_template_kwargs") or {})}
+    wanted = given.get("chat_template_kwargs") or {}
+    if not isinstance(wanted, Mapping):
+        return {**more, **given}  # to be refused where all template options are checked
+    kwargs = {**more.get("chat_template_kwargs", {}), **wanted}
     merged = {**given, **more}
     return {**merged, "chat_template_kwargs": kwargs} if kwargs else merged
 

@@ -28,7 +28,7 @@ def messages_of(given: Any, instructions: str | None) -> list[dict[str, Any]]:
     messages = [] if instructions is None else [{"role": "system", "content": instructions}]
     for place, item in enumerate(items):
         kind = item.get("type", "message") if isinstance(item, dict) else None
-        if kind not in _READERS:
+        if not isinstance(kind, str) or kind not in _READERS:
             raise RequestError(f"input[{place}] is no item of {', '.join(_READERS)}; others are not supported", "input")
         _join(messages, _READERS[kind](item, f"input[{place}]"))
     return messages

@@ -216,6 +216,7 @@ def _folder() -> Iterator[Path]:
 def _signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
     names = ("SIGINT", "SIGTERM", "SIGHUP")
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -212,7 +212,7 @@ async function answer() {
   } catch (error) {
     if (error.name === "AbortError") {
       message.finish = "stopped";
-      say("Stopped.");
+      if (!answering || answering === mine) say("Stopped.");
     } else {
       message.error = error.message;
       say(error.message);
@@ -345,6 +345,13 @@ for (const [name, value] of Object.entries(load("params", {}))) {
 params.addEventListener("input", () => save("params", Object.fromEntries(new FormData(params))));
 params.addEventListener("reset", () => save("params", {}));
 params.addEventListener("submit", (event) => event.preventDefault());
+addEventListener("storage", (event) => {
+  if (event.key !== "kvik.chats") return;
+  // What another tab stored, but for the conversation that is open here.
+  const theirs = load("chats", []).filter((one) => one.id !== chat.id);
+  chats = chat.messages.length ? [chat, ...theirs] : theirs;
+  showChats();
+});
 addEventListener("pagehide", () => answering && store());
 
 themeButton(byId("theme"));

@@ -29,7 +29,7 @@ function take(record) {
     clock = record.at - Date.now() / 1000;
     player = new Player(record);
     journal.snapshot(record);
-  } else if (player) {
+  } else if (player && !(record.step <= player.begun)) {
     player.add(record);
     recent.push([record.at, journal.add(record)]);
   }

@@ -111,6 +111,7 @@ export class Replay {
 export class Player {
   constructor(snapshot, length = 300) {
     this.length = length;
+    this.begun = snapshot.step; // which the snapshot holds already
     this.base = new Replay(snapshot); // before the oldest record kept
     this.live = new Replay(snapshot);
     this.records = []; // steps, and what left without one
