@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +83,9 @@ def test_usage_and_metrics(llm: LLM) -> None:
         ([5, 10**6], GREEDY, "outside the vocabulary"),
         ([5, 2.5], GREEDY, "token ids"),
         (None, GREEDY, "token ids"),
+        ({"prompt_token_ids": [5, 6]}, GREEDY, "not {'prompt_token_ids'"),
+        (b"abc", GREEDY, "not b'abc'"),
+        ([5], {"max_tokens": 2}, "must be SamplingParams"),
         ([5] * 300, GREEDY, "300 tokens"),
         ([5] * 256, GREEDY, "256"),
         ([5] * 200, SamplingParams(max_tokens=57), "257"),
@@ -97,6 +101,9 @@ def test_a_wrong_request_is_refused_before_anything_runs(
     with pytest.raises(RequestError, match=words) as caught:
         llm.generate([prompt], params)
     assert caught.value.param is not None
+    if not isinstance(prompt, (str, list)):
+        with pytest.raises(RequestError, match=re.escape(words)):
+            llm.generate(prompt, params)
     with pytest.raises(RequestError, match="prompt 1"):
         llm.generate([[1, 2, 3], prompt], [GREEDY, params])
     assert idle(llm)
@@ -226,8 +233,9 @@ def test_chat_renders_the_template_once(llm: LLM) -> None:
     assert [output.token_ids for output in two] == [one.token_ids] * 2
     streamed = "".join(output.delta for output in llm.stream_chat(messages, GREEDY))
     assert streamed == one.text
-    with pytest.raises(RequestError, match="role"):
-        llm.chat([{"content": "who said this?"}], GREEDY)
+    for wrong in ([{"content": "who said this?"}], {"role": "user", "content": "alone"}, "text"):
+        with pytest.raises(RequestError):
+            llm.chat(wrong, GREEDY)  # type: ignore[arg-type]
 
 
 def test_step_api(folder: Path) -> None:

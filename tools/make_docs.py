@@ -46,6 +46,8 @@ def _table(table: Table[Any]) -> str:
         option = table.options.get(field.name)
         default = _default(field.default, table.none_word)
         place = ("Python only", "Python only") if option is None else (f"`{option.flag}`", f"`{option.variable}`")
+        if option is not None and field.default is dataclasses.MISSING:  # an argument; only kvik info has it as a flag
+            place = (f"`{field.name.upper()}`", "")
         value = _PYTHON_ONLY[field.name] if option is None else _value(option) + _bounds(field.metadata)
         rows.append((f"`{field.name}`", value, default, str(field.metadata["help"]), *place))
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -125,7 +125,8 @@ class LLM:
         self.close()
 
     def _render(self, messages: Any, options: dict[str, Any]) -> list[Prompt]:
-        conversations = [messages] if messages and not isinstance(messages[0], (list, tuple)) else messages
+        many = isinstance(messages, (list, tuple)) and isinstance((*messages, None)[0], (list, tuple))
+        conversations = messages if many or not messages else [messages]
         return [self.llm_engine.render_chat(conversation, **options) for conversation in conversations]
 
     def _add(
@@ -194,17 +195,17 @@ class LLM:
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one or several: a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, ChatPrompt)):
-        return [prompts]
-    items = list(prompts) if isinstance(prompts, Iterable) else [prompts]
+    if isinstance(prompts, (str, ChatPrompt, Mapping, bytes)) or not isinstance(prompts, Iterable):
+        return [prompts]  # which is refused if it is none
+    items = list(prompts)
     if items and isinstance(items[0], int):
         return [cast(Sequence[int], items)]
     return cast(list[Prompt], items)
 
 
 def _per_prompt(params: Params, count: int) -> list[SamplingParams | None]:
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
+    if params is None or isinstance(params, (SamplingParams, Mapping)):
+        return [params] * count  # a mapping is refused with the request
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one, or one for each")
     return list(params)

@@ -72,6 +72,8 @@ class ServerConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, lambda message, name: ConfigError(message))
+        if not all(self.served_model_name):
+            raise ConfigError("served_model_name must not be empty")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile belong together; give both or none")
         if any(not key.strip() for key in self.api_key):

@@ -317,6 +317,8 @@ def _read_file(path: Path) -> dict[tuple[str, str], Setting]:
             raise ConfigError(f"{path}: {table.section} must hold options, got {values!r}")
         for name, raw in values.items():
             option = table.find(str(name), str(path))
+            if (table.name, option.name) in found:
+                raise ConfigError(f"{path}: {prefix}{name} is another name of an option that the file has already")
             found[table.name, option.name] = Setting(option.read(raw, f"{path}: {prefix}{name}"), str(path))
     return found
 

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from cli_harness import KVIK, PATIENCE, Result, start
 
 from kvik.config import EngineConfig
@@ -143,6 +144,28 @@ def test_resuming_after_a_kill_gives_the_same_results(kvik: Kvik, model: str, tm
     result = kvik("batch", "--model", model, source, cut, "--max-num-seqs", 2)
     assert result.code == 0 and "skipped (already in" in result.err
     assert lasting(cut) == lasting(whole)
+
+
+def test_a_refused_line_runs_once_it_is_right(kvik: Kvik, model: str, tmp_path: Path) -> None:
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(f"{line('a')}\n{line('b', max_tokns=2)}\n{line('c', max_tokns=2)}\n")
+    assert "1 done, 2 failed" in kvik("batch", model, source, target).err
+    source.write_text(f"{line('a')}\n{line('b')}\n{line('c', max_tokns=2)}\n")
+    assert "1 done, 0 failed, 2 skipped" in kvik("batch", model, source, target).err
+    assert [(entry["custom_id"], entry["response"]["status_code"]) for entry in results(target)] == [
+        ("b", 400), ("c", 400), ("a", 200), ("b", 200),
+    ]  # fmt: skip
+
+
+def test_two_runs_do_not_write_one_file(kvik: Kvik, model: str, tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl", reason="this system has no such locks")
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text(line("a") + "\n")
+    with target.open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        refused = kvik("batch", model, source, target)
+    assert refused.code == 2 and "another run is writing" in refused.err and target.read_bytes() == b""
+    assert kvik("batch", model, source, target).code == 0
 
 
 def test_other_files_are_not_touched(kvik: Kvik, model: str, tmp_path: Path) -> None:

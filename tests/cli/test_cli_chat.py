@@ -65,6 +65,12 @@ def test_quoted_lines_are_one_message(chat: Chat, tmp_path: Path) -> None:
     assert [message["content"] for message in saved(file)][::2] == ["one\n/two", "three"]
 
 
+def test_the_end_of_the_input_ends_a_message(chat: Chat, tmp_path: Path) -> None:
+    for lines in (("one\\",), ('"""one', "two")):
+        result = chat(*lines)
+        assert result.code == 0 and "4 tokens" in result.err
+
+
 def test_commands_change_the_conversation(chat: Chat, tmp_path: Path) -> None:
     file = tmp_path / "chat.json"
     lines = ["/system Be kind.", "a", "b", "/undo", "/set max_tokens 2", "/retry", f"/save {file}"]

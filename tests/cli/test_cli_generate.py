@@ -119,6 +119,22 @@ def test_a_full_disk_is_one_clear_line(model: str) -> None:
 def test_a_trace_that_cannot_be_written_is_an_error(kvik: Kvik, model: str) -> None:
     result = kvik("generate", model, "x", "--max-tokens", 2, "--profile", "/absent/trace.json")
     assert result.code == 1 and "/absent/trace.json" in result.err and "Traceback" not in result.err
+    assert result.out == "", "it is told before the work"
+
+
+def test_what_is_not_printed_is_said(kvik: Kvik, model: str) -> None:
+    for flags, said in (((), True), (("--json",), False)):
+        result = kvik("generate", model, "x", "--max-tokens", 2, "--logprobs", 1, *flags)
+        assert result.code == 0 and ("with --json only" in result.err) == said
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a POSIX shell")
+def test_closed_standard_streams_are_no_traceback(model: str) -> None:
+    for prompt, closed, code in (("x", ">&-", 0), ("-", "<&-", 2)):
+        command = f'"$@" {prompt} --max-tokens 2 --threads 1 {closed}'
+        argv = ["sh", "-c", command, "sh", *KVIK, "generate", model]
+        done = subprocess.run(argv, stderr=subprocess.PIPE, text=True, timeout=60)
+        assert "Traceback" not in done.stderr and done.returncode == code, done.stderr
 
 
 def test_the_module_runs_as_a_script() -> None:

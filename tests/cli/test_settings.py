@@ -160,7 +160,7 @@ def test_values_out_of_range_name_their_origin() -> None:
         load_settings({}, {})[0].make()
 
 
-@pytest.mark.parametrize("text", ["- a list", "a: [", "{", "sampling: 3", "\x00"])
+@pytest.mark.parametrize("text", ["max_num_seqs: 5\nmax_batch_size: 6", "- a list", "a: [", "{", "sampling: 3", "\x00"])
 def test_malformed_files_are_config_errors(tmp_path: Path, text: str) -> None:
     file = tmp_path / "kvik.yaml"
     file.write_text(text)

@@ -67,7 +67,8 @@ def lasting(body: dict[str, Any]) -> dict[str, Any]:
         for call in choice["message"].get("tool_calls", ()):
             assert call.pop("id").startswith("call_")
     kept.get("usage", {}).pop("prompt_tokens_details", None)
-    kept.get("error", {}).pop("line", None)
+    for name in ("line", "digest"):
+        kept.get("error", {}).pop(name, None)
     return kept
 
 

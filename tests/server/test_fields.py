@@ -156,6 +156,12 @@ def test_unknown_fields(http: httpx.Client, strict: httpx.Client) -> None:
     assert strict.post(PATHS["chat"], json={**CHAT, "user": "me"}).status_code == 200
 
 
+@pytest.mark.parametrize("fields", [{}, {"prompt": "x", "messages": []}])
+def test_a_text_or_a_conversation_is_tokenised(http: httpx.Client, fields: dict[str, Any]) -> None:
+    answer = http.post("/tokenize", json=fields)
+    assert answer.status_code == 400 and "one of the two" in answer.json()["error"]["message"]
+
+
 def test_many_unknown_fields_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     """To look for the nearest name of each would take seconds, in which the process does nothing else."""
     looked_for: list[str] = []

@@ -24,12 +24,14 @@ from server_harness import KEY, Served, serve, wait_until
 from starlette.datastructures import Headers
 
 from kvik.config import EngineConfig
+from kvik.errors import ConfigError
 from kvik.server.app import make_routes
 from kvik.server.errors import ApiError
 from kvik.server.gate import PUBLIC, Gate, key_salt
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.service import Service
+from kvik.server.supervisor import check_tls
 from kvik.server_config import ServerConfig
 
 
@@ -265,6 +267,13 @@ def test_https(model: str, tmp_path: Path) -> None:
         assert served.url.startswith("https://")
         context = ssl.create_default_context(cafile=certificate)
         assert httpx.get(f"{served.url}/ready", verify=context).status_code == 200
+    locked = str(tmp_path / "locked.pem")
+    lock = ["openssl", "rsa", "-aes256", "-passout", "pass:word", "-in", key, "-out", locked]
+    subprocess.run(lock, check=True, capture_output=True, timeout=60)
+    check_tls(ServerConfig(ssl_certfile=certificate, ssl_keyfile=locked, ssl_keyfile_password="word"))
+    for keyfile, password in ((locked, None), (locked, "wrong"), (certificate, None), ("/absent", None)):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            check_tls(ServerConfig(ssl_certfile=certificate, ssl_keyfile=keyfile, ssl_keyfile_password=password))
 
 
 def test_secrets_are_not_printed(model: str) -> None:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from kvik.cli.batch_files import BatchLine, ResultFile, custom_id, parse_line, read_lines
+from kvik.cli.batch_files import BatchLine, ResultFile, custom_id, digest, parse_line, read_lines
 from kvik.cli.engine import open_engine, render_config
 from kvik.cli.options import EngineOptions, Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.cli.terminal import Interrupt
@@ -167,11 +167,11 @@ class _Batch:
         for number, line in read_lines(source):
             bar.update(len(line))
             name = custom_id(line)
-            if number in done.lines:
+            if done.has_refused(number, line):
                 self._num_skipped += 1
             elif name is not None and name in self._seen:
                 error = RequestError(f"custom_id {name!r} is that of an earlier line", "custom_id")
-                self._refuse(name, number, error)
+                self._refuse(name, number, line, error)
             elif name in done.custom_ids:
                 self._num_skipped += 1
             else:
@@ -188,7 +188,7 @@ class _Batch:
         try:
             self._start(parse_line(raw))
         except RequestError as error:
-            self._refuse(custom_id(raw), number, error)
+            self._refuse(custom_id(raw), number, raw, error)
         return True
 
     def _start(self, line: BatchLine) -> None:
@@ -242,11 +242,11 @@ class _Batch:
             body = answer_body(job.served, outputs, engine.tokenizer, engine.config.model, engine.fingerprint)
             self._results.write(job.custom_id, 200, body)
 
-    def _refuse(self, name: str | None, number: int, error: RequestError) -> None:
-        """Write an error result for a line that never ran; its number lets a later run skip it."""
+    def _refuse(self, name: str | None, number: int, line: bytes, error: RequestError) -> None:
+        """Write an error result for a line that never ran. A later run skips it unless it was changed."""
         self.num_failed += 1
         body = error_body(error)
-        body["error"]["line"] = number
+        body["error"].update(line=number, digest=digest(line))
         self._results.write(name, 400, body)
 
     def _progress(self) -> str:

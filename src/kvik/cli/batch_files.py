@@ -7,6 +7,7 @@ the numbers of input lines that were refused before they could run.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import uuid
 from collections.abc import Iterator, Mapping
@@ -53,6 +54,11 @@ def custom_id(line: bytes) -> str | None:
     return found if isinstance(found, str) and found else None
 
 
+def digest(line: bytes) -> str:
+    """A name for a line's content."""
+    return hashlib.sha256(line.strip()).hexdigest()[:16]
+
+
 def parse_line(line: bytes) -> BatchLine:
     """Check everything around the body. Raises RequestError."""
     try:
@@ -83,13 +89,17 @@ class Done:
 
     num_failed: int = 0
     custom_ids: set[str] = dataclasses.field(default_factory=set)
-    lines: set[int] = dataclasses.field(default_factory=set)
+    lines: dict[int, str] = dataclasses.field(default_factory=dict)  # refused ones, and what they were
+
+    def has_refused(self, number: int, line: bytes) -> bool:
+        """Whether this line was refused before, as it is."""
+        return self.lines.get(number) == digest(line)
 
     def add(self, result: Mapping[str, Any]) -> None:
         error = result["response"]["body"].get("error") or {}
         self.num_failed += bool(error)
         if "line" in error:
-            self.lines.add(error["line"])
+            self.lines[error["line"]] = error.get("digest", "")
         else:
             self.custom_ids.add(result["custom_id"])
 
@@ -107,6 +117,7 @@ class ResultFile:
             self._file: BinaryIO = path.open("r+b")
         except OSError as error:
             raise ConfigError(f"cannot write the results to {path}: {error}") from error
+        self._lock(path)
         self._resume(path)
 
     def write(self, custom_id: str | None, status: int, body: Mapping[str, Any]) -> None:
@@ -127,6 +138,18 @@ class ResultFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.close()
+
+    def _lock(self, path: Path) -> None:
+        """Two runs would write into each other's lines."""
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise ConfigError(f"another run is writing its results to {path}; wait for it, or give another") from None
+        except (ImportError, OSError):  # a system, or a file system, without such locks
+            return
 
     def _resume(self, path: Path) -> None:
         """Take in complete lines and cut a torn last one. A file that Kvik did not write is left as it is."""

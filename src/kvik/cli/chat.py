@@ -188,13 +188,21 @@ class _Reader:
         if line.startswith(_QUOTES):
             return self._quoted(line.removeprefix(_QUOTES))
         while line.endswith("\\"):
-            line = f"{line[:-1]}\n{self._line(self._more)}"
+            more = self._more_lines()
+            line = line[:-1] if more is None else f"{line[:-1]}\n{more}"
         return line
 
     def _quoted(self, text: str) -> str:
-        while not text.rstrip().endswith(_QUOTES):
-            text += "\n" + self._line(self._more)
+        while not text.rstrip().endswith(_QUOTES) and (more := self._more_lines()) is not None:
+            text += "\n" + more
         return text.rstrip().removesuffix(_QUOTES).strip("\n")
+
+    def _more_lines(self) -> str | None:
+        """The next line of a message, None where the input ends within it: it is complete then."""
+        try:
+            return self._line(self._more)
+        except EOFError:
+            return None
 
     def _line(self, prompt: str) -> str:
         try:

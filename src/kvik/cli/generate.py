@@ -34,6 +34,10 @@ def run(argv: Sequence[str]) -> int:
         print(render_config(options, sampling=True))
         return 0
     prompts = _prompts(args)
+    if args.profile:
+        Path(args.profile).touch()  # better now than after the work
+    if not args.json and {"logprobs", "prompt_logprobs"} & set(options.sampling.given):
+        Terminal().remark("log-probabilities are printed with --json only")
     tracer = new_tracer() if args.profile else NO_TRACE
     try:
         with open_engine(options, args.log_level, tracer) as engine:

@@ -51,9 +51,10 @@ def run(argv: Sequence[str]) -> int:
     configure(args.log_level)
     from kvik.models.hub import resolve_model
     from kvik.server.process import ChildSettings
-    from kvik.server.supervisor import Supervisor, bind
+    from kvik.server.supervisor import Supervisor, bind, check_tls
 
     api_keys = _api_keys(config)
+    check_tls(config)
     sockets = bind(config)
     folder = resolve_model(engine.model, engine.revision, load_format=engine.load_format)
     settings = ChildSettings(

@@ -133,6 +133,9 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
 
     Raises ModelLoadError for a kind that Kvik does not have, and for a missing or meaningless parameter.
     """
+    for name in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(name) or {}, Mapping):
+            raise ModelLoadError(f"config.json: {name!r} must be an object, got {config[name]!r}")
     params = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     kind = str(params.get("rope_type") or params.get("type") or "default")
     if any(isinstance(value, Mapping) for value in params.values()):

@@ -123,7 +123,7 @@ def spec_from_config(
         num_heads=num_heads,
         num_kv_heads=positive_int(config, "num_key_value_heads", num_heads),
         head_dim=head_dim,
-        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
+        rms_norm_eps=_epsilon(config),
         max_position_embeddings=positive_int(config, "max_position_embeddings", 2048),
         rope=rope_from_config(config, head_dim),
         windows=windows if windows is not None else (None,) * num_layers,
@@ -133,6 +133,13 @@ def spec_from_config(
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
     )
+
+
+def _epsilon(config: Mapping[str, Any]) -> float:
+    value = config.get("rms_norm_eps", 1e-6)
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ModelLoadError(f"config.json: 'rms_norm_eps' must be a number between 0 and 1, got {value!r}")
+    return float(value)
 
 
 def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:

@@ -48,7 +48,7 @@ async def batch_generate(request: Request) -> Response:
     body = Body(await read_json(request))
     prompts = body.take("prompts", list, required=True)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
-        raise RequestError("prompts must be a list of at least one text", "prompts")
+        raise RequestError("prompts must be a list of texts; /v1/completions takes token ids, too", "prompts")
     params = _params(body, service, len(prompts))
     warnings = body.finish(BODIES["batch_generate"]["properties"], strict=service.config.strict)
     call_id = f"gen-{uuid.uuid4().hex[:24]}"

@@ -14,6 +14,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from kvik.log import logger
 from kvik.server.process import DRAIN, ENGINE_ENDED, ChildSettings
 from kvik.server_config import ServerConfig
 
-__all__ = ["Supervisor", "bind"]
+__all__ = ["Supervisor", "bind", "check_tls"]
 
 POLL = 0.05
 GRACE = 10.0
@@ -54,6 +55,20 @@ def bind(config: ServerConfig) -> list[socket.socket]:
         sockets.append(_listen(config.host, port, shared=many))
         port = sockets[0].getsockname()[1]
     return sockets
+
+
+def check_tls(config: ServerConfig) -> None:
+    """Raise ConfigError unless certificate and key can be used: HTTP processes could ask nobody for a password."""
+    if config.ssl_certfile is None:
+        return
+    password = config.ssl_keyfile_password or ""
+    try:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, password)
+    except (OSError, ValueError) as error:
+        files = f"ssl_certfile {config.ssl_certfile} with ssl_keyfile {config.ssl_keyfile}"
+        hint = "" if password else "; an encrypted key needs --ssl-keyfile-password"
+        raise ConfigError(f"{files} cannot be used: {error}{hint}") from error
 
 
 def _listen(host: str, port: int, *, shared: bool) -> socket.socket:

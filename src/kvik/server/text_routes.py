@@ -27,6 +27,8 @@ async def tokenize(request: Request) -> Response:
     service, body = await _open(request)
     text = body.take("prompt", str)
     frontend = service.frontend
+    if (text is None) == ("messages" not in body.fields):
+        raise RequestError("give a text as prompt, or a conversation as messages: one of the two", "prompt")
     if text is None:
         prompt = await _render(service, body, request)
         ids = list(prompt.token_ids)

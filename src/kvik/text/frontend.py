@@ -107,6 +107,8 @@ class Frontend:
     ) -> Request:
         """The request in token ids, with everything checked that depends on the model. Raises RequestError."""
         params = sampling_params or self.default_sampling_params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"sampling_params must be SamplingParams, got {show(params)}", "sampling_params")
         given_id = f"auto-{next(self._ids)}" if request_id is None else request_id
         for name, value, kind in (
             ("request_id", given_id, str), ("cache_salt", cache_salt, str), ("priority", priority, int),
@@ -146,9 +148,10 @@ class Frontend:
                 raise RequestError("the prompt is empty and this model has no beginning-of-sequence token", "prompt")
             return ids
         given = prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt
-        ids = tuple(given) if isinstance(given, Iterable) else (given,)
-        if not {int}.issuperset(map(type, ids)) or not isinstance(given, Iterable):
-            raise RequestError("a prompt is a string or a list of token ids (integers)", "prompt")
+        wrong = not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, bytearray))
+        ids = () if wrong else tuple(given)
+        if wrong or not {int}.issuperset(map(type, ids)):
+            raise RequestError(f"a prompt is a string or a list of token ids (integers), not {show(given)}", "prompt")
         self.check_ids(ids, "prompt")
         return ids
 

@@ -161,8 +161,8 @@ def _bad_text(text: object) -> RequestError:
         return RequestError(f"a text must be a string, got {type(text).__name__}", "prompt")
     at = next((i for i, char in enumerate(text) if "\ud800" <= char <= "\udfff"), 0)
     return RequestError(
-        f"the text holds half a surrogate pair (U+{ord(text[at]):04X}) at character {at}, which no UTF-8 can hold; "
-        "send the whole character",
+        f"the text holds half a surrogate pair (U+{ord(text[at]):04X}) at character {at}, which no UTF-8 can hold: "
+        "it was cut within a character, or was not UTF-8 when it was read",
         "prompt",
     )
 
