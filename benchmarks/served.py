@@ -64,7 +64,9 @@ def num_requests(clients: int, scale: float) -> int:
     return max(clients, round(scale * REQUESTS.get(clients, REQUESTS_PER_CLIENT * clients)))
 
 
-def offline_worker(model: str, clients: Sequence[int], seed: str, scale: float, options: dict[str, Any]) -> None:
+def offline_worker(
+    model: str, clients: Sequence[int], seed: str, same: bool, scale: float, options: dict[str, Any]
+) -> None:
     """Print a JSON object for each closed load: what an engine alone makes of the same requests."""
     from kvik import LLMEngine
     from kvik.cli.bench_load import Load, Workload, planned
@@ -84,7 +86,7 @@ def offline_worker(model: str, clients: Sequence[int], seed: str, scale: float, 
 
     run(f"{seed}/warm-up", WARM_UP, WARM_UP)
     for users in clients:
-        found = run(f"{seed}/{users}", users, num_requests(users, scale))
+        found = run(seed if same else f"{seed}/{users}", users, num_requests(users, scale))
         print(json.dumps({"clients": users, "max_num_seqs": engine.resolved.scheduler.max_num_seqs, **found}))
 
 
@@ -93,7 +95,8 @@ def offline(model: str, args: argparse.Namespace, options: dict[str, Any]) -> di
     if not args.offline:
         return {}
     clients = [str(users) for users in args.offline]
-    command = [sys.executable, __file__, "--offline-worker", model, args.seed, str(args.scale), json.dumps(options)]
+    facts = json.dumps([args.seed, args.same_prompts, args.scale, options])
+    command = [sys.executable, __file__, "--offline-worker", model, facts]
     done = subprocess.run([*command, *clients], stdout=subprocess.PIPE, text=True, check=True)
     records = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"clients"')]
     for record in records:
@@ -201,8 +204,8 @@ def option(text: str) -> tuple[str, Any]:
 def main() -> int:
     """Parse the command line; the hidden first word starts the worker. 1 if not every row was measured."""
     if sys.argv[1:2] == ["--offline-worker"]:
-        model, seed, scale, options, *clients = sys.argv[2:]
-        offline_worker(model, [int(users) for users in clients], seed, float(scale), json.loads(options))
+        model, facts, *clients = sys.argv[2:]
+        offline_worker(model, [int(users) for users in clients], *json.loads(facts))
         return 0
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="Qwen3-0.6B", help=f"{', '.join(MODELS)}, or the folder of a model")

@@ -98,6 +98,8 @@ def test_windows() -> None:
     assert set(build_spec(R1_DISTILL_QWEN_1_5B).windows) == {None}
     upper = build_spec({**R1_DISTILL_QWEN_1_5B, "use_sliding_window": True}).windows
     assert upper == (None,) * 21 + (4096,) * 7
+    default = {name: value for name, value in R1_DISTILL_QWEN_1_5B.items() if name != "sliding_window"}
+    assert build_spec({**default, "use_sliding_window": True}).windows == upper, "transformers has 4096 then"
     kinds = ["full_attention", "sliding_attention"] * 14
     explicit = build_spec({**R1_DISTILL_QWEN_1_5B, "use_sliding_window": True, "layer_types": kinds}).windows
     assert explicit == (None, 4096) * 14
@@ -137,6 +139,10 @@ def test_context_len_follows_the_scaling() -> None:
         ({**QWEN3_0_6B, "hidden_act": "gelu"}, "hidden_act='gelu' is not supported"),
         ({**QWEN3_0_6B, "num_key_value_heads": 3}, "16 query heads cannot share 3 key/value heads"),
         ({**QWEN3_0_6B, "vocab_size": "many"}, "'vocab_size' must be a positive integer, got 'many'"),
+        ({**QWEN3_0_6B, "head_dim": "16"}, "'head_dim' must be a positive integer, got '16'"),
+        ({**QWEN3_0_6B, "use_sliding_window": True, "sliding_window": -8}, "'sliding_window' must be a positive"),
+        ({**QWEN3_0_6B, "max_window_layers": None}, "'max_window_layers' must be an integer"),
+        ({**QWEN3_0_6B, "layer_types": [["full_attention"]] * 28}, "is not supported"),
         ({**QWEN3_0_6B, "rms_norm_eps": None}, "'rms_norm_eps' must be a number between 0 and 1, got None"),
         ({**QWEN3_0_6B, "rms_norm_eps": "1e-6"}, "'rms_norm_eps' must be a number"),
         ({**QWEN3_0_6B, "rope_scaling": 5}, "'rope_scaling' must be an object, got 5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import accumulate, pairwise
 
 import pytest
@@ -188,6 +189,9 @@ def test_wrong_arguments_are_named(device: torch.device) -> None:
         (lambda: ops.paged_attention(q[:, :3], kv, batch), r"q must be \[num_tokens, a multiple of 2 heads, 8\]"),
         (lambda: ops.self_attention(q[0], k, k), "or a batch of it"),
         (lambda: ops.self_attention(q, k, k, window=0), "window must be at least 1"),
+        (lambda: ops.self_attention(q, k, k, scale=0.0), "scale must be above 0"),
+        (lambda: ops.paged_attention(q, kv, batch, scale=-0.5), "scale must be above 0"),
+        (lambda: ops.paged_attention(q, replace(kv, k_scale=cos), batch), "k_scale belongs to an int8 cache"),
         (lambda: ops.PagedBatch([3], [2], tables), "sequence 0 has 3 queries and 2 tokens"),
         (lambda: ops.PagedBatch([3], [3, 4], tables), "1 query_lens and 2 seq_lens"),
         (lambda: ops.PagedBatch([1, 1], [3, 4], tables), r"block_tables must be \[2, max_blocks\]"),
@@ -215,6 +219,18 @@ def test_what_lies_outside_of_a_cache_is_an_error_on_a_cpu() -> None:
     for slot in (-1, 64):
         with pytest.raises(ConfigError, match=f"slots holds {slot}; the cache has 4 blocks of 16"):
             ops.qk_norm_rope_store(qkv, cos, cos, torch.tensor([slot]), kv)
+
+
+def test_scales_of_an_int8_cache_are_those_of_its_slots() -> None:
+    kv = ops.KVLayer.zeros((4, 2, 16, 8), torch.int8, CPU)
+    assert kv.k_scale is not None and kv.v_scale is not None
+    q, batch = torch.ones(1, 4, 8), ops.PagedBatch([1], [20], torch.tensor([[0, 3]]))
+    for wrong in (kv.k_scale[:1], kv.k_scale.double(), kv.k_scale[..., None], kv.k_scale.mT.contiguous().mT):
+        for name in ("k_scale", "v_scale"):
+            with pytest.raises(ConfigError, match=f"{name} must be"):
+                ops.paged_attention(q, replace(kv, **{name: wrong}), batch)
+    seen = [ops.paged_attention(q, kv, batch, window=window) for window in (None, 20, 2**40)]
+    assert torch.equal(seen[0], seen[1]) and torch.equal(seen[0], seen[2])
 
 
 @pytest.mark.gpu

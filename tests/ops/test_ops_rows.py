@@ -30,6 +30,12 @@ def test_argmax(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
     assert ops.argmax(torch.zeros_like(x)).eq(0).all(), "the lowest index among equals"
 
 
+def test_more_rows_than_items_of_a_stage(dtype: torch.dtype, device: torch.device) -> None:
+    x = noise(2**20 + 3, 2, dtype=dtype, device=device)
+    assert torch.equal(ops.argmax(x), x.float().argmax(-1))
+    assert_close(ops.rms_norm(x, torch.ones_like(x[0]), EPS), norm64(x, torch.ones_like(x[0]), EPS))
+
+
 @pytest.mark.parametrize("ids_dtype", [torch.int64, torch.int32])
 @pytest.mark.parametrize("size", [1, 3, 33, 128])
 def test_embedding(size: int, ids_dtype: torch.dtype, dtype: torch.dtype, device: torch.device) -> None:

@@ -145,7 +145,8 @@ def test_a_full_disk_leaves_nothing(tiny: Path, clean: Path, capsys: pytest.Capt
     assert left_in(clean) == set()
 
 
-def test_ctrl_c_leaves_nothing(tiny: Path, clean: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_nothing(tiny: Path, clean: Path, number: int, code: int) -> None:
     text = clean / "text.txt"
     text.write_text("The quick brown fox. " * 20_000)
     options = ("--quantization", "int8", "--text", str(text), "--tokens", "1000000")
@@ -154,8 +155,8 @@ def test_ctrl_c_leaves_nothing(tiny: Path, clean: Path) -> None:
     while not left_in(clean) and time.monotonic() < end:
         time.sleep(0.01)
     assert left_in(clean), "the command never began to write"
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 130
+    process.send_signal(number)
+    assert process.wait(30) == code
     assert left_in(clean) == set()
 
 

@@ -28,6 +28,7 @@ from kvik.errors import ConfigError, KvikError
 from kvik.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
+    from kvik.config import EngineConfig
     from kvik.llm_engine import LLMEngine
 
 __all__ = ["run"]
@@ -166,7 +167,7 @@ def _measure(argv: Sequence[str]) -> dict[str, Any]:
                 "first_token_s": first,
                 "next_first_token_s": following,
             },
-            "files": None if config.load_format == "dummy" else _read_files(config.model, config.load_format),
+            "files": None if config.load_format == "dummy" else _read_files(config),
             "kernels": kernels,
         }
 
@@ -201,13 +202,14 @@ def _first_token(engine: LLMEngine, index: int) -> float:
     return time.perf_counter() - begin
 
 
-def _read_files(model: str, load_format: str) -> dict[str, float]:
+def _read_files(config: EngineConfig) -> dict[str, float]:
     """The bytes of a model's weight files, and how long one thread takes to read them from the system's cache."""
     from kvik.models.checkpoint import find_checkpoint
     from kvik.models.hub import resolve_model
 
     buffer, total, begin = bytearray(_READ_BYTES), 0, time.perf_counter()
-    for path in find_checkpoint(resolve_model(model, load_format=load_format), load_format):
+    folder = resolve_model(config.model, config.revision, load_format=config.load_format)
+    for path in find_checkpoint(folder, config.load_format):
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):
                 total += count

@@ -7,6 +7,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
+import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +49,9 @@ def run(argv: Sequence[str]) -> int:
     from kvik.models.hub import resolve_model
     from kvik.quantization.writer import check_out
 
-    path, out = resolve_model(args.model, args.revision), Path(args.out).expanduser()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which removes what is half made
+    path, out = resolve_model(args.model, args.revision), Path(os.path.abspath(Path(args.out).expanduser()))
     check_out(out, path, force=args.force)
     receipt = _Quantizer(args, path, out).run()
     print(json.dumps(receipt.to_json()) if args.json else _render(receipt, out))

@@ -113,7 +113,7 @@ def spec_from_config(
         raise ModelLoadError(f"hidden_act={activation!r} is not supported: this decoder's MLP uses silu")
     hidden_size, num_heads = positive_int(config, "hidden_size"), positive_int(config, "num_attention_heads")
     num_layers = positive_int(config, "num_hidden_layers")
-    head_dim = config.get("head_dim") or default_head_dim or hidden_size // num_heads
+    head_dim = positive_int(config, "head_dim", default_head_dim or hidden_size // num_heads)
     return DecoderSpec(
         architecture=(config.get("architectures") or [str(config.get("model_type", ""))])[0],
         vocab_size=positive_int(config, "vocab_size"),
@@ -145,12 +145,15 @@ def _epsilon(config: Mapping[str, Any]) -> float:
 def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Per-layer windows of the Qwen family: `use_sliding_window`, then `layer_types` or `max_window_layers`."""
     num_layers = positive_int(config, "num_hidden_layers")
-    window = config.get("sliding_window") if config.get("use_sliding_window") else None
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None  # transformers' default
+    window = None if window is None else positive_int({"sliding_window": window}, "sliding_window")
     kinds = config.get("layer_types")
     if kinds is None:
         first = config.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise ModelLoadError(f"config.json: 'max_window_layers' must be an integer, got {first!r}")
         return tuple(window if i >= first else None for i in range(num_layers))
-    unknown = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
     if unknown:
         raise ModelLoadError(f"layer type {unknown[0]!r} is not supported; Kvik has full and sliding attention")
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -11,6 +11,7 @@ so `self_attention` runs the same kernels on them.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -122,6 +123,9 @@ def paged_attention(
     if q.numel() == 0:
         return torch.empty_like(q)
     scale = q.shape[2] ** -0.5 if scale is None else scale
+    if not 0 < scale < math.inf:
+        raise ConfigError(f"{op}: scale must be above 0 and finite, got {scale}")
+    window = None if window is None or window >= longest else window
     return operators(q.device).attention(q.contiguous(), kv, batch, scale, window)
 
 
@@ -270,10 +274,23 @@ def _check_cache(op: str, kv: KVLayer, name: str, like: Tensor) -> tuple[int, in
         check_floating(op, "the cache", kv.k)
     elif kv.k_scale is None or kv.v_scale is None:
         raise ConfigError(f"{op}: an int8 cache needs k_scale and v_scale; KVLayer.zeros makes one with them")
+    for scale_name, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+        if scale is not None:
+            _check_scale(op, scale_name, scale, kv.k)
     check_alike(op, "the cache's v", kv.v, "its k", kv.k)
     if kv.k.device != like.device:
         raise ConfigError(f"{op}: {name} is on {like.device} and the cache on {kv.k.device}; move one of them")
     return num_kv_heads, block_size, head_dim
+
+
+def _check_scale(op: str, name: str, scale: Tensor, cache: Tensor) -> None:
+    if cache.dtype != torch.int8:
+        raise ConfigError(f"{op}: {name} belongs to an int8 cache; this one is {cache.dtype}")
+    if scale.dtype != torch.float32 or scale.device != cache.device:
+        raise ConfigError(f"{op}: {name} must be float32 on {cache.device}, got {scale.dtype} on {scale.device}")
+    check_shape(op, name, scale, cache.shape[:3], f"for a cache {list(cache.shape)}")
+    if not scale[0].is_contiguous():
+        raise ConfigError(f"{op}: {name} must be contiguous within a block, got strides {scale.stride()}")
 
 
 def _check_heads(op: str, q: Tensor, kv: KVLayer, window: int | None) -> None:

@@ -59,7 +59,7 @@ def quantize_groups(weight: Tensor, group: int) -> tuple[Tensor, Tensor]:
 def _first_extreme(x: Tensor) -> Tensor:
     """The first element of the last dimension whose magnitude is the largest."""
     size = x.abs()
-    places = torch.arange(x.shape[-1]).expand_as(x)
+    places = torch.arange(x.shape[-1], device=x.device).expand_as(x)
     first = torch.where(size == size.amax(-1, keepdim=True), places, x.shape[-1]).amin(-1, keepdim=True)
     return x.gather(-1, first)
 

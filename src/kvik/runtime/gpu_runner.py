@@ -22,6 +22,7 @@ from torch import Tensor
 from kvik.core.plan import Chunk, RowResult, StepPlan, StepResult
 from kvik.kernels.triton.sampler import BROKEN, MASKED
 from kvik.kernels.triton.sampling_table import SamplingWorkspace
+from kvik.log import logger
 from kvik.models.decoder import Decoder
 from kvik.outputs import TokenLogprobs
 from kvik.runtime.decode_step import DecodeStep, SamplerPath
@@ -82,6 +83,7 @@ class GpuRunner:
         self._tracer = tracer
         self._needs = np.zeros(len(table.num_tokens), dtype=np.uint8)  # bits, by table row
         self._decode_rows = _DecodeRows(())
+        self._has_memory = True  # for graphs that may never be used
         self._unread: list[_Step] = []  # launched, and matchers wait for their tokens
 
     @torch.inference_mode()
@@ -108,9 +110,16 @@ class GpuRunner:
 
     @torch.inference_mode()
     def get_ready(self) -> bool:
-        """Capture a graph that a later step would have to capture first; False if none is missing."""
+        """Capture a graph that a later step would have to capture first; False without one, or without memory."""
+        if not self._has_memory:
+            return False
         self._choose_device()
-        return self._mixed_step.get_ready() or (self._decode is not None and self._decode.get_ready())
+        try:
+            return self._mixed_step.get_ready() or (self._decode is not None and self._decode.get_ready())
+        except torch.OutOfMemoryError as error:
+            logger.warning("graphs that are missing are not captured in advance: %s", error)
+            self._has_memory = False
+            return False
 
     def reset(self) -> None:
         """Wait for whatever still runs, and forget what an interrupted step has left."""

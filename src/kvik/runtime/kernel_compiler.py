@@ -106,6 +106,7 @@ class KernelCompiler:
     def __init__(self, job: CompileJob, num_processes: int) -> None:
         self._job = job
         self._process: BaseProcess | None = None  # the first one, which forks into the others
+        self._has_compiled = False
         self._folder: tempfile.TemporaryDirectory[str] | None = None
         if num_processes > 1 and not job.mark.exists():
             try:
@@ -129,10 +130,14 @@ class KernelCompiler:
                 "processes that compile kernels failed, and the engine compiles what is missing; they said: %s",
                 self._last_words(),
             )
+        else:
+            self._has_compiled = True
         self._stop()
 
     def leave_mark(self) -> None:
-        """Say in Triton's cache that this job's kernels are there; all have been launched."""
+        """Say in Triton's cache that this job's kernels are there, if the processes have compiled all of them."""
+        if not self._has_compiled:  # warming up alone does not launch all: graphs spare it the steps that have none
+            return
         with contextlib.suppress(OSError):  # a cache that is elsewhere, or full: the next start asks again
             self._job.mark.touch()
 

@@ -80,7 +80,7 @@ class MixedStep:
     ) -> None:
         self._model, self._attention, self._kv_pool, self._table = model, attention, kv_pool, table
         self._pool = pool
-        self._sizes = graph_sizes(attention.limits.max_num_tokens)
+        self._sizes = graph_sizes(min(attention.limits.max_num_tokens, attention.limits.max_context_tokens))
         self._max_seqs = len(table.num_tokens)
         self._captured: dict[int, _Captured] = {}
 

@@ -41,11 +41,6 @@ class Tape:
     def __len__(self) -> int:
         return len(self._entries)
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the activation buffers."""
-        return sum(t.nbytes for t in {id(t): t for t in self.held if isinstance(t, Tensor)}.values())
-
     def append(self, op: OpStruct, *held: object) -> None:
         """Note `op`, and keep `held` alive as long as the tape."""
         self._entries.append(op)

@@ -79,8 +79,9 @@ class Plan:
                 "hopper takes block_n of 64, 128 or 192 and block_t from 8 to 256, "
                 f"got {self.block_n} and {self.block_t}"
             )
-        if self.num_stages < self.block_n // 64:
-            raise ConfigError(f"block_n {self.block_n} needs num_stages {self.block_n // 64}, got {self.num_stages}")
+        least = max(2, self.block_n // 64)  # a step waits for the buffer that the step before has left
+        if self.num_stages < least:
+            raise ConfigError(f"block_n {self.block_n} needs num_stages {least}, got {self.num_stages}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,7 +229,7 @@ def cache_path(gpu: str, directory: Path | None = None) -> Path:
     """Where measurements of this kind of GPU with these kernels and this Triton lie, whether there are any or not."""
     import triton
 
-    digest = hashlib.sha256(triton.__version__.encode())
+    digest = hashlib.sha256(f"{triton.__version__} {CUTS}".encode())
     for name in _TUNED_SOURCES:
         digest.update((_HERE / name).read_bytes())
     if directory is None:

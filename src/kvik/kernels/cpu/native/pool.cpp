@@ -237,9 +237,10 @@ bool Pool::next_stage() {
       num_items_ = int((op.width + (1 << 17) - 1) >> 17);
       break;
     default:
-      num_items_ = job_.rows;
+      rows_per_item_ = 1 + job_.rows / kMaxItems;
+      num_items_ = (job_.rows + rows_per_item_ - 1) / rows_per_item_;
   }
-  if (num_items_ >= kMaxItems) std::abort();  // the caller bounds rows, blocks and panels
+  if (num_items_ >= kMaxItems) std::abort();  // the caller bounds blocks and panels
   return true;
 }
 
@@ -309,15 +310,19 @@ int Pool::plan_attention(const KvikOp& op) {
 
 void Pool::execute(int item, Scratch& scratch) {
   const KvikOp& op = *job_.op;
+  auto rows_of = [&](auto kernel) {
+    int first = item * rows_per_item_, end = first + rows_per_item_;
+    for (int row = first; row < end && row < job_.rows; ++row) kernel(job_, row, scratch);
+  };
   switch (op.code) {
-    case KVIK_EMBED: return kernels_.embed(job_, item, scratch);
+    case KVIK_EMBED: return rows_of(kernels_.embed);
     case KVIK_NORM:
-    case KVIK_GATHER_NORM: return kernels_.norm(job_, item, scratch);
+    case KVIK_GATHER_NORM: return rows_of(kernels_.norm);
     case KVIK_LINEAR:
       return job_.stage == 0 ? kernels_.linear_prepare(job_, item, scratch) : kernels_.linear_gemm(job_, item, scratch);
-    case KVIK_ROPE_STORE: return kernels_.rope_store(job_, item, scratch);
+    case KVIK_ROPE_STORE: return rows_of(kernels_.rope_store);
     case KVIK_ATTENTION: return kernels_.attention(job_, item, scratch);
-    case KVIK_ARGMAX: return kernels_.argmax(job_, item, scratch);
+    case KVIK_ARGMAX: return rows_of(kernels_.argmax);
     case KVIK_PACK: return pack_panel(op, item);
     case KVIK_PACK_QUANTIZED: return pack_panel_quantized(op, item);
     case KVIK_UNPACK: return unpack_panel(op, item);

@@ -68,7 +68,7 @@ class Pool {
 
   // Owned by whoever advances; stable while a stage's items are being done.
   const KvikOp* ops_ = nullptr;
-  int num_ops_ = 0, op_index_ = -1, num_items_ = 0, num_stages_ = 0;
+  int num_ops_ = 0, op_index_ = -1, num_items_ = 0, num_stages_ = 0, rows_per_item_ = 1;
   Job job_;
   Scratch activations_, partials_;
   std::vector<SequencePlan> sequences_;
