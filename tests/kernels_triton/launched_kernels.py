@@ -21,7 +21,7 @@ from kvik.runtime.kernel_compiler import CompileJob
 from kvik.runtime.warm_up import warm_up
 from kvik.sampling_params import SamplingParams
 
-SETTINGS = SchedulerConfig(block_size=16, num_blocks=1, max_num_seqs=70, max_num_batched_tokens=300, max_model_len=200)
+SETTINGS = SchedulerConfig(block_size=64, num_blocks=1, max_num_seqs=70, max_num_batched_tokens=2300, max_model_len=200)
 QWEN3: dict[str, Any] = {
     "architectures": ["Qwen3ForCausalLM"], "vocab_size": 5000, "hidden_size": 1024, "intermediate_size": 3072,
     "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
@@ -41,7 +41,7 @@ ASKED: list[dict[str, Any]] = [
 def step(lengths: list[int], params: SamplingParams, *, sample: bool = True) -> StepPlan:
     """A step in which rows of these lengths join."""
     joined = (RowInit(row, (0,) * n, n, params, 0, (), ()) for row, n in enumerate(lengths))
-    blocks = tuple((row, (0,) * -(-n // 16)) for row, n in enumerate(lengths))
+    blocks = tuple((row, (0,) * -(-n // 64)) for row, n in enumerate(lengths))
     decodes = tuple(row for row, n in enumerate(lengths) if n == 1 and sample)
     chunks = tuple(Chunk(row, 0, n, sample) for row, n in enumerate(lengths) if row not in decodes)
     return StepPlan(0, tuple(joined), blocks, decodes, chunks)
@@ -56,6 +56,9 @@ def steps() -> Iterator[StepPlan]:
         yield step([n, 100], plain)
         yield step([1] * min(n, 70), plain)
         yield step([2] * min(n, 70), plain)
+    for n in (12, 16, 17, 20, 40, 48, 49, 70):  # without graphs, also on a GPU
+        yield step([2100 // n] * n, plain)
+        yield step([1] * (n // 2) + [2100 // n] * (n - n // 2), plain)
     for asked, rows in itertools.product(ASKED, (1, 2, 5)):
         yield step([1] * rows, SamplingParams(**asked))
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 
 from kvik.config import SchedulerConfig
 from kvik.core.plan import Chunk, RowInit, StepPlan
+from kvik.kernels.triton.attention_tile import HOPPER_TOKENS, TIERS
 from kvik.kernels.triton.candidates import MAX_TOKENS
 from kvik.kernels.triton.dispatch import BUCKETS, CUTS
 from kvik.runtime.decode_step import buckets
@@ -47,13 +48,25 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
     coarse = {size for size in graph_sizes(budget) if size % 1024 == 0}
     cut = {cut * size // 8 for size in BUCKETS if 64 <= size <= MAX_TOKENS for cut in CUTS}
+    prompts = []
     for num_tokens in sorted({budget, *coarse, *(count for count in {*BUCKETS, *cut} if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
-        lengths = [settings.max_model_len] * full + [rest] * (rest > 0)
+        prompts.append([settings.max_model_len] * full + [rest] * (rest > 0))
+    for lengths in (*prompts, *_large_steps_of_many(settings, budget)):
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
         blocks = tuple((row, (0,) * -(-length // size)) for row, length in enumerate(lengths))
         chunks = tuple(Chunk(row, 0, length, sample=True) for row, length in enumerate(lengths))
         yield StepPlan(0, rows, blocks, (), chunks)
+
+
+def _large_steps_of_many(settings: SchedulerConfig, budget: int) -> Iterator[list[int]]:
+    """Prompts of so many sequences, and so many tokens in all, that attention has other tiles for both. Steps of few
+    are large by themselves; graphs of large steps are captured for as many as there can be."""
+    num_tokens = HOPPER_TOKENS + 64
+    for most in TIERS[:2]:
+        count = max(most + 1, -(-num_tokens // settings.max_model_len))
+        if count <= settings.max_num_seqs and num_tokens <= budget:
+            yield [num_tokens // count + (i < num_tokens % count) for i in range(count)]
 
 
 def _row(row: int, num_tokens: int, params: SamplingParams) -> RowInit:
