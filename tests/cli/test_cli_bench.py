@@ -50,8 +50,10 @@ def test_names_of_workloads() -> None:
 
 
 def test_arithmetic() -> None:
-    assert _kv_tokens_read(10, 1) == 0
-    assert _kv_tokens_read(10, 4) == 11 + 12 + 13
+    assert _kv_tokens_read(10, 1, None) == _kv_tokens_read(10, 1, 5) == 0
+    assert _kv_tokens_read(10, 4, None) == _kv_tokens_read(10, 4, 13) == 11 + 12 + 13
+    assert _kv_tokens_read(10, 4, 12) == 11 + 12 + 12
+    assert _kv_tokens_read(10, 4, 5) == 3 * 5
     assert percentiles([None]) is None
     assert percentiles([3.0, 1.0, 2.0, None]) == {"p50": 2.0, "p90": 3.0, "p99": 3.0}
 

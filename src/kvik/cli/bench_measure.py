@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -96,17 +96,23 @@ def step_bytes(engine: LLMEngine, run: Measurement) -> tuple[int, int]:
     if not steps:
         return 0, 0
     looked_up = 0 if spec.tie_word_embeddings else spec.vocab_size * spec.hidden_size * resolved.dtype.itemsize
-    reads = sum(_kv_tokens_read(output.usage.prompt_tokens, output.usage.completion_tokens) for output in run.outputs)
+    reads = sum(
+        layers * _kv_tokens_read(output.usage.prompt_tokens, output.usage.completion_tokens, window) / spec.num_layers
+        for output in run.outputs
+        for window, layers in Counter(spec.windows).items()
+    )
     decoded = sum(output.usage.completion_tokens - 1 for output in run.outputs)
     alone = sum(step.num_decode_tokens for step in steps)  # the other decodes ran beside a prompt
     kv_bytes = reads * spec.kv_bytes_per_token(resolved.kv_dtype) * alone / decoded
     return resolved.memory.weights - looked_up, round(kv_bytes / len(steps))
 
 
-def _kv_tokens_read(num_prompt: int, num_output: int) -> int:
-    """Positions read while decoding: the first token comes from the prompt's step, the k-th reads prompt + k - 1."""
+def _kv_tokens_read(num_prompt: int, num_output: int, window: int | None) -> int:
+    """Positions read while decoding: the first token comes from the prompt's step, the k-th reads prompt + k - 1, at
+    most `window`."""
     later = num_output - 1
-    return later * num_prompt + later * (later + 1) // 2
+    growing = later if window is None else max(0, min(later, window - num_prompt))
+    return growing * num_prompt + growing * (growing + 1) // 2 + (later - growing) * (window or 0)
 
 
 def read_bandwidth(num_bytes: int, device: torch.device) -> tuple[float, int]:
