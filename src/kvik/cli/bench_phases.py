@@ -26,7 +26,7 @@ PHASE_OF = {
     "_inputs": "prepare", "_plan": "prepare", "_embedding_kernel": "embedding",
     "_gemv_kernel": "projections", "_skinny_kernel": "projections", "_linear_hopper": "projections",
     "_rms_norm_kernel": "row operations", "_rope_kernel": "row operations", "_silu_mul_kernel": "row operations",
-    "_decode": "attention", "_prefill": "attention",
+    "_decode": "attention", "_prefill": "attention", "_hopper_prefill": "attention",
     "_count": "sampling", "_edit": "sampling", "_edit_lists": "sampling", "_peaks": "sampling", "_measure": "sampling",
     "_settle": "sampling", "_draw": "sampling", "_pick": "sampling", "_append": "update",
 }  # fmt: skip
