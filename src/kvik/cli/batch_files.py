@@ -1,7 +1,7 @@
 """The two files of a batch: requests, read line by line, and results, appended so that a killed run can go on.
 
 What a result file says about the requests that are done is all the state there is: custom_ids that were answered, and
-the numbers of input lines that were refused before they could run.
+the input lines that were refused before they could run, by number and content.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ class Done:
 
     def has_refused(self, number: int, line: bytes) -> bool:
         """Whether this line was refused before, as it is."""
-        return self.lines.get(number) == digest(line)
+        return number in self.lines and self.lines[number] == digest(line)
 
     def add(self, result: Mapping[str, Any]) -> None:
         error = result["response"]["body"].get("error") or {}

@@ -188,16 +188,16 @@ class _Reader:
         if line.startswith(_QUOTES):
             return self._quoted(line.removeprefix(_QUOTES))
         while line.endswith("\\"):
-            more = self._more_lines()
+            more = self._next_line()
             line = line[:-1] if more is None else f"{line[:-1]}\n{more}"
         return line
 
     def _quoted(self, text: str) -> str:
-        while not text.rstrip().endswith(_QUOTES) and (more := self._more_lines()) is not None:
+        while not text.rstrip().endswith(_QUOTES) and (more := self._next_line()) is not None:
             text += "\n" + more
         return text.rstrip().removesuffix(_QUOTES).strip("\n")
 
-    def _more_lines(self) -> str | None:
+    def _next_line(self) -> str | None:
         """The next line of a message, None where the input ends within it: it is complete then."""
         try:
             return self._line(self._more)

@@ -103,10 +103,12 @@ class HttpProcess:
         """Load the model's front half, say that it is there, and keep an eye on the engine."""
         try:
             await self.service.start()
+        except KvikError as error:
+            self._give_up(str(error))
+            return
         except Exception as error:  # noqa: BLE001  whatever it is, nobody must wait for ever
-            if not isinstance(error, KvikError):
-                logger.exception("the model's tokenizer and template cannot be loaded")
-            self._give_up(str(error) if isinstance(error, KvikError) else repr(error))
+            logger.exception("the model's tokenizer and template cannot be loaded")
+            self._give_up(repr(error))
             return
         ready = self.service.client.ready
         assert ready is not None

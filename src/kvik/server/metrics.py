@@ -71,13 +71,12 @@ class Metrics:
         usage, metrics = request.usage, request.metrics
         self._success.labels(self._model, str(request.finish_reason)).inc()
         self._prompt_tokens.labels(self._model).inc(usage.prompt_tokens)
-        if not request.embedding:  # its one token was sampled for nobody
-            self._output_tokens.labels(self._model).inc(usage.completion_tokens)
         self._queries.labels(self._model).inc(usage.prompt_tokens)
         self._hits.labels(self._model).inc(usage.cached_tokens)
         self._preemptions.labels(self._model).inc(metrics.num_preemptions)
         self._prompt_size.labels(self._model).observe(usage.prompt_tokens)
-        if not request.embedding:
+        if not request.embedding:  # its one token was sampled for nobody
+            self._output_tokens.labels(self._model).inc(usage.completion_tokens)
             self._output_size.labels(self._model).observe(usage.completion_tokens)
         self._e2e.labels(self._model).observe(metrics.total_time)
         for histogram, seconds in (
