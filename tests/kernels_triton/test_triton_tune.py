@@ -29,6 +29,7 @@ from kvik.cli import tune as command
 from kvik.cli.main import main
 from kvik.config import EngineConfig
 from kvik.errors import ConfigError
+from kvik.kernels.triton import dispatch
 from kvik.kernels.triton.candidates import BLAS, MAX_TOKENS, Limits, candidates, decoder_cases, refinements
 from kvik.kernels.triton.dispatch import Case, Plan, Table, cache_path, load_table, save_measured
 from kvik.kernels.triton.features import knows_gluon
@@ -340,6 +341,13 @@ def test_a_plan_that_does_not_run_has_no_time() -> None:
     assert steps == [{"tokens": 1, "us": 2.0, "before_us": None}]
     assert command._step_line(steps[0]).endswith("; -")
     assert re.search(r" 2\.0 +- +- +-  gemv block_n 64 block_k 128 num_warps 4$", command._row(command._result(timing)))
+
+
+@pytest.mark.parametrize("path", dispatch._PATHS)
+def test_plans_of_every_path_are_shown(path: str) -> None:
+    plan = Plan(path=path, num_stages=4)
+    row = command._row(command._result(tune.Timing(Case("linear", 8, 64, 32, "bfloat16"), {plan: 2.0}, plan)))
+    assert path in row.split() and ("num_stages 4" in row) == (path in ("skinny", "hopper"))
 
 
 @pytest.mark.parametrize("size", [0, 257])

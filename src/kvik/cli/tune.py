@@ -34,6 +34,7 @@ _BATCHES = (1, 2, 4, 8, 16, 32, 40, 64, 128, 256)
 _PATH_FIELDS = {
     "gemv": ("block_n", "block_k", "num_warps"),
     "skinny": ("block_n", "block_k", "block_t", "split_k", "num_warps", "num_stages", "prefetch", "tma"),
+    "hopper": ("block_n", "block_t", "split_k", "num_stages"),
     "blas": (),
 }
 
