@@ -154,16 +154,18 @@ class AsyncLLM:
             stream.put(error)
 
     def _obey(self) -> bool:
-        """Run the commands that came, waiting for one when there is nothing else to do; False to stop."""
+        """Run the commands that came, and those that come before there is something else to do; False to stop."""
         engine = self.llm_engine.engine
-        while not (self._commands.empty() and engine.has_unfinished()):
-            if self._commands.empty() and engine.get_ready():
+        while True:
+            if self._commands.empty() and not engine.has_unfinished() and engine.get_ready():
                 continue
-            command = self._commands.get()
+            try:
+                command = self._commands.get(timeout=engine.slack() if engine.has_unfinished() else None)
+            except queue.Empty:
+                return True
             if command is None:
                 return False
             command()
-        return True
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

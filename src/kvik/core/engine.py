@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import deque
+from dataclasses import dataclass
 
+from kvik.core.pace import Pace
 from kvik.core.plan import StepPlan
 from kvik.core.request import Request
 from kvik.core.scheduler import Scheduler
@@ -16,6 +18,16 @@ from kvik.tracing import NO_TRACE, NoTrace
 __all__ = ["Engine"]
 
 
+@dataclass(slots=True)
+class _Submitted:
+    """A step on the device: when it was handed over, and what planning it and handing it over took, in seconds."""
+
+    plan: StepPlan
+    at: float
+    schedule_time: float
+    submit_time: float
+
+
 class Engine:
     """Runs requests to their ends. Not thread-safe: one thread calls it."""
 
@@ -24,7 +36,9 @@ class Engine:
         self.executor = executor
         self.stats = EngineStats()
         self._tracer = tracer
-        self._submitted: deque[tuple[StepPlan, float, float]] = deque()
+        self._submitted: deque[_Submitted] = deque()
+        self._pace = Pace()
+        self._begun = 0.0  # when the device began with the oldest of them
 
     def step(self) -> list[SequenceOutput]:
         """Advance every running sequence by one step and return what is new, terminal outputs included."""
@@ -35,6 +49,12 @@ class Engine:
         while self._submitted and not (self.scheduler.num_running or self.scheduler.num_waiting):
             self._collect()  # a step for sequences that have ended meanwhile; it still holds their blocks
         return self.drain()
+
+    def slack(self) -> float:
+        """Seconds that `step` may wait for more requests: until then the device has work. 0 without running ahead."""
+        if not self._submitted or len(self._submitted) > self.scheduler.config.run_ahead:
+            return 0.0
+        return self._pace.slack(self._submitted[0].plan, time.perf_counter() - self._begun)
 
     def drain(self) -> list[SequenceOutput]:
         """Outputs that came without a step, such as the ends of requests that were finished from outside."""
@@ -73,19 +93,24 @@ class Engine:
             return False
         planned = time.perf_counter()
         self.executor.submit(plan)
-        self._submitted.append((plan, planned - begin, time.perf_counter() - planned))
+        now = time.perf_counter()
+        if not self._submitted:
+            self._begun = now
+        self._submitted.append(_Submitted(plan, now, planned - begin, now - planned))
         return True
 
     def _collect(self) -> None:
         """Wait for the oldest step and take in its result."""
         begin = time.perf_counter()
         result = self.executor.collect()
-        plan, schedule_time, submit_time = self._submitted.popleft()
-        collected = time.perf_counter()
+        step, collected = self._submitted.popleft(), time.perf_counter()
+        if step.at < self._begun:  # before the device was done with the step before
+            self._pace.add(step.plan, collected - self._begun, collected - begin)
+        self._begun = collected
         with self._tracer.span("update"):
             self.scheduler.update(result)
-        execute_time = submit_time + collected - begin
-        self._record(plan, schedule_time, execute_time, time.perf_counter() - collected)
+        execute_time = step.submit_time + collected - begin
+        self._record(step.plan, step.schedule_time, execute_time, time.perf_counter() - collected)
 
     def _record(self, plan: StepPlan, schedule_time: float, execute_time: float, update_time: float) -> None:
         num_decode = plan.num_decodes

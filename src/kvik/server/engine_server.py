@@ -87,7 +87,7 @@ class EngineServer:
     def run(self) -> None:
         """Serve. An exception of the engine ends the loop: a failure that no single request caused."""
         while not self._stopping:
-            self._receive(wait=not (self._engine.has_unfinished() or self._engine.get_ready()))
+            self._receive()
             self._take_compiled()
             if self._engine.has_unfinished():
                 self._deliver(self._engine.step())
@@ -102,11 +102,17 @@ class EngineServer:
 
     # In
 
-    def _receive(self, *, wait: bool) -> None:
-        """Obey every message that is there; with `wait`, until one comes or it is time for something else."""
-        patience = COMPILING_INTERVAL if self._compiling else STATUS_INTERVAL
-        if wait and not self._socket.poll(int(patience * 1000)):
+    def _receive(self) -> None:
+        """Obey every message that is there, and those that come before there is something else to do."""
+        if self._engine.has_unfinished():
+            while self._socket.poll(int(1000 * self._engine.slack())):
+                self._obey_all()
             return
+        patience = COMPILING_INTERVAL if self._compiling else STATUS_INTERVAL
+        if self._engine.get_ready() or self._socket.poll(int(1000 * patience)):
+            self._obey_all()
+
+    def _obey_all(self) -> None:
         while True:
             try:
                 peer, data = self._socket.recv_multipart(zmq.NOBLOCK)
