@@ -82,6 +82,8 @@ def torch_linear(weight: Tensor, fmt: str, rows: int) -> Callable[[Tensor], Tens
     """torch's best operation for `rows` rows of a weight [out, in], or None where it has none."""
     if fmt in ("bf16", "fp32"):
         dtype = torch.bfloat16 if fmt == "bf16" else torch.float32
+        if dtype is torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():  # AVX2: nothing to pack for
+            return lambda x: torch.nn.functional.linear(x, weight)
         packed = torch.ops.mkldnn._reorder_linear_weight(weight.to(dtype))
         return lambda x: torch.ops.mkldnn._linear_pointwise(x.to(dtype), packed, None, "none", [], "")
     if fmt == "int8":

@@ -178,20 +178,23 @@ static void read(const void* data, int64_t bytes) {
 
 static inline void opaque(void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// `products` dot products of two words, in registers only: the loops over the chains are unrolled, for an array that is
-// indexed by a variable lies in memory, and the compiler must not see that all chains hold the same.
+// `products` dot products in registers only: kRowsInRegisters words times two, over and over. The loops over the chains
+// are unrolled, for an array that is indexed by a variable lies in memory; the compiler must see neither that all chains
+// hold the same nor that the words never change, which each turn loads anew.
 template <class Dot>
 static void multiply(int64_t products) {
-  constexpr int kChains = 2 * kRowsInRegisters;
+  constexpr int kRows = kRowsInRegisters, kChains = 2 * kRows;
   typename Dot::Acc chains[kChains], acc[kChains];
+  I words[kRows + 2];
   for (int i = 0; i < kChains; ++i) clear(chains[i]);
+  for (int i = 0; i < kRows + 2; ++i) words[i] = as_int(setf(1.0f));
   opaque(chains);
-  I a = as_int(setf(1.0f)), b = as_int(setf(0.5f));
+  opaque(words);
 #pragma GCC unroll 32
   for (int i = 0; i < kChains; ++i) acc[i] = chains[i];
   for (int64_t n = 0; n < products; n += kChains * kLanes) {
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) acc[i] = Dot::dot(acc[i], a, b);
+    for (int i = 0; i < kChains; ++i) acc[i] = Dot::dot(acc[i], words[i / 2], words[kRows + i % 2]);
     asm volatile("" ::: "memory");
   }
 #pragma GCC unroll 32
