@@ -110,21 +110,32 @@ static inline void block_int4(const uint32_t* a, int tile_rows, const uint8_t* b
 #pragma GCC unroll 8
       for (int j = 0; j < Vecs; ++j) acc[m][j] = seti(sums[m]);
     const uint8_t* p = b + 64 + first_vector * kLanes * 4;
-#pragma GCC unroll 4
-    for (int q = 0; q < 4 * Subs; ++q) {
-      if (Rows <= 8) prefetch(p + kPrefetch), prefetch(p + kPrefetch + 64);
-#pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) {
-        I both = loadw(p + j * kLanes * 4);
-        I even = low_nibbles(both), odd = high_nibbles(both);
+    for (int sub = 0; sub < Subs; ++sub) {
+      I part[Rows][Vecs];
 #pragma GCC unroll 16
-        for (int m = 0; m < Rows; ++m) {
-          acc[m][j] = dot4(acc[m][j], even, bcastw(a + m));
-          acc[m][j] = dot4(acc[m][j], odd, bcastw(a + tile_rows + m));
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) part[m][j] = nibbles_begin(acc[m][j]);
+#pragma GCC unroll 4
+      for (int q = 0; q < 4; ++q) {
+        if (Rows <= 8) prefetch(p + kPrefetch), prefetch(p + kPrefetch + 64);
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) {
+          I both = loadw(p + j * kLanes * 4);
+          I even = low_nibbles(both), odd = high_nibbles(both);
+#pragma GCC unroll 16
+          for (int m = 0; m < Rows; ++m) {
+            part[m][j] = nibbles_dot(part[m][j], even, bcastw(a + m));
+            part[m][j] = nibbles_dot(part[m][j], odd, bcastw(a + tile_rows + m));
+          }
         }
+        p += 128;
+        a += 2 * tile_rows;
       }
-      p += 128;
-      a += 2 * tile_rows;
+#pragma GCC unroll 16
+      for (int m = 0; m < Rows; ++m)
+#pragma GCC unroll 8
+        for (int j = 0; j < Vecs; ++j) acc[m][j] = nibbles_end(acc[m][j], part[m][j]);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Vecs; ++j) {

@@ -98,6 +98,11 @@ static inline I dot4(I acc, I w, I a) {
   return addi(acc, addi(even, odd));
 }
 
+// Sums of eight words of nibbles fit in 16 bits: 8 * 2 * 15 * 128 < 2^15.
+static inline I nibbles_begin(I) { return _mm256_setzero_si256(); }
+static inline I nibbles_dot(I part, I w, I a) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, a)); }
+static inline I nibbles_end(I acc, I part) { return addi(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
+
 // 2^x for x <= 127, relative error below 2e-7; from -126 on down it stays 2^-126
 static inline F exp2_f(F x) {
   x = maxf(x, setf(-126.0f));

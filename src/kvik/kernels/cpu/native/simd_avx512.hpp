@@ -99,6 +99,17 @@ static inline I dot4(I acc, I w, I a) {
 #endif
 }
 
+// Up to eight words of nibbles: begin with a sum, add dot products to what that gave, end with both.
+#if KVIK_HAS_VNNI
+static inline I nibbles_begin(I acc) { return acc; }
+static inline I nibbles_dot(I part, I w, I a) { return dot4(part, w, a); }
+static inline I nibbles_end(I, I part) { return part; }
+#else  // 8 * 2 * 15 * 128 < 2^15
+static inline I nibbles_begin(I) { return _mm512_setzero_si512(); }
+static inline I nibbles_dot(I part, I w, I a) { return _mm512_add_epi16(part, _mm512_maddubs_epi16(w, a)); }
+static inline I nibbles_end(I acc, I part) { return addi(acc, _mm512_madd_epi16(part, _mm512_set1_epi16(1))); }
+#endif
+
 // 2^x for x <= 127, relative error below 2e-7
 static inline F exp2_f(F x) {
   F whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);

@@ -96,6 +96,10 @@ static inline I dot4(I acc, I w, I a) {
   return acc + ((w >> 16) & byte) * ((a << 8) >> 24) + ((w >> 24) & byte) * (a >> 24);
 }
 
+static inline I nibbles_begin(I acc) { return acc; }
+static inline I nibbles_dot(I part, I w, I a) { return dot4(part, w, a); }
+static inline I nibbles_end(I, I part) { return part; }
+
 // 2^x for x <= 127, relative error below 2e-7; from -126 on down it stays 2^-126
 static inline F exp2_f(F x) {
   x = maxf(x, setf(-126.0f));
