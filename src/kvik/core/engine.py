@@ -39,13 +39,16 @@ class Engine:
         self._submitted: deque[_Submitted] = deque()
         self._pace = Pace()
         self._begun = 0.0  # when the device began with the oldest of them
+        self._held_from = 0.0  # when the next step could have been planned, if it was not; else 0
 
     def step(self) -> list[SequenceOutput]:
         """Advance every running sequence by one step and return what is new, terminal outputs included."""
+        held = time.perf_counter() - self._held_from if self._held_from else 0.0
+        self._held_from = 0.0
         while len(self._submitted) <= self.scheduler.config.run_ahead and self._submit():
             pass
         if self._submitted:
-            self._collect()
+            self._collect(held)
         while self._submitted and not (self.scheduler.num_running or self.scheduler.num_waiting):
             self._collect()  # a step for sequences that have ended meanwhile; it still holds their blocks
         return self.drain()
@@ -54,7 +57,11 @@ class Engine:
         """Seconds that `step` may wait for more requests: until then the device has work. 0 without running ahead."""
         if not self._submitted or len(self._submitted) > self.scheduler.config.run_ahead:
             return 0.0
-        return self._pace.slack(self._submitted[0].plan, time.perf_counter() - self._begun)
+        now = time.perf_counter()
+        slack = self._pace.slack(self._submitted[0].plan, now - self._begun)
+        if slack > 0 and not self._held_from:
+            self._held_from = now
+        return slack
 
     def drain(self) -> list[SequenceOutput]:
         """Outputs that came without a step, such as the ends of requests that were finished from outside."""
@@ -79,6 +86,7 @@ class Engine:
         """Abort everything, also after an exception (Ctrl-C, say) left a step unfinished."""
         self.executor.reset()
         self._submitted.clear()
+        self._held_from = 0.0
         self.scheduler.abandon()
 
     def close(self) -> None:
@@ -99,8 +107,8 @@ class Engine:
         self._submitted.append(_Submitted(plan, now, planned - begin, now - planned))
         return True
 
-    def _collect(self) -> None:
-        """Wait for the oldest step and take in its result."""
+    def _collect(self, held: float = 0.0) -> None:
+        """Wait for the oldest step and take in its result. `held`: seconds that the caller has waited for it before."""
         begin = time.perf_counter()
         result = self.executor.collect()
         step, collected = self._submitted.popleft(), time.perf_counter()
@@ -109,7 +117,7 @@ class Engine:
         self._begun = collected
         with self._tracer.span("update"):
             self.scheduler.update(result)
-        execute_time = step.submit_time + collected - begin
+        execute_time = step.submit_time + held + collected - begin
         self._record(step.plan, step.schedule_time, execute_time, time.perf_counter() - collected)
 
     def _record(self, plan: StepPlan, schedule_time: float, execute_time: float, update_time: float) -> None:

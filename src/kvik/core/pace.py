@@ -17,14 +17,14 @@ from kvik.core.plan import StepPlan
 __all__ = ["Pace"]
 
 _TRUST = 0.75  # of what steps took before
-_MARGIN = 0.004  # seconds to plan and to start a step, many new requests included
+_MARGIN = 0.002  # seconds to plan and to start a step
 
 
 class Pace:
     """Remembers the last two times that a step of a size took, in seconds; 0 for one that is not known."""
 
     def __init__(self) -> None:
-        self._seconds: dict[tuple[int, bool], tuple[float, float]] = {}
+        self._seconds: dict[tuple[int, int], tuple[float, float]] = {}
 
     def add(self, plan: StepPlan, seconds: float, waited: float) -> None:
         """A step's result was there so long after that of the step before, of which the host waited for it. If it came
@@ -38,8 +38,10 @@ class Pace:
         return max(0.0, _TRUST * expected - elapsed - _MARGIN)
 
 
-def _size(plan: StepPlan) -> tuple[int, bool]:
-    """What steps of about one duration share: the number of tokens within an eighth, and whether all of them decode."""
+def _size(plan: StepPlan) -> tuple[int, int]:
+    """What steps of about one duration share: the number of tokens within an eighth, whether all of them decode, and
+    else how far the prompts are, within a factor of two."""
     num_tokens = plan.num_tokens
     shift = max(0, num_tokens.bit_length() - 4)
-    return -(-num_tokens >> shift) << shift, bool(plan.chunks)
+    furthest = max([chunk.start for chunk in plan.chunks], default=-1)
+    return -(-num_tokens >> shift) << shift, (furthest + 1).bit_length()
