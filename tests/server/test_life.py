@@ -171,16 +171,20 @@ def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
         wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
 
 
-def test_drain_has_an_end(big_model: str, tmp_path: Path) -> None:
-    with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--drain-timeout", "0") as served:
+@pytest.mark.parametrize("timeout, signals", [("0", 1), ("600", 2)], ids=["time is up", "a second signal"])
+def test_drain_has_an_end(timeout: str, signals: int, big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--drain-timeout", timeout) as served:
         streams = started(served)
         begin = time.monotonic()
-        served.process.send_signal(signal.SIGTERM)
+        for _ in range(signals):
+            served.process.send_signal(signal.SIGTERM)
+            time.sleep(0.3)
         assert served.process.wait(20) == 0
         assert time.monotonic() - begin < 15
         for stream in streams:
             stream.join(5)
             assert stream.events[-1]["error"]["code"] == "shutting_down"
+        assert "supervisor is gone" not in (tmp_path / "log").read_text()
 
 
 def test_vanished_clients_free_their_blocks(served: Served) -> None:

@@ -40,6 +40,7 @@ class HttpProcess:
         self._code = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._patience = 0.0  # seconds that open requests have left to end
         config = settings.server
         self._server = uvicorn.Server(
             uvicorn.Config(
@@ -78,15 +79,16 @@ class HttpProcess:
             self._give_up("the engine process ended" if word == ENGINE_ENDED else "the supervisor is gone")
 
     def drain(self) -> None:
-        """Take no more requests, let the open ones finish, then end."""
+        """Take no more requests, let the open ones finish, then end. Asked again, end them."""
+        self._patience = 0.0 if self._ending else self._settings.server.drain_timeout
         self.service.draining = True
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._drain())
 
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
-        end = loop.time() + self._settings.server.drain_timeout
-        while self.service.num_open and loop.time() < end:
+        begin = loop.time()
+        while self.service.num_open and loop.time() < begin + self._patience:
             await asyncio.sleep(0.05)
         self.service.shut_down()
         self._server.should_exit = True

@@ -191,14 +191,17 @@ class Supervisor:
                 logger.error("the %s (pid %d) ended with code %s", failed[0].name, failed[0].pid, failed[0].code)
                 return failed[0].code or 1
             time.sleep(POLL)
-        for child in https:
-            child.tell(DRAIN)
-        end = time.monotonic() + self._settings.server.drain_timeout + GRACE
-        while any(child.code is None for child in https) and time.monotonic() < end and self._asked < 2:
-            if engine.code is not None:
-                return self._engine_ended(engine, https)
-            time.sleep(POLL)
-        return max((abs(child.code or 0) for child in https), default=0) if self._asked < 2 else 1
+        for times, patience in ((1, self._settings.server.drain_timeout), (2, 0.0)):
+            for child in https:
+                child.tell(DRAIN)
+            end = time.monotonic() + patience + GRACE
+            while any(child.code is None for child in https) and time.monotonic() < end and self._asked <= times:
+                if engine.code is not None:
+                    return self._engine_ended(engine, https)
+                time.sleep(POLL)
+            if self._asked <= times:
+                break
+        return max((abs(child.code or 0) for child in https), default=0)
 
     def _engine_ended(self, engine: _Child, https: list[_Child]) -> int:
         """Let open streams end with an error. A start that failed has the engine's own code, a death is a 1."""
@@ -213,7 +216,7 @@ class Supervisor:
         return 2 if code == 2 else 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        """The first signal asks for a graceful end, the second one for an end."""
+        """The first signal asks for an end when open requests have ended, the second one for an end at once."""
         self._asked += 1
 
 
