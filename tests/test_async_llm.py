@@ -48,7 +48,10 @@ async def until_idle(llm: AsyncLLM) -> None:
     assert len(engine._processor) == 0
 
 
-def test_many_callers_get_their_own_text(llm: AsyncLLM) -> None:
+@pytest.mark.parametrize("slack", [0.0, 0.002])
+def test_many_callers_get_their_own_text(llm: AsyncLLM, slack: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llm.llm_engine.engine, "slack", lambda: slack)
+
     async def main() -> None:
         prompts = [[3 + i, 9, 12] for i in range(24)]
         params = [SamplingParams(max_tokens=5 + i % 7, seed=i, ignore_eos=True) for i in range(24)]

@@ -93,6 +93,13 @@ def test_ugly_prefills_decodes_and_mixes(dtype: torch.dtype, window: int | None,
     check(*case([*UGLY, 60, 17, 90], [1, 1, 1, 1, 1, 60, 9, 1], heads, dtype), window=window)
 
 
+@pytest.mark.parametrize("wide", [False, True], ids=["its own", "float32"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_both_types_of_products(dtype: torch.dtype, wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_product_type", lambda given: torch.float32 if wide else given)
+    check(*case([*UGLY, 60, 17], [1, 1, 1, 1, 1, 60, 9], (6, 2, 80), dtype), window=20)
+
+
 @pytest.mark.parametrize("group", range(1, 17))
 def test_every_group_size(group: int) -> None:
     check(*case([33, 40, 20], [1, 1, 20], (group * 2, 2, 16)))

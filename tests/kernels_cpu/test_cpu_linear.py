@@ -208,6 +208,19 @@ def test_long_inputs_do_not_overflow_int8(isa: str) -> None:
         assert close(got, x.sum().expand(1, 2), 1e-5 if fine else 0.01)
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("fmt", ["int4g32", "int4g128"])
+def test_the_largest_sums_of_int4_fit_where_they_are_kept(fmt: str, isa: str) -> None:
+    q = torch.tensor([7, -8, 7, -8], dtype=torch.int8)[:, None].repeat(1, 256)
+    q[2, 1::2], q[3, 1::2] = -8, 7
+    w = pack_quantized(q, torch.ones(4, 256 // int(fmt[5:])), None, fmt, pool=pool(isa))
+    signs = torch.ones(5, 256)
+    signs[1], signs[2, ::2], signs[3, 1::2], signs[4, :128] = -1, -1, -1, -1
+    for rows in (1, 2, 5):
+        x = signs[:rows]
+        assert close(NativeOps(pool(isa)).linear(x, w), expected(x, w, None, isa), 1e-6)
+
+
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"unknown weight format 'int8g32'.*Kvik has"):
         pack_linear(noise(4, 4), None, "int8g32", pool=pool())
