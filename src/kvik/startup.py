@@ -129,7 +129,7 @@ def build_engine(
         if compiler is not None:
             with ledger.phase("kernels"):
                 compiler.wait()
-            with ledger.phase("graphs"):
+            with ledger.phase("warm-up"):
                 _warm_up(runner, settings)
                 compiler.leave_mark()
         if prepared is not None:
@@ -158,7 +158,7 @@ def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextMa
 
 
 def _warm_up(runner: Runner, settings: SchedulerConfig) -> None:
-    """Launch every kernel once, and capture the graphs of most sizes of steps: no request waits for a compiler."""
+    """Launch every kernel once, and capture the largest graphs: no request waits for a compiler."""
     from kvik.runtime.gpu_runner import GpuRunner
     from kvik.runtime.warm_up import warm_up
 

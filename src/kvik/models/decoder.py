@@ -8,7 +8,7 @@ The decoder owns its weights and RoPE table; the KV cache and the batch are argu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -90,6 +90,12 @@ class Decoder:
             hidden = self._mlp(layer, hidden)
         normed = self.ops.rms_norm(hidden, self.weights.final_norm, self.spec.rms_norm_eps)
         return normed if batch.logit_indices is None else normed.index_select(0, batch.logit_indices)
+
+    def shallow(self) -> Decoder:
+        """This model cut to `DecoderSpec.shallow`, with the same tensors: what it gives means nothing."""
+        layers = tuple(self.weights.layers[i] for i in self.spec.shallow_layers)
+        weights = replace(self.weights, layers=layers)
+        return Decoder(self.spec.shallow(), weights, self.rope, self.ops, self.attention)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token: [num_rows, hidden_size] from `forward` -> [num_rows, vocab_size] fp32."""

@@ -7,7 +7,7 @@ is the one decoder made from it; `spec_from_config` reads what all architectures
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -80,6 +80,17 @@ class DecoderSpec:
         qkv = self.q_size + 2 * self.kv_size
         biases = (qkv if self.qkv_bias else 0) + (self.hidden_size if self.o_bias else 0)
         return norms + biases + (2 * self.intermediate_size + self.hidden_size if self.mlp_bias else 0)
+
+    @property
+    def shallow_layers(self) -> tuple[int, ...]:
+        """The first two layers of each window: they launch every kernel that all layers do, the first and one that
+        follows another."""
+        return tuple(i for i, window in enumerate(self.windows) if self.windows[:i].count(window) < 2)
+
+    def shallow(self) -> DecoderSpec:
+        """The same decoder with its `shallow_layers` alone."""
+        kept = self.shallow_layers
+        return replace(self, num_layers=len(kept), windows=tuple(self.windows[i] for i in kept))
 
     def weight_bytes(self, dtype: torch.dtype, bits: float | None = None, head_bits: float | None = None) -> int:
         """Bytes of all weights in `dtype`; with the projections of the blocks at `bits` and the head at `head_bits`."""

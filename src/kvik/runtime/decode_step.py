@@ -55,6 +55,10 @@ class SamplerPath:
         return sample(logits, rows, table, work, edits=self.edits, top_k=self.top_k, top_p=self.top_p, min_p=self.min_p)
 
 
+PLAIN = SamplerPath(edits=False, top_k=False, top_p=False, min_p=False)
+"""Greedy rows, and those that draw from all tokens."""
+
+
 def buckets(max_rows: int) -> tuple[int, ...]:
     """Numbers of rows that steps are padded to: 1, 2, 4, every 8 up to 64, every 16 up to 128, then every 32."""
     sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 128, 16), *range(128, max_rows, 32)]
@@ -103,6 +107,11 @@ class DecodeStep:
         self._buckets: dict[int, _Bucket] = {}
         self._graphs: dict[tuple[int, SamplerPath], Graph] = {}
 
+    def shallow(self, model: Decoder) -> DecodeStep:
+        """Steps of the shallow model, without graphs, of the same rows."""
+        kv_pool = self._kv_pool.shallow(model.spec.num_layers)
+        return DecodeStep(model, self._attention, kv_pool, self._table, self._work, None)
+
     def run(self, rows: list[int], path: SamplerPath) -> Callable[[], list[int]]:
         """Decode one token of each table row: a function that waits for them."""
         size = next(size for size in self._sizes if size >= len(rows))
@@ -119,11 +128,11 @@ class DecodeStep:
         return tokens
 
     def get_ready(self) -> bool:
-        """Capture a graph that is missing of a path that was taken, the largest first; False if none is.
+        """Capture a graph that is missing of the plain path or one that was taken, the largest first; False if none is.
 
         What it launches is compiled: the layers since the start, and the sampler for every number of rows.
         """
-        paths = {path for _, path in self._graphs}
+        paths = {PLAIN, *(path for _, path in self._graphs)}
         keys = itertools.product(reversed(self._sizes), paths)
         missing = next((key for key in keys if key not in self._graphs), None)
         if self._pool is None or missing is None:

@@ -108,6 +108,20 @@ class GpuRunner:
                 self._table.num_tokens[decodes.index] += 1
         return lambda: self._collect(plan, step)
 
+    def shallow(self) -> GpuRunner:
+        """A runner of `Decoder.shallow` and the same rows, without graphs. It launches every kernel that this does."""
+        model = self._model.shallow()
+        decode = None if self._decode is None else self._decode.shallow(model)
+        return GpuRunner(model, self._table, decode, self._mixed_step.shallow(model), self._work)
+
+    @torch.inference_mode()
+    def capture_largest(self) -> None:
+        """Capture the largest graph of each kind. All others share their memory, which thus is there from the start."""
+        self._choose_device()
+        self._mixed_step.get_ready()
+        if self._decode is not None:
+            self._decode.get_ready()
+
     @torch.inference_mode()
     def get_ready(self) -> bool:
         """Capture a graph that a later step would have to capture first; False without one, or without memory."""
@@ -115,7 +129,7 @@ class GpuRunner:
             return False
         self._choose_device()
         try:
-            return self._mixed_step.get_ready() or (self._decode is not None and self._decode.get_ready())
+            return (self._decode is not None and self._decode.get_ready()) or self._mixed_step.get_ready()
         except torch.OutOfMemoryError as error:
             logger.warning("graphs that are missing are not captured in advance: %s", error)
             self._has_memory = False

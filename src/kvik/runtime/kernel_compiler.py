@@ -20,7 +20,7 @@ import os
 import signal
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -78,11 +78,8 @@ class CompileJob:
         return Path(triton.knobs.cache.dir) / f"kvik-{digest.hexdigest()[:32]}"
 
     def meta_runner(self) -> GpuRunner:
-        """The runner of such an engine on the meta device, where tensors have no memory, with few layers: two of each
-        kind launch every kernel there is, the first and one that follows another."""
-        kept = [window for i, window in enumerate(self.spec.windows) if self.spec.windows[:i].count(window) < 2]
-        spec = replace(self.spec, num_layers=len(kept), windows=tuple(kept))
-        settings, meta = self.settings, torch.device("meta")
+        """The runner of such an engine on the meta device, where tensors have no memory, with few layers."""
+        spec, settings, meta = self.spec.shallow(), self.settings, torch.device("meta")
         features = Features.of_capability(self.capability)
         num_seqs, max_len = settings.max_num_seqs, settings.max_model_len
         weights = build_weights(spec, self.dtype, meta, fill=lambda views: None)

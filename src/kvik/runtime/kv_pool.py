@@ -7,6 +7,8 @@ All layers of a block lie side by side, so that a short prompt touches little me
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,12 @@ class KVPool:
             KVLayer(*_halves(self.blocks, i), *(_halves(self.scales, i) if self.scales is not None else ()))
             for i in range(spec.num_layers)
         )
+
+    def shallow(self, num_layers: int) -> KVPool:
+        """The same memory, of which a model of so few layers knows the first."""
+        pool = copy.copy(self)
+        pool.layers = self.layers[:num_layers]
+        return pool
 
 
 def _halves(tensor: Tensor, layer: int) -> tuple[Tensor, Tensor]:

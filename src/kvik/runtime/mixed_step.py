@@ -84,6 +84,10 @@ class MixedStep:
         self._max_seqs = len(table.num_tokens)
         self._captured: dict[int, _Captured] = {}
 
+    def shallow(self, model: Decoder) -> MixedStep:
+        """Steps of the shallow model, without graphs, of the same rows."""
+        return MixedStep(model, self._attention, self._kv_pool.shallow(model.spec.num_layers), self._table, None)
+
     def run(self, parts: MixedParts) -> Tensor:
         """Hidden states after the final norm of the tokens at `logit_indices`: [num_rows, hidden_size].
 

@@ -1,7 +1,7 @@
 """Step plans that launch every kernel an engine on a GPU will need, so that no request waits for one to be compiled.
 
-They are run twice: on torch's meta device, where a launch only compiles (`kvik.runtime.kernel_compiler`), and on the
-GPU itself before the engine is ready, which loads what was compiled.
+They are run twice, with few layers: on torch's meta device, where a launch only compiles
+(`kvik.runtime.kernel_compiler`), and on the GPU itself before the engine is ready, which loads what was compiled.
 """
 
 from __future__ import annotations
@@ -25,26 +25,25 @@ _EVERYTHING = SamplingParams(temperature=1.0, top_k=2, top_p=0.5, min_p=0.1, pre
 
 
 def warm_up(runner: GpuRunner, settings: SchedulerConfig) -> None:
-    """Run all plans. What they leave in the runner's table and in the KV cache means nothing."""
+    """Run all plans, and capture the largest graphs. What is left in the runner's table and the KV cache means nothing.
+
+    The other graphs are captured while the engine has nothing to do, or when a step of their size first comes.
+    """
+    shallow = runner.shallow()
     for plan in warm_up_plans(settings):
-        runner.start(plan)
+        shallow.start(plan)
+    runner.capture_largest()
     runner.reset()
 
 
 def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
-    """Decode steps of every size, one with every pass of the sampler, and prompts of every bucket of tokens, and of the
-    parts of a bucket that programs of `linear_hopper` are cut for.
+    """Prompts of every bucket of tokens, and of the parts of a bucket that programs of `linear_hopper` are cut for;
+    decode steps of every size, and one with every pass of the sampler.
 
-    All rows use KV block 0 alone, over and over. Steps with prompts of the sizes between launch the same kernels; their
-    graphs are captured while the engine has nothing to do, or when they first come.
+    The largest come first: what computes long prompts takes longest to compile. All rows use KV block 0 alone, over and
+    over. Steps with prompts of the sizes between launch the same kernels.
     """
     num_seqs, size = settings.max_num_seqs, settings.block_size
-    rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))
-    sizes = sorted(buckets(num_seqs), reverse=True)
-    yield StepPlan(0, rows, tuple((row, (0,)) for row in range(num_seqs)), tuple(range(num_seqs)), ())
-    for count in sizes[1:]:
-        yield StepPlan(0, (), (), tuple(range(count)), ())
-    yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
     budget = min(settings.max_num_batched_tokens, num_seqs * settings.max_model_len)
     coarse = {size for size in graph_sizes(budget) if size % 1024 == 0}
     cut = {cut * size // 8 for size in BUCKETS if 64 <= size <= MAX_TOKENS for cut in CUTS}
@@ -52,11 +51,17 @@ def warm_up_plans(settings: SchedulerConfig) -> Iterator[StepPlan]:
     for num_tokens in sorted({budget, *coarse, *(count for count in {*BUCKETS, *cut} if 1 < count < budget)}):
         full, rest = divmod(num_tokens, settings.max_model_len)
         prompts.append([settings.max_model_len] * full + [rest] * (rest > 0))
-    for lengths in (*prompts, *_large_steps_of_many(settings, budget)):
+    for lengths in (*reversed(prompts), *_large_steps_of_many(settings, budget)):
         rows = tuple(_row(row, length, _PLAIN) for row, length in enumerate(lengths))
         blocks = tuple((row, (0,) * -(-length // size)) for row, length in enumerate(lengths))
         chunks = tuple(Chunk(row, 0, length, sample=True) for row, length in enumerate(lengths))
         yield StepPlan(0, rows, blocks, (), chunks)
+    rows = tuple(_row(row, 1, _PLAIN) for row in range(num_seqs))
+    sizes = sorted(buckets(num_seqs), reverse=True)
+    yield StepPlan(0, rows, tuple((row, (0,)) for row in range(num_seqs)), tuple(range(num_seqs)), ())
+    for count in sizes[1:]:
+        yield StepPlan(0, (), (), tuple(range(count)), ())
+    yield StepPlan(0, (_row(0, 1, _EVERYTHING),), ((0, (0,)),), (0,), ())
 
 
 def _large_steps_of_many(settings: SchedulerConfig, budget: int) -> Iterator[list[int]]:
