@@ -58,17 +58,17 @@ struct NarrowTiles {
   static Tiling tiling(int rows) { return Tiling::of(rows, kRows); }
   static void begin(Scratch&) {}
 
-  static void pack(const uint32_t* rows, int count, int words, uint32_t* out) { interleave(rows, words, count, words, out); }
+  static void pack(const uint32_t* rows, int count, int words, uint32_t* out) { interleave(rows, words, count, words, out, count); }
   // scores [count][32] of rows kKeyTile apart = tile . panel of keys
   template <class Cache>
   static void score(int count, const uint32_t* queries, const uint32_t* keys, int words, float* scores) {
-    gemm<typename Cache::Dot, 1, false>(count, queries, count, (const uint8_t*)keys, words, scores, kKeyTile);
+    gemm<typename Cache::Dot, 1>(count, queries, count, (const uint8_t*)keys, words, scores, kKeyTile, false);
   }
   // acc [count][32] of rows `dims` apart += weights . panel of values
   template <class Cache>
   static void weigh(int count, typename Cache::Value* weights, const uint32_t* values, int words, float* acc, int dims) {
     constexpr int kPairs = kKeyTile / Cache::kPerWord;
-    gemm<typename Cache::Dot, kPairs, true>(count, (const uint32_t*)weights, 1, (const uint8_t*)values, words, acc, dims);
+    gemm<typename Cache::Dot, kPairs>(count, (const uint32_t*)weights, 1, (const uint8_t*)values, words, acc, dims, true);
   }
 };
 

@@ -178,12 +178,12 @@ static void read(const void* data, int64_t bytes) {
 
 static inline void opaque(void* memory) { asm volatile("" : : "r"(memory) : "memory"); }
 
-// `products` dot products in registers only: kRowsInRegisters words times two, over and over. The loops over the chains
+// `products` dot products in registers only: Dot::kRows words times two, over and over. The loops over the chains
 // are unrolled, for an array that is indexed by a variable lies in memory; the compiler must see neither that all chains
 // hold the same nor that the words never change, which each turn loads anew.
 template <class Dot>
 static void multiply(int64_t products) {
-  constexpr int kRows = kRowsInRegisters, kChains = 2 * kRows;
+  constexpr int kRows = Dot::kRows, kChains = 2 * kRows;
   typename Dot::Acc chains[kChains], acc[kChains];
   I words[kRows + 2];
   for (int i = 0; i < kChains; ++i) clear(chains[i]);
@@ -193,8 +193,11 @@ static void multiply(int64_t products) {
 #pragma GCC unroll 32
   for (int i = 0; i < kChains; ++i) acc[i] = chains[i];
   for (int64_t n = 0; n < products; n += kChains * kLanes) {
+#pragma GCC unroll 2
+    for (int part = 0; part < Dot::kParts; ++part)
 #pragma GCC unroll 32
-    for (int i = 0; i < kChains; ++i) acc[i] = Dot::dot(acc[i], words[i / 2], words[kRows + i % 2]);
+      for (int i = 0; i < kChains; ++i)
+        acc[i] = Dot::dot(acc[i], words[i / 2], Dot::weight(words[kRows + i % 2], part));
     asm volatile("" ::: "memory");
   }
 #pragma GCC unroll 32
@@ -204,6 +207,6 @@ static void multiply(int64_t products) {
 
 static void peak(int format, int64_t products, Scratch&) {
   if (format == KVIK_FP32) multiply<Fp32Dot>(products);
-  else if (format == KVIK_BF16) multiply<Bf16Dot>(products);
-  else multiply<Int8Dot>(products);
+  else if (format == KVIK_BF16) multiply<Bf16Product>(products);
+  else multiply<Int8Product>(products);
 }

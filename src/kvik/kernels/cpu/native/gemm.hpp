@@ -9,18 +9,43 @@
 //
 // A row's result is the same chain of operations whatever the other rows are, so it does not depend on the batch.
 
-struct Fp32Dot {
+struct Whole {  // words are multiplied as they lie in memory
+  static constexpr int kParts = 1, kRows = kRowsInRegisters;
+  static inline I weight(I w, int) { return w; }
+};
+struct Fp32Dot : Whole {
   using Acc = F;
   static inline Acc dot(Acc acc, I a, I b) { return dot1(acc, a, b); }
 };
-struct Bf16Dot {
+struct Bf16Dot : Whole {
   using Acc = F;
+  static constexpr int kRows = kRowsOfPairs;
   static inline Acc dot(Acc acc, I a, I b) { return dot2(acc, a, b); }
 };
-struct Int8Dot {  // weights are stored as unsigned bytes, 128 too large
+#if KVIK_HALVES
+// Projections are multiplied in halves of words. Those of activations lie side by side in a tile, taken apart once and not by
+// every product.
+struct Bf16Product {
+  using Acc = F;
+  static constexpr int kParts = 2, kRows = kRowsInRegisters;
+  static inline I input(I x, int part) { return half_of_bf16(x, part); }
+  static inline I weight(I w, int part) { return half_of_bf16(w, part); }
+  static inline Acc dot(Acc acc, I a, I b) { return dot_halves(acc, a, b); }
+};
+struct Int8Product {  // weights are stored as unsigned bytes, 128 too large
+  using Acc = I;
+  static constexpr int kParts = 2, kRows = kRowsInRegisters;
+  static inline I input(I x, int part) { return half_of_signed(x, part); }
+  static inline I weight(I w, int part) { return half_of_unsigned(w, part); }
+  static inline Acc dot(Acc acc, I a, I b) { return dot_halves(acc, a, b); }
+};
+#else
+using Bf16Product = Bf16Dot;
+struct Int8Product : Whole {  // as above
   using Acc = I;
   static inline Acc dot(Acc acc, I a, I b) { return dot4(acc, b, a); }
 };
+#endif
 
 static inline void prefetch(const void* p) { __builtin_prefetch(p, 0, 3); }
 static inline F start(const float* p) { return loadf(p); }
@@ -32,27 +57,35 @@ static inline void clear(I& x) { x = seti(0); }
 
 constexpr int kVectors = kPanel / kLanes;  // of a panel's word
 constexpr int kPrefetch = 4096;            // bytes ahead of a panel that is streamed from memory
+constexpr int kSlice = 96;                 // words of a panel in a slice of it: 12 KiB
 
-// c[m][...] (+)= a . b for `Rows` rows and `Vecs` vectors of outputs. Word k of row m is a[k * a_step + m * AStride].
-template <class Dot, int Rows, int Vecs, int AStride, bool Accumulate, class C>
-static inline void block(const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride) {
+// c[m][...] (+)= a . b for `Rows` rows and `Vecs` vectors of outputs. Word k of row m is a[k * a_step + m * AStride]; of two
+// parts, the other one is half a step further.
+template <class Dot, int Rows, int Vecs, int AStride, class C>
+static inline void block(const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride, bool more) {
   typename Dot::Acc acc[Rows][Vecs];
 #pragma GCC unroll 16
   for (int m = 0; m < Rows; ++m)
 #pragma GCC unroll 8
     for (int j = 0; j < Vecs; ++j)
-      if (Accumulate) acc[m][j] = start(c + m * c_stride + j * kLanes);
+      if (more) acc[m][j] = start(c + m * c_stride + j * kLanes);
       else clear(acc[m][j]);
   for (int k = 0; k < words; ++k) {
-    I w[Vecs];
+    if (Rows <= 8) prefetch(b + kPrefetch), prefetch(b + kPrefetch + 64);
+#pragma GCC unroll 2
+    for (int part = 0; part < Dot::kParts; ++part) {
+      I w[Vecs];
 #pragma GCC unroll 8
-    for (int j = 0; j < Vecs; ++j) w[j] = loadw(b + j * kLanes * 4);
-    if (Rows <= 8 && !Accumulate) prefetch(b + kPrefetch), prefetch(b + kPrefetch + 64);
+      for (int j = 0; j < Vecs; ++j) w[j] = Dot::weight(loadw(b + j * kLanes * 4), part);
 #pragma GCC unroll 16
-    for (int m = 0; m < Rows; ++m) {
-      I x = bcastw(a + m * AStride);
+      for (int m = 0; m < Rows; ++m) {
+        I x = bcastw(a + part * (a_step / Dot::kParts) + m * AStride);
 #pragma GCC unroll 8
-      for (int j = 0; j < Vecs; ++j) acc[m][j] = Dot::dot(acc[m][j], x, w[j]);
+        for (int j = 0; j < Vecs; ++j) {
+          acc[m][j] = Dot::dot(acc[m][j], x, w[j]);
+          if constexpr (Dot::kParts > 1 && Rows > 2) acc[m][j] = keep(acc[m][j]);
+        }
+      }
     }
     a += a_step;
     b += kPanel * 4;
@@ -64,29 +97,34 @@ static inline void block(const uint32_t* a, int64_t a_step, const uint8_t* b, in
 }
 
 // The whole panel for `Rows` rows: as many vectors at a time as the registers hold.
-template <class Dot, int Rows, int AStride, bool Accumulate, class C>
-static void rows_by_panel(const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride) {
-  constexpr int kMost = 2 * kRowsInRegisters / Rows;
+template <class Dot, int Rows, int AStride, class C>
+static void rows_by_panel(const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride, bool more) {
+  constexpr int kMost = 2 * Dot::kRows / Rows;
   constexpr int kAtOnce = kMost >= kVectors ? kVectors : kMost >= 4 ? 4 : 2;
   for (int j = 0; j < kVectors; j += kAtOnce)
-    block<Dot, Rows, kAtOnce, AStride, Accumulate>(a, a_step, b + j * kLanes * 4, words, c + j * kLanes, c_stride);
+    block<Dot, Rows, kAtOnce, AStride>(a, a_step, b + j * kLanes * 4, words, c + j * kLanes, c_stride, more);
 }
 
 // rows_by_panel for a number of rows known only now, 1 <= rows <= Rows
-template <class Dot, int Rows, int AStride, bool Accumulate, class C>
-static inline void some_rows(int rows, const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride) {
+template <class Dot, int Rows, int AStride, class C>
+static inline void some_rows(int rows, const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride,
+                             bool more) {
   if constexpr (Rows > 1)
-    if (rows < Rows) return some_rows<Dot, Rows - 1, AStride, Accumulate>(rows, a, a_step, b, words, c, c_stride);
-  rows_by_panel<Dot, Rows, AStride, Accumulate>(a, a_step, b, words, c, c_stride);
+    if (rows < Rows) return some_rows<Dot, Rows - 1, AStride>(rows, a, a_step, b, words, c, c_stride, more);
+  rows_by_panel<Dot, Rows, AStride>(a, a_step, b, words, c, c_stride, more);
 }
 
-// c [rows, 32] (+)= tile . panel, rows <= kMaxTile; see `block` for the layout of a.
-template <class Dot, int AStride, bool Accumulate, class C>
-static void gemm(int rows, const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride) {
-  for (int now; rows > 0; rows -= now, a += now * AStride, c += now * c_stride) {
-    now = rows < kRowsInRegisters ? rows : kRowsInRegisters;
-    some_rows<Dot, kRowsInRegisters, AStride, Accumulate>(now, a, a_step, b, words, c, c_stride);
-  }
+// c [rows, 32] (+)= tile . panel, rows <= kMaxTile; see `block` for the layout of a. Where registers do not hold all rows, a
+// slice of the panel stays in the first-level cache until all have passed.
+template <class Dot, int AStride, class C>
+static void gemm(int rows, const uint32_t* a, int64_t a_step, const uint8_t* b, int words, C* c, int64_t c_stride, bool more) {
+  int slice = rows > Dot::kRows ? kSlice : words;
+  for (int k = 0; k < words; k += slice, more = true)
+    for (int m = 0, now; m < rows; m += now) {
+      now = rows - m < Dot::kRows ? rows - m : Dot::kRows;
+      some_rows<Dot, Dot::kRows, AStride>(now, a + k * a_step + m * AStride, a_step, b + int64_t{k} * kPanel * 4,
+                                          words - k < slice ? words - k : slice, c + m * c_stride, c_stride, more);
+    }
 }
 
 // int4 in groups of 32 * Subs: a panel is a sequence of group records, 64 + 512 * Subs bytes each:
@@ -156,7 +194,7 @@ static inline void block_int4(const uint32_t* a, int tile_rows, const uint8_t* b
 template <int Rows, int Subs>
 static void rows_by_panel_int4(const uint32_t* a, int tile_rows, const uint8_t* b, int groups, const float* scales,
                                const int32_t* sums, float* c) {
-  constexpr int kMost = kRowsInRegisters / Rows;
+  constexpr int kMost = 2 * kNibbleRows / Rows;
   constexpr int kAtOnce = kMost >= kVectors ? kVectors : kMost >= 2 ? 2 : 1;
   for (int j = 0; j < kVectors; j += kAtOnce)
     block_int4<Rows, kAtOnce, Subs>(a, tile_rows, b, groups, scales, sums, j, c);
@@ -174,7 +212,7 @@ static inline void some_rows_int4(int rows, const uint32_t* a, int tile_rows, co
 template <int Subs>
 static void gemm_int4(int rows, const uint32_t* a, const uint8_t* b, int groups, const float* scales,
                       const int32_t* sums, float* c) {
-  constexpr int kMost = kRowsInRegisters / 2 < 1 ? 1 : kRowsInRegisters / 2;  // with two vectors: half as many loads
+  constexpr int kMost = kNibbleRows;  // with two vectors: half as many loads
   for (int m = 0, now; m < rows; m += now) {
     int left = rows - m, turns = (left + kMost - 1) / kMost;
     now = (left + turns - 1) / turns;

@@ -20,7 +20,7 @@ namespace amx {
 #include "attention_prefill.hpp"
 
 const Kernels kTable = {embed, norm, prepare_tiles, gemm_tiles, rope_store, attention, argmax, read,
-                        peak_tiles, rows_at_once, leave_tiles};
+                        peak_tiles, rows_at_once, input_words, leave_tiles};
 
 }  // namespace amx
 

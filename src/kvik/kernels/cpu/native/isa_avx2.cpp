@@ -15,7 +15,7 @@ namespace avx2 {
 #include "attention_prefill.hpp"
 
 const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
-                        peak, few_rows, stay};
+                        peak, few_rows, input_words, stay};
 
 }  // namespace avx2
 

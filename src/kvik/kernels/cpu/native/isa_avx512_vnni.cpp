@@ -18,7 +18,7 @@ namespace avx512_vnni {
 #include "attention_prefill.hpp"
 
 const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
-                        peak, few_rows, stay};
+                        peak, few_rows, input_words, stay};
 
 }  // namespace avx512_vnni
 

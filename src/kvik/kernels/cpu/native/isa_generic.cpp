@@ -12,7 +12,7 @@ namespace generic {
 #include "attention_prefill.hpp"
 
 const Kernels kTable = {embed, norm, linear_prepare, linear_gemm, rope_store, attention, argmax, read,
-                        peak, few_rows, stay};
+                        peak, few_rows, input_words, stay};
 
 }  // namespace generic
 

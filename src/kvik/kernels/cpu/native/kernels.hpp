@@ -92,6 +92,7 @@ struct Kernels {
   void (*read)(const void* data, int64_t bytes);
   void (*peak)(int format, int64_t products, Scratch& scratch);
   int (*rows_at_once)(const KvikLinear& w);  // rows of a tile of activations: kMaxTile, or more
+  int (*input_words)(const KvikLinear& w);   // words that a word of a row takes in a tile
   void (*leave)(Scratch& scratch);           // before a thread sleeps or does something else
 };
 

@@ -1,12 +1,16 @@
 // Projections: the activations of a tile are normalised, converted and packed once (prepare), then multiplied with the
 // panels (gemm), whose results pass through an epilogue: scales, bias, residual or SwiGLU. Included per instruction set.
 //
-//     packed tile    words [words][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32     (the last two: int8, int4)
+//     packed tile    words [words][parts][rows] | scales [groups][rows] fp32 | sums [groups][rows] int32
+//                    parts of what `Dot` multiplies, see gemm.hpp; scales and sums of int8 and int4 alone
 //
 // A token is one row. Where a weight is `fine`, a token is two rows side by side, the second of which is what rounding
 // the first left, and its result is the sum of theirs: 15 bits for activations, and weights are still read once.
 
 static int few_rows(const KvikLinear&) { return kMaxTile; }
+static int input_words(const KvikLinear& w) {
+  return w.format == KVIK_BF16 ? Bf16Product::kParts : w.format == KVIK_INT8 ? Int8Product::kParts : 1;
+}
 static void stay(Scratch&) {}
 
 struct Add {
@@ -16,12 +20,28 @@ struct Max {
   inline F operator()(F a, F b) const { return maxf(a, b); }
 };
 
-// src [rows, words] -> dst [words, rows]
-static void interleave(const uint32_t* src, int64_t src_stride, int rows, int words, uint32_t* dst) {
+// src [rows, words] -> dst [words, rows], whose words are `step` apart
+static void interleave(const uint32_t* src, int64_t src_stride, int rows, int words, uint32_t* dst, int64_t step) {
   for (int r = 0; r < rows; r += kLanes)
     for (int k = 0; k < words; k += kLanes)
-      transpose(src + r * src_stride + k, src_stride, dst + int64_t{k} * rows + r, rows, rows - r < kLanes ? rows - r : kLanes,
+      transpose(src + r * src_stride + k, src_stride, dst + k * step + r, step, rows - r < kLanes ? rows - r : kLanes,
                 words - k < kLanes ? words - k : kLanes);
+}
+
+// src [rows, words] -> dst [words, parts, rows], as Dot multiplies them; behind src there is room for as much and a vector.
+template <class Dot>
+static void interleave_parts(uint32_t* src, int64_t src_stride, int rows, int words, uint32_t* dst) {
+  if constexpr (Dot::kParts == 1) {
+    interleave(src, src_stride, rows, words, dst, rows);
+  } else {
+    uint32_t* halves = src + rows * src_stride;
+    for (int part = 0; part < Dot::kParts; ++part) {
+      for (int r = 0; r < rows; ++r)
+        for (int64_t k = 0; k < words; k += kLanes)
+          storew(halves + r * src_stride + k, Dot::input(loadw(src + r * src_stride + k), part));
+      interleave(halves, src_stride, rows, words, dst + part * rows, Dot::kParts * rows);
+    }
+  }
 }
 
 // 1 / sqrt(mean(x^2) + eps)
@@ -129,7 +149,7 @@ static TileView tile_view(const Job& job, int tile) {
   const KvikLinear& w = *job.op->linear;
   int tokens = job.tiling.size(tile), rows = tokens * rows_per_token(w), groups = w.format == KVIK_INT4 ? w.blocks : 1;
   uint32_t* words = (uint32_t*)(job.activations + job.tile_bytes * tile);
-  float* scales = (float*)(words + int64_t{w.words} * rows);
+  float* scales = (float*)(words + int64_t{input_words(w)} * w.words * rows);
   return {words, scales, (int32_t*)(scales + int64_t{groups} * rows), job.tiling.start(tile), tokens, rows};
 }
 
@@ -139,7 +159,7 @@ static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
   TileView view = tile_view(job, tile);
   int per_word = w.format == KVIK_FP32 ? 1 : w.format == KVIK_BF16 ? 2 : 4;
   int padded = (w.words * per_word + 15) / 16 * 16, row_words = padded / per_word + 16, times = rows_per_token(w);
-  float* row = (float*)scratch.get(sizeof(float) * padded + sizeof(uint32_t) * row_words * kMaxTile);
+  float* row = (float*)scratch.get(sizeof(float) * padded + sizeof(uint32_t) * (row_words * kMaxTile * input_words(w) + kLanes));
   uint32_t* packed = (uint32_t*)(row + padded);
   for (int m = 0; m < view.tokens; ++m) {
     uint32_t* out = packed + m * times * row_words;
@@ -154,7 +174,9 @@ static void linear_prepare(const Job& job, int tile, Scratch& scratch) {
       quantise_groups(row, w.blocks, w.group, (int8_t*)out, view.scales + m, view.sums + m, view.rows);
     }
   }
-  interleave(packed, row_words, view.rows, w.words, view.words);
+  if (w.format == KVIK_BF16) interleave_parts<Bf16Product>(packed, row_words, view.rows, w.words, view.words);
+  else if (w.format == KVIK_INT8) interleave_parts<Int8Product>(packed, row_words, view.rows, w.words, view.words);
+  else interleave(packed, row_words, view.rows, w.words, view.words, view.rows);
 }
 
 static inline F exp_f(F x) {  // relative error below 2e-7; 0 below -87
@@ -228,13 +250,13 @@ static void linear_gemm(const Job& job, int item, Scratch&) {
     TileView view = tile_view(job, tile);
     switch (w.format) {
       case KVIK_FP32:
-        gemm<Fp32Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, c, kPanel);
+        gemm<Fp32Dot, 1>(view.rows, view.words, view.rows, data, w.words, c, kPanel, false);
         break;
       case KVIK_BF16:
-        gemm<Bf16Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, c, kPanel);
+        gemm<Bf16Product, 1>(view.rows, view.words, Bf16Product::kParts * view.rows, data, w.words, c, kPanel, false);
         break;
       case KVIK_INT8:
-        gemm<Int8Dot, 1, false>(view.rows, view.words, view.rows, data, w.words, (int32_t*)c, kPanel);
+        gemm<Int8Product, 1>(view.rows, view.words, Int8Product::kParts * view.rows, data, w.words, (int32_t*)c, kPanel, false);
         break;
       default:
         if (w.group == 32) gemm_int4<1>(view.rows, view.words, data, w.blocks, view.scales, view.sums, c);

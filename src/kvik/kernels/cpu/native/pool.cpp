@@ -250,7 +250,7 @@ int Pool::plan_prepare(const KvikOp& op) {
   job_.tiling = most > kMaxTile ? Tiling::whole(job_.rows, tokens) : Tiling::of(job_.rows, tokens);
   // A tile holds the words of its rows and, for int8 and int4, a scale and a sum per row and group.
   int groups = w.format == KVIK_INT8 ? 1 : w.format == KVIK_INT4 ? w.blocks : 0;
-  job_.tile_bytes = (int64_t{4} * most * (w.words + 2 * groups) + 63) / 64 * 64;
+  job_.tile_bytes = (int64_t{4} * most * (kernels_.input_words(w) * w.words + 2 * groups) + 63) / 64 * 64;
   job_.activations = static_cast<uint8_t*>(activations_.get(size_t(job_.tile_bytes) * job_.tiling.tiles));
   return job_.tiling.tiles;
 }

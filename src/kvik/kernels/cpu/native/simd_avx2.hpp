@@ -1,7 +1,10 @@
 // Vectors of 8 lanes (AVX2, FMA, F16C). Included inside the namespace of the instruction set.
 
+#define KVIK_HALVES 1  // products of bf16 and of bytes are two, of halves of words
 constexpr int kLanes = 8;
-constexpr int kRowsInRegisters = 4;  // rows of a microkernel call: 4 x 2 accumulators of 16 registers
+constexpr int kRowsInRegisters = 6;  // rows of a microkernel call: 6 x 2 accumulators of 16 registers
+constexpr int kRowsOfPairs = 4;      // of bf16 that are taken apart at every product
+constexpr int kNibbleRows = 3;       // of int4: twice as many sums
 constexpr int kAccumulators = 8;     // of decode attention
 using F = __m256;
 using I = __m256i;
@@ -84,6 +87,13 @@ static inline int32_t sumi(I x) {
   return total;
 }
 
+// x, computed here: the compiler would put the additions of a long chain off, and what they add into memory meanwhile.
+template <class V>
+static inline V keep(V x) {
+  asm volatile("" : "+x"(x));
+  return x;
+}
+
 static inline F dot1(F acc, I a, I b) { return fma(as_float(a), as_float(b), acc); }
 
 static inline F dot2(F acc, I a, I b) {
@@ -92,15 +102,20 @@ static inline F dot2(F acc, I a, I b) {
   return fma(as_float(_mm256_and_si256(a, high)), as_float(_mm256_and_si256(b, high)), acc);
 }
 
-static inline I dot4(I acc, I w, I a) {
-  I even = _mm256_madd_epi16(_mm256_and_si256(w, seti(0x00ff00ff)), _mm256_srai_epi16(_mm256_slli_epi16(a, 8), 8));
-  I odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(a, 8));
-  return addi(acc, addi(even, odd));
+// Halves of words: of two bf16 as fp32, of four bytes as 16 bits. `dot_halves` adds the products of bytes.
+static inline I half_of_bf16(I x, int part) {
+  return part ? _mm256_and_si256(x, seti(int32_t(0xffff0000u))) : shift_left<16>(x);
 }
+static inline I half_of_signed(I x, int part) { return _mm256_srai_epi16(part ? x : _mm256_slli_epi16(x, 8), 8); }
+static inline I half_of_unsigned(I x, int part) {
+  return part ? _mm256_srli_epi16(x, 8) : _mm256_and_si256(x, seti(0x00ff00ff));
+}
+static inline I dot_halves(I acc, I a, I b) { return addi(acc, _mm256_madd_epi16(a, b)); }
+static inline F dot_halves(F acc, I a, I b) { return fma(as_float(a), as_float(b), acc); }
 
 // Sums of eight words of nibbles fit in 16 bits: 8 * 2 * 15 * 128 < 2^15.
 static inline I nibbles_begin(I) { return _mm256_setzero_si256(); }
-static inline I nibbles_dot(I part, I w, I a) { return _mm256_add_epi16(part, _mm256_maddubs_epi16(w, a)); }
+static inline I nibbles_dot(I part, I w, I a) { return keep(_mm256_add_epi16(part, _mm256_maddubs_epi16(w, a))); }
 static inline I nibbles_end(I acc, I part) { return addi(acc, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
 
 // 2^x for x <= 127, relative error below 2e-7; from -126 on down it stays 2^-126
@@ -137,8 +152,14 @@ static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* 
     r[j] = _mm256_permute2x128_si256(t[j], t[4 + j], 0x20);
     r[4 + j] = _mm256_permute2x128_si256(t[j], t[4 + j], 0x31);
   }
-  I mask = first_lanes(rows);
-  for (int c = 0; c < cols; ++c) _mm256_maskstore_epi32((int*)(dst + c * dst_stride), mask, r[c]);
+  if (rows == 8) {
+    for (int c = 0; c < cols; ++c) storew(dst + c * dst_stride, r[c]);
+  } else if (rows == 4) {
+    for (int c = 0; c < cols; ++c) _mm_storeu_si128((__m128i*)(dst + c * dst_stride), _mm256_castsi256_si128(r[c]));
+  } else {  // some processors take 40 times as long for such a store
+    I mask = first_lanes(rows);
+    for (int c = 0; c < cols; ++c) _mm256_maskstore_epi32((int*)(dst + c * dst_stride), mask, r[c]);
+  }
 }
 
 static inline void zip16(const uint16_t* a, const uint16_t* b, int n, I* out) {

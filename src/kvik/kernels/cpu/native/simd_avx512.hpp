@@ -1,8 +1,11 @@
 // Vectors of 16 lanes (AVX-512 F, BW, DQ, VL). Included inside the namespace of an instruction set, after its switches:
 // KVIK_HAS_VNNI and KVIK_HAS_BF16 say whether the dot products of narrow types are single instructions.
 
+#define KVIK_HALVES 0
 constexpr int kLanes = 16;
 constexpr int kRowsInRegisters = 12;  // rows of a microkernel call: 12 x 2 accumulators of 32 registers
+constexpr int kRowsOfPairs = kRowsInRegisters;
+constexpr int kNibbleRows = 6;        // of int4: twice as many sums
 constexpr int kAccumulators = 24;     // of decode attention
 using F = __m512;
 using I = __m512i;

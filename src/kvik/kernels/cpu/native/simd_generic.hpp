@@ -1,7 +1,10 @@
 // Vectors of 4 lanes in the compiler's own vector types, for every architecture (NEON on ARM, SSE2 on old x86).
 
+#define KVIK_HALVES 0
 constexpr int kLanes = 4;
 constexpr int kRowsInRegisters = 2;
+constexpr int kRowsOfPairs = kRowsInRegisters;
+constexpr int kNibbleRows = 1;
 constexpr int kAccumulators = 8;
 typedef float F __attribute__((vector_size(16)));
 typedef int32_t I __attribute__((vector_size(16)));
