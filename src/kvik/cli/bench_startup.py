@@ -1,7 +1,7 @@
 """`kvik bench startup MODEL`: how long an engine takes until it is ready, phase by phase, each time in a new process.
 
-A child process (`python -m kvik.cli.bench_startup`, with the same arguments) starts the engine, answers two requests,
-and prints one JSON object. Times begin when the process does, so that imports count.
+A child process (`python -m kvik.cli.bench_startup TIME`, with the same arguments) starts the engine, answers two
+requests, and prints one JSON object. Times begin at TIME, when its parent starts it, so that imports count.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import psutil
 
 from kvik.cli.bench import append, footer
 from kvik.cli.engine import open_engine, render_config
@@ -74,7 +72,7 @@ def _start(argv: Sequence[str], *, cold: bool) -> dict[str, Any]:
     """What a child process measured. Raises KvikError with its message when the engine does not start."""
     with tempfile.TemporaryDirectory(prefix="kvik-triton-") as empty:
         environment = {**os.environ, "TRITON_CACHE_DIR": empty} if cold else None
-        command = [sys.executable, "-m", "kvik.cli.bench_startup", *argv]
+        command = [sys.executable, "-m", "kvik.cli.bench_startup", repr(time.time()), *argv]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
     if child.returncode:
         raise KvikError(f"the process that starts the engine ended with code {child.returncode}")
@@ -133,9 +131,8 @@ def _render(record: dict[str, Any]) -> str:
 # In the process that starts an engine
 
 
-def _measure(argv: Sequence[str]) -> dict[str, Any]:
-    """Start an engine, ask it twice, and say how long everything took."""
-    begin = psutil.Process().create_time()
+def _measure(begin: float, argv: Sequence[str]) -> dict[str, Any]:
+    """Start an engine, ask it twice, and say how long everything took since `begin`."""
     options = read_engine_options(args := _parser().parse(argv))
     config = options.engine.make()
     import torch
@@ -219,7 +216,7 @@ def _read_files(config: EngineConfig) -> dict[str, float]:
 def main() -> None:
     """What the child process does."""
     try:
-        found = _measure(sys.argv[1:])
+        found = _measure(float(sys.argv[1]), sys.argv[2:])
     except KvikError as error:
         found = {"error": str(error)}
     print(json.dumps(found))

@@ -12,8 +12,6 @@ import sys
 import threading
 import time
 
-import psutil
-
 from kvik.errors import KvikError
 from kvik.log import configure
 from kvik.models.hub import resolve_model
@@ -32,7 +30,7 @@ GRACE = 5.0
 
 def start(settings: ChildSettings) -> EngineServer:
     """Load the model and bind the endpoint. Raises the errors of a start."""
-    ledger = StartupLedger({"imports": time.time() - psutil.Process().create_time()})
+    ledger = StartupLedger({"imports": time.time() - settings.made_at})
     with ledger.phase("config"):
         info = inspect_model(settings.engine)
         identity = fingerprint(settings.engine, info)
@@ -40,6 +38,9 @@ def start(settings: ChildSettings) -> EngineServer:
     folder, dummy = info.path if tokenizer is None else resolve_model(tokenizer), settings.engine.load_format == "dummy"
     grammars = Grammars(lambda: load_tokenizer(folder, dummy=dummy).byte_table(info.spec.vocab_size))
     engine = build_engine(settings.engine, info, ledger, grammars, prepare=True)
+    with ledger.phase("graphs"):
+        while engine.get_ready():  # a server may meet its full load at once
+            pass
     ready = Ready(
         scheduler=info.resolved.scheduler,
         vocab_size=info.spec.vocab_size,

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from io import FileIO
 from typing import Any
@@ -42,6 +43,7 @@ class ChildSettings(msgspec.Struct, frozen=True):
     api_keys: tuple[str, ...] = ()
     socket_fd: int = -1
     index: int = 0
+    made_at: float = msgspec.field(default_factory=time.time)  # which is when its children are started
 
 
 def read_settings() -> ChildSettings:
