@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 from server_harness import EngineThread, engine_thread, wait_until
 
+from kvik.core.plan import StepPlan, StepResult
 from kvik.core.request import Request
+from kvik.distributed.mock import MockExecutor
 from kvik.errors import RequestError
 from kvik.outputs import FinishReason
 from kvik.sampling_params import SamplingParams
@@ -226,3 +230,39 @@ def test_whoever_comes_later_sees_the_same_and_disturbs_nobody(model: str, tmp_p
         return found
 
     run(model, tmp_path, body, run_ahead=2)
+
+
+class Device(MockExecutor):
+    """Takes 0.2 s for each step, one after the other."""
+
+    def __init__(self) -> None:
+        super().__init__(16, 384)
+        self.steps: list[tuple[float, StepPlan]] = []  # when each began, or will
+        self._ends = deque([0.0])
+
+    def submit(self, plan: StepPlan) -> None:
+        super().submit(plan)
+        begin = max(time.monotonic(), self._ends[-1])
+        self.steps.append((begin, plan))
+        self._ends.append(begin + 0.2)
+
+    def collect(self) -> StepResult:
+        self._ends.popleft()
+        time.sleep(max(0.0, self._ends[0] - time.monotonic()))
+        return super().collect()
+
+
+def test_what_comes_while_the_device_works_is_part_of_the_next_step(model: str, tmp_path: Path) -> None:
+    device = Device()
+
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        first = client.open([request("a", max_tokens=14)], [None], stream=True)
+        await asyncio.to_thread(wait_until, lambda: len(device.steps) > 7)
+        working = len(device.steps) - 1
+        await asyncio.sleep(device.steps[working][0] + 0.03 - time.monotonic())
+        second = client.open([request("b", max_tokens=1)], [None], stream=True)
+        await asyncio.gather(finish(first), finish(second))
+        joined = [number for number, (_, plan) in enumerate(device.steps) if plan.joined]
+        assert joined == [0, working + 1]
+
+    run(model, tmp_path, body, executor=device, run_ahead=1)
