@@ -38,9 +38,10 @@ def start(settings: ChildSettings) -> EngineServer:
     folder, dummy = info.path if tokenizer is None else resolve_model(tokenizer), settings.engine.load_format == "dummy"
     grammars = Grammars(lambda: load_tokenizer(folder, dummy=dummy).byte_table(info.spec.vocab_size))
     engine = build_engine(settings.engine, info, ledger, grammars, prepare=True)
-    with ledger.phase("graphs"):
-        while engine.get_ready():  # a server may meet its full load at once
-            pass
+    if info.resolved.graphs:
+        with ledger.phase("graphs"):
+            while engine.get_ready():  # a server may meet its full load at once
+                pass
     ready = Ready(
         scheduler=info.resolved.scheduler,
         vocab_size=info.spec.vocab_size,
