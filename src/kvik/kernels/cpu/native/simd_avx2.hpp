@@ -140,6 +140,11 @@ static inline F reduce_rows(const float* p, Op op) {
 }
 
 static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride, int rows, int cols) {
+  if (rows <= 2) {  // of few who decode: a masked store below takes some processors 40 times as long as another
+    for (int c = 0; c < cols; ++c)
+      for (int r = 0; r < rows; ++r) dst[c * dst_stride + r] = src[r * src_stride + c];
+    return;
+  }
   I r[8], t[8];
   for (int i = 0; i < 8; ++i) r[i] = i < rows ? loadw_first(src + i * src_stride, cols) : _mm256_setzero_si256();
   for (int i = 0; i < 8; i += 4) {
@@ -156,7 +161,7 @@ static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* 
     for (int c = 0; c < cols; ++c) storew(dst + c * dst_stride, r[c]);
   } else if (rows == 4) {
     for (int c = 0; c < cols; ++c) _mm_storeu_si128((__m128i*)(dst + c * dst_stride), _mm256_castsi256_si128(r[c]));
-  } else {  // some processors take 40 times as long for such a store
+  } else {
     I mask = first_lanes(rows);
     for (int c = 0; c < cols; ++c) _mm256_maskstore_epi32((int*)(dst + c * dst_stride), mask, r[c]);
   }
