@@ -19,6 +19,7 @@ from typing import Any
 
 from pairs import write_line
 
+from kvik.cli.bench_measure import percentiles
 from kvik.config import SchedulerConfig
 from kvik.core import engine as engine_module
 from kvik.core.engine import Engine
@@ -121,11 +122,6 @@ def serve(rate: float, seconds: float, noise: float, *, late: bool) -> dict[str,
     tpot = [(times[-1] - times[0]) / (len(times) - 1) for times in tokens.values()]
     found = {"ttft_s": percentiles(ttft), "tpot_s": percentiles(tpot), "idle_s": device.idle, "seconds": clock.now}
     return {"rate": rate, "arrivals_s": seconds, "noise": noise, "late": late, "requests": len(tokens), **found}
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    values = sorted(values)
-    return {f"p{p}": values[min(len(values) - 1, p * len(values) // 100)] for p in (50, 90, 99)}
 
 
 def main() -> None:

@@ -140,7 +140,7 @@ static inline F reduce_rows(const float* p, Op op) {
 }
 
 static inline void transpose(const uint32_t* src, int64_t src_stride, uint32_t* dst, int64_t dst_stride, int rows, int cols) {
-  if (rows <= 2) {  // of few who decode: a masked store below takes some processors 40 times as long as another
+  if (rows <= 2) {  // of few who decode: the masked stores below are slow on some processors
     for (int c = 0; c < cols; ++c)
       for (int r = 0; r < rows; ++r) dst[c * dst_stride + r] = src[r * src_stride + c];
     return;
