@@ -54,7 +54,7 @@ def resolve(
     dtype = _dtype(config, checkpoint_dtype, platform, notes)
     block_size = config.kvcache_block_size or platform.default_block_size
     kernels = _kernels(config, dtype, spec, platform)
-    graphs, kv_dtype = _graphs(config, kernels, notes), _kv_dtype(config, dtype, kernels)
+    graphs, kv_dtype = _graphs(config, spec, kernels, notes), _kv_dtype(config, dtype, kernels)
     weight_format, head_format = _formats(config, dtype, stored)
     num_seqs, budget_tokens = _batch(config, platform)
     wanted_len = _wanted_context(config, spec)
@@ -152,13 +152,17 @@ def _check_gpu_attention(config: EngineConfig, dtype: torch.dtype, spec: Decoder
         raise ConfigError(f"attention_backend={name!r}: {obstacle}; or leave attention_backend out, which is triton")
 
 
-def _graphs(config: EngineConfig, kernels: str, notes: list[str]) -> bool:
-    """Whether steps are CUDA graphs: on GPUs, unless the user or the attention backend wants none."""
-    wanted = kernels == "triton" and not config.enforce_eager
-    if wanted and config.attention_backend == "flashinfer":
+def _graphs(config: EngineConfig, spec: DecoderSpec, kernels: str, notes: list[str]) -> bool:
+    """Whether steps are CUDA graphs: on GPUs, unless the user wants none or a step needs the host."""
+    if kernels != "triton" or config.enforce_eager:
+        return False
+    if config.attention_backend == "flashinfer":
         notes.append("attention_backend='flashinfer': it plans every step on the host, so there are no CUDA graphs")
         return False
-    return wanted
+    if spec.rope.depends_on_length:
+        notes.append("angles of RoPE depend on lengths that the host knows, so there are no CUDA graphs")
+        return False
+    return True
 
 
 def _kv_dtype(config: EngineConfig, dtype: torch.dtype, kernels: str) -> torch.dtype:

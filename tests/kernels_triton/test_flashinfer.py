@@ -166,9 +166,12 @@ class Gpu(CpuPlatform):
         return 1 << 32
 
 
-def resolved(name: str, platform: Platform | None = None, head_dim: int = 128, **options: Any) -> ResolvedConfig:
+def resolved(
+    name: str, platform: Platform | None = None, head_dim: int = 128, rope: str = "default", **options: Any
+) -> ResolvedConfig:
     config = EngineConfig("demo", attention_backend=name, max_num_seqs=2, kv_cache_memory=2**22, **options)
-    return resolve(config, replace(JOB.spec, head_dim=head_dim), torch.bfloat16, platform or Gpu())
+    spec = replace(JOB.spec, head_dim=head_dim, rope=replace(JOB.spec.rope, kind=rope))
+    return resolve(config, spec, torch.bfloat16, platform or Gpu())
 
 
 def test_auto_is_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,6 +223,8 @@ def test_a_note_says_that_there_are_no_graphs(monkeypatch: pytest.MonkeyPatch) -
     assert not found.graphs and any("no CUDA graphs" in note for note in found.notes)
     eager = resolved("flashinfer", enforce_eager=True)
     assert not eager.graphs and not eager.notes
+    dynamic = resolved("auto", rope="dynamic")
+    assert not dynamic.graphs and any("no CUDA graphs" in note for note in dynamic.notes)
     parts = 2 * 192 * (JOB.spec.num_heads // JOB.spec.num_kv_heads) * 128 * (128 + 1) * 4
     assert eager.memory.activations > parts
 

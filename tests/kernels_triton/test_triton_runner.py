@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 from collections.abc import Callable
@@ -229,17 +228,6 @@ def test_padded_steps_give_the_same_tokens(
             found.append(tokens)
         assert found[0] == found[1]
     assert not early or captured == [32, 16], "none of them again"
-
-
-def test_nothing_is_captured_of_steps_that_need_lengths_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    runner = gpu_runner(torch.device("cpu"), settings())
-    assert isinstance(runner, GpuRunner)
-    rope = dataclasses.replace(runner._model.spec.rope, kind="dynamic")
-    runner._model.spec = dataclasses.replace(runner._model.spec, rope=rope)
-    for step in (runner._decode, runner._mixed_step):
-        monkeypatch.setattr(step, "_pool", object())
-    runner.capture_largest()
-    assert not runner.get_ready()
 
 
 def test_idle_captures_keep_to_the_steps_that_can_be(captured: list[int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -135,7 +135,7 @@ class DecodeStep:
         paths = {PLAIN, *(path for _, path in self._graphs)}
         keys = itertools.product(reversed(self._sizes), paths)
         missing = next((key for key in keys if key not in self._graphs), None)
-        if self._pool is None or missing is None or self._model.spec.rope.depends_on_length:
+        if self._pool is None or missing is None:
             return False
         size, path = missing
         bucket = self._bucket(size)

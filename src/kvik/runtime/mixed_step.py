@@ -95,7 +95,7 @@ class MixedStep:
         """
         num_rows = len(parts.logit_indices)
         size = graph_size(len(parts.rows), self._sizes)
-        if self._pool is None or size is None or parts.rope_lens is not None or num_rows > self._max_seqs:
+        if self._pool is None or size is None or num_rows > self._max_seqs:
             return self._eager(parts)
         packed = upload(_padded(parts, size, self._max_seqs), self._table.device)
         captured = self._captured.get(size)
@@ -110,7 +110,7 @@ class MixedStep:
     def get_ready(self) -> bool:
         """Capture the largest graph that is missing; False if none is."""
         missing = [size for size in self._sizes if size not in self._captured]
-        if self._pool is None or not missing or self._model.spec.rope.depends_on_length:
+        if self._pool is None or not missing:
             return False
         size, nothing = missing[-1], np.zeros(0, dtype=np.int64)
         parts = MixedParts(nothing, nothing, nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
