@@ -24,6 +24,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from kvik.kernels.triton.attention_decode import LOG2_E
 from kvik.kernels.triton.attention_plan import ITEM_SIZE
 from kvik.kernels.triton.attention_tile import block_rows
+from kvik.kernels.triton.barriers import barriers, meet
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 
 __all__ = ["hopper_prefill_attention"]
@@ -259,15 +260,6 @@ def _attend(PART: gl.constexpr, out: gl.tensor, scale: gl.tensor, query_ring: gl
         mbarrier.wait(f_full.index(number & 1), (number >> 1) & 1)
 
 
-@gluon.jit
-def _barriers(ARRIVALS: gl.constexpr) -> gl.tensor:
-    """A pair of barriers."""
-    pair = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    mbarrier.init(pair.index(0), count=ARRIVALS)
-    mbarrier.init(pair.index(1), count=ARRIVALS)
-    return pair
-
-
 @gluon.jit(do_not_specialize=["table_stride"])
 def _hopper_prefill(q: gl.tensor, k: gl.tensor, v: gl.tensor, out: gl.tensor, items: gl.tensor, counts: gl.tensor,
                     query_starts: gl.tensor, tables: gl.tensor, table_stride: gl.tensor, block_rows: gl.tensor,
@@ -286,14 +278,14 @@ def _hopper_prefill(q: gl.tensor, k: gl.tensor, v: gl.tensor, out: gl.tensor, it
     q_full, q_empty = query_pair.index(0), query_pair.index(1)
     mbarrier.init(q_full, count=1)
     mbarrier.init(q_empty, count=2)
-    k_full, k_empty = _barriers(1), _barriers(2)
-    v_full, v_empty = _barriers(1), _barriers(2)
-    fact_ring = (facts, _barriers(1), _barriers(2))
+    k_full, k_empty = barriers(2, 1), barriers(2, 2)
+    v_full, v_empty = barriers(2, 1), barriers(2, 2)
+    fact_ring = (facts, barriers(2, 1), barriers(2, 2))
     # As the copies see them: boxes of [queries, heads, half], and pages.
     boxes = queries._reinterpret(dtype, [2, ROWS // GROUP, GROUP, HALF], box)
     key_pages = keys._reinterpret(dtype, [8, PAGE, HALF], layout)
     value_pages = values._reinterpret(dtype, [8, PAGE, HALF], layout)
-    gl.thread_barrier()
+    meet()
     query_ring, key_ring, value_ring = (queries, q_full, q_empty), (keys, k_full, k_empty), (values, v_full, v_empty)
     gl.warp_specialize(
         [

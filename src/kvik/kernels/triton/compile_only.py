@@ -67,10 +67,10 @@ class StandInDriver:
         CudaUtils()
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        if self.build_launchers:
-            from triton.backends.nvidia.driver import CudaLauncher
+        from triton.backends.nvidia import driver
 
-            CudaLauncher(source, metadata)
+        if self.build_launchers and hasattr(driver, "make_launcher"):  # since Triton 3.7 one function calls all kernels
+            driver.CudaLauncher(source, metadata)
         return lambda *args: None
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[int, int, int, int, int]:

@@ -34,7 +34,7 @@ CUTS = (5, 6)
 
 _HERE = Path(__file__).parent
 _PATHS = ("gemv", "skinny", "hopper", "blas")
-_TUNED_SOURCES = ("gemv.py", "skinny.py", "linear_hopper.py", "tiles.py", "pdl.py")
+_TUNED_SOURCES = ("gemv.py", "skinny.py", "linear_hopper.py", "barriers.py", "tiles.py", "pdl.py")
 
 
 class Norm(NamedTuple):

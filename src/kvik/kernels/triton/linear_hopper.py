@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kvik.kernels.api import LinearWeight
+from kvik.kernels.triton.barriers import barriers, meet
 from kvik.kernels.triton.dispatch import CUTS, Plan
 from kvik.kernels.triton.pdl import start_dependents, wait_for_inputs
 from kvik.kernels.triton.tiles import silu
@@ -122,7 +123,7 @@ def _store(acc: gl.tensor, bias: gl.tensor, residual: gl.tensor, out: gl.tensor,
             result = _finish(acc, bias, residual, rows, tokens, n, m, buffer.dtype)
         buffer.permute((1, 0)).store(result)
         fence_async_shared()
-        gl.thread_barrier()
+        meet()
         tma.async_copy_shared_to_global(out, [token, row], buffer)
 
 
@@ -177,14 +178,6 @@ def _multiply(PART: gl.constexpr, given: gl.tensor, ring: gl.tensor, results: gl
 
 
 @gluon.jit
-def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr) -> gl.tensor:
-    barriers = gl.allocate_shared_memory(gl.int64, [COUNT, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(COUNT):
-        mbarrier.init(barriers.index(index), count=ARRIVALS)
-    return barriers
-
-
-@gluon.jit
 def _buffers(tokens: gl.tensor, out: gl.tensor) -> gl.tensor:
     """The memory of tokens, for results of a gate and up that share 64 rows of the weight."""
     shape: gl.constexpr = [2 * tokens.shape[0], tokens.shape[1], ROWS // 2]
@@ -215,8 +208,8 @@ def _linear_hopper(x: gl.tensor, rest: gl.tensor, weight: gl.tensor, bias: gl.te
     rest_tokens = tokens
     if REST > 0:
         rest_tokens = gl.allocate_shared_memory(dtype, [STAGES, REST, STEP], rest.layout)
-    full, empty, done = _barriers(STAGES, 1), _barriers(STAGES, GROUPS), _barriers(1, GROUPS).index(0)
-    gl.thread_barrier()
+    full, empty, done = barriers(STAGES, 1), barriers(STAGES, GROUPS), barriers(1, GROUPS).index(0)
+    meet()
     boxes, buffers, rest_buffers = weights, tokens, rest_tokens
     if SWIGLU:  # and K is in one part
         boxes = weights._reinterpret(dtype, [STAGES * GROUPS, 4, 2, TURN, STEP], weight.layout)
@@ -296,9 +289,11 @@ def linear_hopper(
     if swiglu:
         weight = tiles(w.weight, [n // turn, 2, turn, k], [turn * k, n * k, k, 1], [4, 2, turn, STEP.value])
     inputs = [tiles(x, [m, k], [k, 1], [tokens, STEP.value]) if tokens else None for tokens in (width, rest)]
-    results = [tiles(out, [m, n], [n, 1], [tokens, outputs]) if tokens else None for tokens in (width, rest)]
+    results: list[Tensor | TensorDescriptor | None] = [out, out]  # parts are stored without TMA
+    if split_k == 1:
+        results = [tiles(out, [m, n], [n, 1], [tokens, outputs]) if tokens else None for tokens in (width, rest)]
     _linear_hopper[cdiv(m, width + rest) * cdiv(n, groups * outputs), split_k](
-        *inputs, weight, w.bias, residual, *(results if split_k == 1 else (out, out)), m, n,
+        *inputs, weight, w.bias, residual, *results, m, n,
         K=k, GROUPS=groups, WIDTH=width, REST=rest, STAGES=plan.num_stages, SPLIT_K=split_k, SWIGLU=swiglu, PDL=pdl,
         **launch_options(plan),
         **({"launch_pdl": True} if pdl else {}),
