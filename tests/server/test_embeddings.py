@@ -58,6 +58,17 @@ def test_shapes(http: httpx.Client, served: Served) -> None:
     assert found.data[0].embedding == pytest.approx(numbers, abs=1e-6)
 
 
+def test_more_texts_than_prompts_of_a_request(http: httpx.Client) -> None:
+    """LangChain sends 1000 at a time, and `max_n` is 64."""
+    texts = [TEXTS[i % 3] for i in range(150)]
+    found = http.post("/v1/embeddings", json={"input": texts}).json()
+    three = http.post("/v1/embeddings", json={"input": TEXTS}).json()
+    assert [item["index"] for item in found["data"]] == list(range(150))
+    for i, item in enumerate(found["data"]):
+        assert item["embedding"] == pytest.approx(three["data"][i % 3]["embedding"], abs=1e-5)
+    assert found["usage"]["prompt_tokens"] == 50 * three["usage"]["prompt_tokens"]
+
+
 def test_embeddings_generate_nothing(http: httpx.Client, served: Served) -> None:
     name = 'vllm:generation_tokens_total{model_name="tiny"}'
     before = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)]
@@ -70,7 +81,7 @@ def test_embeddings_generate_nothing(http: httpx.Client, served: Served) -> None
     [
         ({}, "input"), ({"input": []}, "input"), ({"input": [""]}, "input"), ({"input": [[]]}, "input"),
         ({"input": "x", "pooling": "max"}, "pooling"), ({"input": "x", "dimensions": 7}, "dimensions"),
-        ({"input": [400]}, "prompt"), ({"input": list(range(1, 380)) * 2}, "prompt"),
+        ({"input": [400]}, "input"), ({"input": list(range(1, 380)) * 2}, "input"), ({"input": ["x"] * 2049}, "input"),
         ({"input": "x", "encoding_format": "hex"}, "encoding_format"),
     ],
 )  # fmt: skip

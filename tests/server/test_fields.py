@@ -172,6 +172,24 @@ def test_many_unknown_fields_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(warnings) == 33 and "name_31" in warnings[31] and "19968 more" in warnings[32]
 
 
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("chat", {**CHAT, "max_completion_tokens": 100_000}, "max_completion_tokens"),
+        ("chat", {**CHAT, "max_completion_tokens": -1}, "max_completion_tokens"),
+        ("chat", {**CHAT, "max_tokens": 100_000}, "max_tokens"),
+        ("chat", {"messages": [{"role": "user", "content": "x " * 2000}]}, "messages"),
+        ("responses", {"input": "x", "max_output_tokens": 100_000}, "max_output_tokens"),
+        ("responses", {"input": "x " * 2000}, "input"),
+    ],
+)
+def test_errors_name_the_field_that_was_given(http: httpx.Client, path: str, fields: dict[str, Any], param: str) -> None:
+    answer = http.post(f"/v1/{'chat/completions' if path == 'chat' else path}", json=fields)
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["param"] == param, answer.text
+    assert "_" not in param or f"{param} " in error["message"]
+
+
 @pytest.mark.parametrize("items", [[{"type": []}], [{"type": {}}], [{"type": None}], [[]]])
 def test_items_that_are_none(http: httpx.Client, items: list[Any]) -> None:
     answer = http.post("/v1/responses", json={"input": items})

@@ -162,6 +162,7 @@ def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
         connection.get("/health")
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: connection.get("/ready").status_code == 503, 5)
+        wait_until(lambda: "a second signal ends them" in (tmp_path / "log").read_text(), 5)
         refused = connection.post("/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert served.process.wait(40) == 0

@@ -17,16 +17,17 @@ from starlette.requests import Request
 
 from kvik.errors import RequestError
 from kvik.fields import show
+from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body, read_json
 from kvik.server.openapi import BODIES, operation
-from kvik.server.protocol import check_limits
 from kvik.server.replies import json_reply
 from kvik.server.service import Service, gather
 
 __all__ = ["router"]
 
 router = APIRouter()
+MAX_INPUTS = 2048  # as OpenAI's
 _ONE_TOKEN = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
 
 
@@ -35,6 +36,7 @@ async def embeddings(request: Request) -> Response:
     """Embed one or several texts."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
+    request.state.names = {"prompt": "input"}
     model = service.check_model(body.take("model", str))
     inputs = _inputs(body.fields.pop("input", None))
     encoding = _choice(body, "encoding_format", ("float", "base64"))
@@ -42,10 +44,13 @@ async def embeddings(request: Request) -> Response:
     dimensions = body.take("dimensions", int)
     body.ignore(("user",))
     warnings = body.finish(BODIES["embeddings"]["properties"], strict=service.config.strict)
-    check_limits(_ONE_TOKEN, len(inputs), service.config)
-    call_id = f"embd-{uuid.uuid4().hex[:24]}"
-    generation = await service.generate(request, inputs, _ONE_TOKEN, call_id=call_id, stream=False, pooling=pooling)
-    outputs = await gather(generation, request)
+    if len(inputs) > MAX_INPUTS:
+        raise RequestError(f"input has {len(inputs)} texts; a request may have at most {MAX_INPUTS}", "input")
+    outputs, most = list[RequestOutput](), service.config.max_n
+    for first in range(0, len(inputs), most):  # no more at a time than others may ask for
+        call_id, some = f"embd-{uuid.uuid4().hex[:24]}", inputs[first : first + most]
+        generation = await service.generate(request, some, _ONE_TOKEN, call_id=call_id, stream=False, pooling=pooling)
+        outputs += await gather(generation, request)
     vectors = [output.embedding for output in outputs]
     if dimensions not in (None, len(vectors[0])):
         raise RequestError(f"dimensions: this model's embeddings have {len(vectors[0])} numbers", "dimensions")

@@ -42,6 +42,9 @@ async def completions(request: Request) -> Response:
 async def _complete(http: Request, *, chat: bool) -> Response:
     service: Service = http.app.state.service
     fields = await read_json(http)
+    if chat:
+        limit = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
+        http.state.names = {"prompt": "messages", "max_tokens": limit}
     served = parse(
         fields,
         chat=chat,

@@ -46,6 +46,7 @@ async def batch_generate(request: Request) -> Response:
     """Continue several prompts together: {"results": [...]} in their order."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
+    request.state.names = {"prompt": "prompts"}
     prompts = body.take("prompts", list, required=True)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("prompts must be a list of texts; /v1/completions takes token ids, too", "prompts")

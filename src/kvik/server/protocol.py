@@ -248,7 +248,8 @@ def take_syntax(body: Body, tools: Tools, model: ModelSyntax) -> ReplySyntax | N
         )
     if tools.shown and model.tools is None:
         body.warnings.append(
-            "tools are shown to the model; how it writes calls is not known (--tool-format), they stay in the content"
+            "tools are handed to the chat template, which may ignore them; how the model writes calls is not known"
+            " (--tool-format), they stay in the content"
         )
     functions = [tool["function"] for tool in tools.shown]
     return model.of_request(functions, tools.forced, parallel=parallel and not tools.single)

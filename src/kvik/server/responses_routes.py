@@ -116,6 +116,7 @@ async def responses(request: Request) -> Response:
     """Answer an input."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
+    request.state.names = {"prompt": "input", "max_tokens": "max_output_tokens"}
     _refuse(body)
     metadata = body.fields.get("metadata", {})
     body.ignore(_IGNORED)

@@ -10,6 +10,7 @@ killed, the children see their standard input close.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -81,7 +82,9 @@ def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
         listener.bind(address)
         listener.listen(2048)
     except OSError as error:
-        raise ConfigError(f"cannot listen on {host} port {port}: {error}; choose another --port") from error
+        elsewhere = isinstance(error, socket.gaierror) or error.errno == errno.EADDRNOTAVAIL
+        hint = "--host takes an address of this machine" if elsewhere else "choose another --port"
+        raise ConfigError(f"cannot listen on {host} port {port}: {error}; {hint}") from error
     listener.set_inheritable(True)
     return listener
 
@@ -194,10 +197,14 @@ class Supervisor:
         for times, patience in ((1, self._settings.server.drain_timeout), (2, 0.0)):
             for child in https:
                 child.tell(DRAIN)
-            end = time.monotonic() + patience + GRACE
+            start, told = time.monotonic(), not patience
+            end = start + patience + GRACE
             while any(child.code is None for child in https) and time.monotonic() < end and self._asked <= times:
                 if engine.code is not None:
                     return self._engine_ended(engine, https)
+                if not told and time.monotonic() > start + 1:
+                    told = True
+                    logger.warning("open requests have %g s to end (drain_timeout); a second signal ends them", patience)
                 time.sleep(POLL)
             if self._asked <= times:
                 break
