@@ -22,7 +22,7 @@ def ask(page: Any, text: str) -> None:
 
 def done(page: Any) -> None:
     page.wait_for_selector("#stop", state="hidden")
-    page.wait_for_selector(f"{ANSWER}:last-of-type .stats:has-text('tokens/s')")
+    page.wait_for_selector(f"{ANSWER}:last-of-type .stats:has-text('prompt tokens')")
 
 
 def set_parameter(page: Any, name: str, value: str) -> None:
@@ -46,7 +46,7 @@ def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
     done(page)
     text = page.inner_text(f"{ANSWER} .body")
     assert len(text) > 40
-    assert re.search(r"\d+ prompt tokens.* · 60 tokens · \d+ tokens/s", page.inner_text(STATS))
+    assert re.search(r"\d+ prompt tokens.* · 60 tokens · .*first after \d", page.inner_text(STATS))
     page.reload()
     assert page.inner_text(f"{ANSWER} .body") == text
     assert page.input_value("#params [name=max_tokens]") == "60"
@@ -70,6 +70,37 @@ def test_two_tabs_keep_both_conversations(chromium: Any, url: str) -> None:
     assert sorted(titles) == ["From the first tab.", "From the second tab."]
     other.click("#conversations .open:has-text('first tab')")
     assert other.locator("article.user").count() == 2
+
+
+@pytest.mark.parametrize("pause_ms", [0, 150])
+def test_a_speed_is_shown_where_it_can_be_told(chromium: Any, url: str, pause_ms: int) -> None:
+    page = chromium()
+    page.goto(url)
+    page.evaluate(
+        """(pause) => {  // an engine of a known speed
+            const event = (data) => new TextEncoder().encode(`data: ${data}\\n\\n`);
+            window.fetch = async () => new Response(new ReadableStream({
+                async start(out) {
+                    for (let i = 0; i < 5; i++) {
+                        if (i && pause) await new Promise((go) => setTimeout(go, pause));
+                        out.enqueue(event('{"choices": [{"delta": {"content": "word "}}]}'));
+                    }
+                    out.enqueue(event('{"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 5}}'));
+                    out.enqueue(event("[DONE]"));
+                    out.close();
+                },
+            }));
+        }""",
+        pause_ms,
+    )
+    ask(page, "How fast?")
+    done(page)
+    stats = page.inner_text(STATS)
+    assert "3 prompt tokens · 5 tokens · " in stats
+    if pause_ms:
+        assert re.search(r" [1-7] tokens/s", stats)  # four pauses of 150 ms or a little more
+    else:
+        assert "tokens/s" not in stats
 
 
 def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
@@ -132,6 +163,68 @@ def test_errors_are_told(chromium: Any, url: str) -> None:
     page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('cannot be reached')")
 
 
+def test_a_conversation_that_outgrew_the_context_goes_on(chromium: Any, url: str) -> None:
+    page = greedy_chat(chromium, url)
+    set_parameter(page, "max_tokens", "5")
+    sent: list[list[str]] = []
+
+    def note_questions(request: Any) -> None:
+        if request.method == "POST":
+            sent.append([one["content"] for one in request.post_data_json["messages"] if one["role"] == "user"])
+
+    page.on("request", note_questions)
+    note = page.locator("#log > .cut:has-text('no longer sent')")
+    long = "Once upon a time, there was a little girl. " * 55
+    for text in ("Hello.", long):
+        ask(page, text)
+        done(page)
+    assert note.count() == 0
+    ask(page, long + "The end.")
+    alert = page.locator(f"{ANSWER} [role=alert]")
+    alert.wait_for()
+    assert "no longer fits into the model's context" in alert.inner_text()
+    page.click("text=Send without the oldest messages")
+    done(page)
+    assert sent[-1] == [long + "The end."]
+    for _ in range(2):  # also after a reload
+        assert note.count() == 1 and alert.count() == 0
+        assert page.locator("#log > *").evaluate_all("all => all.findIndex((one) => one.matches('.cut'))") == 4
+        page.reload()
+    ask(page, "Go on.")
+    done(page)
+    assert sent[-1] == [long + "The end.", "Go on."]
+
+    ask(page, long)
+    page.click("text=Ask in a new chat")
+    done(page)
+    assert sent[-1] == [long.strip()]
+    assert note.count() == 0 and page.locator("article").count() == 2
+    assert page.locator("#conversations .open").count() == 2
+
+    page.click("#conversations .open:has-text('Hello')")
+    assert note.count() == 1
+    page.locator(f"{ANSWER} >> text=Regenerate").first.click()
+    done(page)
+    assert sent[-1] == ["Hello."] and note.count() == 0
+    assert page.complaints == []
+
+
+def test_no_shorter_conversation_is_offered_where_it_cannot_help(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    ask(page, "Once upon a time, there was a little girl. " * 200)
+    page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('max_model_len')")
+    assert page.locator(f"{ANSWER} button").all_inner_texts() == ["Try again"]
+    page.click("#new")
+    set_parameter(page, "max_tokens", "5")
+    ask(page, "Hello.")
+    done(page)
+    set_parameter(page, "max_tokens", "5000")
+    ask(page, "Go on.")
+    page.wait_for_selector(f"{ANSWER} [role=alert]:has-text('5000')")
+    assert page.locator(f"{ANSWER}:last-of-type button").all_inner_texts() == ["Try again"]
+
+
 def test_markdown_makes_no_html(chromium: Any, url: str) -> None:
     page = chromium()
     page.goto(url)
@@ -190,6 +283,39 @@ def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
     page.wait_for_selector("#map-note:has-text(': 0 in use, 0 shared, 0 held')")
     page.locator("#waterfall button").first.click()
     assert page.get_attribute("#waterfall button", "aria-pressed") == "true"
+    assert page.complaints == []
+
+
+def test_a_paused_inspector_shows_one_moment(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(f"{url}/inspector")
+    page.wait_for_selector("#state[data-state=live]")
+    page.click("#demo")
+    page.wait_for_selector("#batch li")
+    page.wait_for_selector("#slider[max='299']")
+    page.click("#pause")
+    numbers = ["speed", "use", "running", "step-time", "hits", "hits-note"]
+    ids = [*numbers, "shown", "map-note", "batch-title", "waiting-title"]
+    texts = "(ids) => Object.fromEntries(ids.map((id) => [id, document.getElementById(id).textContent]))"
+    seen = []
+    for key in ("Home", "End", *["ArrowLeft"] * 10):
+        page.focus("#slider")
+        page.keyboard.press(key)
+        page.wait_for_timeout(300)  # the numbers are written five times a second
+        now = page.evaluate(texts, ids)
+        blocks, used = map(int, re.findall(r"(\d+) (?:blocks|in use)", now["map-note"]))
+        assert float(now["use"].rstrip(" %")) == pytest.approx(100 * used / blocks, abs=0.51)
+        counts = [re.search(r"\((\d+)\)", now[title]) for title in ("batch-title", "waiting-title")]
+        assert now["running"] == " / ".join(found[1] if found else "0" for found in counts)
+        assert now["step-time"] in now["shown"]
+        seen.append(now)
+    assert seen[0] != seen[1]
+    page.keyboard.press("Home")
+    page.wait_for_timeout(2000)  # the engine goes on
+    assert page.evaluate(texts, ids) == seen[0]
+    page.click("#pause")
+    page.wait_for_selector("#running:text-is('0 / 0')", timeout=120_000)
+    page.wait_for_selector("#speed:text-is('0')")
     assert page.complaints == []
 
 

@@ -7,6 +7,7 @@ const log = byId("log");
 const prompt = byId("prompt");
 const params = byId("params");
 const MAX_CHATS = 50;
+const MIN_SPAN = 0.25; // seconds; one read of the browser's may bring many tokens, so less says nothing of the speed
 
 let chats = load("chats", []).filter((chat) => chat && Array.isArray(chat.messages));
 let chat = chats.find((one) => one.id === load("chat", "")) ?? chats[0] ?? blank();
@@ -32,6 +33,10 @@ const say = (text) => (byId("status").textContent = text);
 function show() {
   log.replaceChildren(...chat.messages.map(article));
   if (!chat.messages.length) log.append(welcome());
+  if (chat.from) {
+    const note = "The messages above are no longer sent to the model: the conversation outgrew its context.";
+    log.children[chat.from].before(el("p", { className: "note cut" }, note));
+  }
   showChats();
   bottom();
 }
@@ -79,15 +84,22 @@ function article(message) {
 }
 
 function tools(message, node) {
-  const button = (label, action) => {
-    const made = el("button", { type: "button", className: "quiet" }, label);
+  const button = (label, action, className = "quiet") => {
+    const made = el("button", { type: "button", className }, label);
     made.addEventListener("click", action);
     return made;
   };
   if (message.role === "user") return [button("Edit", () => edit(message, node))];
   const parts = [];
+  const question = chat.messages.indexOf(message) - 1;
+  const outgrown = message.full && question > (chat.from ?? 0);
   if (message.error) {
-    parts.push(el("p", { className: "error", role: "alert" }, message.error));
+    const what = outgrown ? "This conversation no longer fits into the model's context: " : "";
+    parts.push(el("p", { className: "error", role: "alert" }, what + message.error));
+  }
+  if (outgrown) {
+    parts.push(button("Send without the oldest messages", () => leaveOut(message, question), ""));
+    parts.push(button("Ask in a new chat", () => askAfresh(chat.messages[question].content), ""));
   }
   for (const warning of message.warnings ?? []) parts.push(el("p", { className: "note" }, `Server: ${warning}`));
   parts.push(button(message.error ? "Try again" : "Regenerate", () => regenerate(message)));
@@ -105,9 +117,9 @@ function speed({ usage, seconds, first, tokens, finish }) {
     parts.push(`${usage.prompt_tokens} prompt tokens${cached ? ` (${cached} from the cache)` : ""}`);
   }
   if (count) parts.push(`${count} tokens`);
-  if (count > 1 && seconds > 0) parts.push(`${Math.round((count - 1) / seconds).toLocaleString("en")} tokens/s`);
+  if (count > 1 && seconds >= MIN_SPAN) parts.push(`${Math.round((count - 1) / seconds).toLocaleString("en")} tokens/s`);
   if (first) parts.push(`first after ${first < 1 ? `${Math.round(first * 1000)} ms` : `${first.toFixed(1)} s`}`);
-  if (finish === "length") parts.push("ended at max tokens");
+  if (finish === "length") parts.push("ended at the token limit");
   if (finish === "stopped") parts.push("stopped by you");
   return el("span", { className: "stats" }, parts.join(" · "));
 }
@@ -146,10 +158,30 @@ function send(text) {
   answer();
 }
 
-function regenerate(message) {
+/** Drop this message and what followed. */
+function cut(message) {
   stop();
   chat.messages.length = chat.messages.indexOf(message);
+  if (chat.messages.length < chat.from) chat.from = 0; // what remains did fit
+}
+
+function regenerate(message) {
+  cut(message);
   answer();
+}
+
+/** Ask again without the oldest questions and answers: half of the text, so that some more of them fit. */
+function leaveOut(message, question) {
+  const size = () => chat.messages.slice(chat.from, question + 1).reduce((sum, { content }) => sum + content.length, 0);
+  const half = size() / 2;
+  do chat.from = (chat.from ?? 0) + 2;
+  while (chat.from < question && size() > half);
+  regenerate(message);
+}
+
+function askAfresh(text) {
+  choose(blank());
+  send(text);
 }
 
 /** Put a message of the user's into a text field; saving drops what followed and asks again. */
@@ -169,8 +201,7 @@ function edit(message, node) {
   form.addEventListener("submit", (event) => {
     event.preventDefault();
     if (!field.value.trim()) return;
-    stop();
-    chat.messages.length = chat.messages.indexOf(message);
+    cut(message);
     send(field.value);
   });
   node.replaceWith(form);
@@ -191,7 +222,8 @@ function requestBody() {
   for (const [name, value] of Object.entries(fields)) {
     if (name !== "system" && value !== "") body[name] = Number(value);
   }
-  const told = chat.messages.filter((message) => message.content).map(({ role, content }) => ({ role, content }));
+  const kept = chat.messages.slice(chat.from).filter((message) => message.content);
+  const told = kept.map(({ role, content }) => ({ role, content }));
   body.messages = fields.system.trim() ? [{ role: "system", content: fields.system.trim() }, ...told] : told;
   return body;
 }
@@ -215,6 +247,8 @@ async function answer() {
       if (!answering || answering === mine) say("Stopped.");
     } else {
       message.error = error.message;
+      const { rangeOverflow } = params.elements.max_tokens.validity; // then no conversation is short enough
+      message.full = error.code === "context_length_exceeded" && !rangeOverflow;
       say(error.message);
       if (error.status === 401) askKey(() => regenerate(message));
     }

@@ -70,9 +70,10 @@ export function keyDialog(dialog, accepted) {
 
 /** An answer that is an error, in words for people. */
 export class ApiError extends Error {
-  constructor(status, message) {
+  constructor(status, message, code = null) {
     super(message);
     this.status = status;
+    this.code = code;
   }
 }
 
@@ -95,7 +96,7 @@ export async function request(path, { body, signal } = {}) {
   if (answer.status === 429) {
     throw new ApiError(429, `The server is busy: ${why}. ${after ? `Try again in ${after} s.` : ""}`.trim());
   }
-  throw new ApiError(answer.status, `${why} (${answer.status})`);
+  throw new ApiError(answer.status, `${why} (${answer.status})`, told?.error?.code);
 }
 
 /** The JSON records of a stream of server-sent events. Raises ApiError when it breaks off. */

@@ -11,16 +11,18 @@ const SHOWN_WAITING = 6;
 
 const journal = new Journal();
 let player = null;
-let frozen = null; // {player, place, state, requests, now} while paused
+let frozen = null; // {player, place, state, requests, now, lines} while paused
 let selected = null; // key of the request that is lit up
 let clock = 0; // the server's time minus this browser's
 let dirty = true;
 let connection = null;
 const recent = []; // [time, tokens generated] of the last second
-const lines = { speed: [], use: [], running: [], step: [] };
+let speed = 0; // tokens in `recent`
+const lines = { at: [], speed: [], use: [], running: [], step: [] };
 
 const now = () => Math.max(player?.live.at ?? 0, Date.now() / 1000 + clock);
 const whole = (number) => Math.round(number).toLocaleString("en");
+const took = (step) => step.ms.reduce((a, b) => a + b);
 
 // --- the feed ------------------------------------------------------------------------------------------------------
 
@@ -31,9 +33,17 @@ function take(record) {
     journal.snapshot(record);
   } else if (player && !(record.step <= player.begun)) {
     player.add(record);
-    recent.push([record.at, journal.add(record)]);
+    const generated = journal.add(record);
+    recent.push([record.at, generated]);
+    speed += generated;
+    forget(record.at - 1);
+    Object.assign(record, { speed, prompts: journal.prompts, cached: journal.cached }); // for a later look
   }
   dirty = true;
+}
+
+function forget(before) {
+  while (recent.length && recent[0][0] < before) speed -= recent.shift()[1];
 }
 
 /** Listen until the page is hidden; come back with growing pauses when the connection breaks. */
@@ -43,7 +53,7 @@ async function listen() {
   for (let pause = 0.5; !mine.signal.aborted; pause = Math.min(10, pause * 2)) {
     try {
       const answer = await request("debug/events", { signal: mine.signal });
-      tell("live", "live");
+      tell("live", "connected");
       for await (const record of events(answer)) {
         pause = 0.5;
         take(record);
@@ -73,8 +83,8 @@ function pause(place) {
   if (!player?.steps.length) return;
   const kept = frozen?.player ?? player.freeze();
   const at = Math.max(0, Math.min(kept.steps.length - 1, place ?? kept.steps.length - 1));
-  const { requests, now: then } = frozen ?? { requests: structuredClone(latest()), now: now() };
-  frozen = { player: kept, place: at, state: kept.at(at), requests, now: then };
+  const { requests, now: then, lines: drawn } = frozen ?? structuredClone({ requests: latest(), now: now(), lines });
+  frozen = { player: kept, place: at, state: kept.at(at), requests, now: then, lines: drawn };
   showPlayer();
 }
 
@@ -98,7 +108,7 @@ function showPlayer() {
 
 function describe(step) {
   const prefill = step.prefill.reduce((sum, [, , tokens]) => sum + tokens, 0);
-  const parts = [`step ${whole(step.step)}`, `${step.ms.reduce((a, b) => a + b).toFixed(1)} ms`];
+  const parts = [`step ${whole(step.step)}`, `${took(step).toFixed(1)} ms`];
   if (step.decode.length) parts.push(`${step.decode.length} decode${step.decode.length > 1 ? "s" : ""}`);
   if (prefill) parts.push(`${whole(prefill)} prefill tokens`);
   return parts.join(" · ");
@@ -186,31 +196,35 @@ function select(key) {
 
 // --- numbers, queues, waterfall ------------------------------------------------------------------------------------
 
-function showNumbers() {
+function sampleNumbers() {
   if (!player) return;
-  const { live, steps } = player;
-  const size = live.state.length;
-  while (recent.length && recent[0][0] < now() - 1) recent.shift();
-  const speed = recent.reduce((sum, [, tokens]) => sum + tokens, 0);
-  const last = steps.at(-1);
-  const running = live.rows.size;
-  const waiting = running || live.numWaiting ? live.numWaiting : 0;
-  const busy = last && now() - last.at < 1;
+  const { live } = player;
+  forget(now() - 1);
+  const busy = live.step && now() - live.step.at < 1;
+  sample(lines.at, now(), SPARK);
   sample(lines.speed, speed, SPARK);
-  sample(lines.use, live.used / size, SPARK);
-  sample(lines.running, running, SPARK);
-  sample(lines.step, busy ? last.ms.reduce((a, b) => a + b) : 0, SPARK);
-  byId("speed").textContent = whole(speed);
-  byId("use").textContent = `${((100 * live.used) / size).toFixed(live.used && live.used < size / 10 ? 1 : 0)} %`;
-  byId("running").textContent = `${running} / ${waiting}`;
-  byId("step-time").textContent = last ? `${last.ms.reduce((a, b) => a + b).toFixed(1)} ms` : "–";
-  byId("hits").textContent = journal.prompts ? `${Math.round((100 * journal.cached) / journal.prompts)} %` : "–";
-  byId("hits-note").textContent = journal.prompts
-    ? `${whole(journal.cached)} of ${whole(journal.prompts)} prompt tokens` : "since this page was opened";
-  sparkline(byId("speed-line"), lines.speed, SPARK);
-  sparkline(byId("use-line"), lines.use, SPARK, 1);
-  sparkline(byId("running-line"), lines.running, SPARK);
-  sparkline(byId("step-line"), lines.step, SPARK);
+  sample(lines.use, live.used / live.state.length, SPARK);
+  sample(lines.running, live.rows.size, SPARK);
+  sample(lines.step, busy ? took(live.step) : 0, SPARK);
+}
+
+function showNumbers() {
+  const state = frozen?.state ?? player?.live;
+  if (!state) return;
+  const { step, used, rows, numWaiting } = state;
+  const size = state.state.length;
+  const { prompts, cached } = frozen ? step : journal;
+  byId("speed").textContent = whole(frozen ? step.speed : speed);
+  byId("use").textContent = `${((100 * used) / size).toFixed(used && used < size / 10 ? 1 : 0)} %`;
+  byId("running").textContent = `${rows.size} / ${numWaiting}`;
+  byId("step-time").textContent = step ? `${took(step).toFixed(1)} ms` : "–";
+  byId("hits").textContent = prompts ? `${Math.round((100 * cached) / prompts)} %` : "–";
+  byId("hits-note").textContent = prompts ? `${whole(cached)} of ${whole(prompts)} prompt tokens` : "since this page was opened";
+  const drawn = frozen?.lines ?? lines;
+  const until = frozen ? drawn.at.filter((at) => at <= state.at).length : SPARK;
+  for (const [name, top] of [["speed"], ["use", 1], ["running"], ["step"]]) {
+    sparkline(byId(`${name}-line`), drawn[name].slice(0, until), SPARK, top);
+  }
 }
 
 function showQueues() {
@@ -383,6 +397,7 @@ themeButton(byId("theme"), () => {
   for (const picture of document.querySelectorAll(".legend canvas")) picture.paint();
 });
 setInterval(() => {
+  sampleNumbers();
   showNumbers();
   showQueues();
   showRequests();
