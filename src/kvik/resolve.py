@@ -223,7 +223,7 @@ def _activation_bytes(
 ) -> int:  # fmt: skip
     """What a step takes beside weights and KV cache, at most; sizes: (sequences, tokens, context, block size)."""
     num_seqs, num_tokens, max_model_len, _ = sizes
-    needed = activation_bytes(spec, dtype, num_tokens, num_seqs)
+    needed = activation_bytes(spec, dtype, num_tokens, num_seqs) + spec.rope.table_bytes(max_model_len)
     if kernels == "triton":
         from kvik.runtime.gpu import partial_bytes, workspace_bytes  # imports triton
 
