@@ -183,7 +183,7 @@ def test_many_unknown_fields_are_counted(monkeypatch: pytest.MonkeyPatch) -> Non
         ("responses", {"input": "x " * 2000}, "input"),
     ],
 )
-def test_errors_name_the_field_that_was_given(http: httpx.Client, path: str, fields: dict[str, Any], param: str) -> None:
+def test_errors_name_the_field_given(http: httpx.Client, path: str, fields: dict[str, Any], param: str) -> None:
     answer = http.post(f"/v1/{'chat/completions' if path == 'chat' else path}", json=fields)
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == param, answer.text

@@ -34,9 +34,10 @@ class ApiError(KvikError):
         """The error in the names that fields had in the request, of which `names` says which differ from the engine's.
 
         A name of one word is a word of the message as well, which stays."""
-        if self.param not in names:
+        name = self.param or ""
+        if name not in names:
             return self
-        name, given = self.param, names[self.param]
+        given = names[name]
         message = str(self).replace(name, given) if "_" in name else str(self)
         return ApiError(self.status, message, code=self.code, param=given, retry_after=self.retry_after)
 

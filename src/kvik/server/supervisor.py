@@ -204,7 +204,7 @@ class Supervisor:
                     return self._engine_ended(engine, https)
                 if not told and time.monotonic() > start + 1:
                     told = True
-                    logger.warning("open requests have %g s to end (drain_timeout); a second signal ends them", patience)
+                    logger.warning("open requests have %g s (drain_timeout); a second signal ends them", patience)
                 time.sleep(POLL)
             if self._asked <= times:
                 break
