@@ -74,6 +74,17 @@ def test_every_route_needs_a_key(guarded: Served, headers: dict[str, str]) -> No
     assert (body["type"], body["code"]) == ("authentication_error", "invalid_api_key")
 
 
+def test_monitors_may_ask_without_a_body(guarded: Served) -> None:
+    with httpx.Client(base_url=guarded.url) as client:  # one connection, which a body would leave out of step
+        for path in ("/health", "/", "/inspector"):
+            head, whole = client.head(path), client.get(path)
+            assert (head.status_code, head.content) == (200, b"") and whole.content, path
+            assert head.headers["content-length"] == whole.headers["content-length"], path
+        assert client.head("/ready").status_code == 401
+        assert client.head("/ready", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
+        assert client.head("/metrics", headers={"authorization": f"Bearer {KEY}"}).status_code == 405
+
+
 @pytest.mark.parametrize("key", [KEY, "another"])
 def test_each_key_opens(guarded: Served, key: str) -> None:
     headers = {"authorization": f"Bearer {key}"}

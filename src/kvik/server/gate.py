@@ -58,6 +58,7 @@ class Gate:
     ) -> None:
         self._app = app
         self._public = public
+        self._heads = public | {"/ready"}  # which monitors ask for without a body
         self._digests = [hashlib.sha256(key.strip().encode()).digest() for key in api_keys]
         self._max_body_bytes = max_body_bytes
         self._max_requests_per_key = max_requests_per_key
@@ -71,18 +72,20 @@ class Gate:
                 return
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send, self._max_body_bytes)
+        exchange, inner = _Exchange(scope, receive, send, self._max_body_bytes), scope
         try:
             salt = self._salt(exchange.headers, scope["path"])
             if exchange.announced > self._max_body_bytes:
                 raise BodyTooLarge(self._max_body_bytes)
             scope.setdefault("state", {}).update(salt=salt, request_id=exchange.request_id)
+            if scope["method"] == "HEAD" and scope["path"] in self._heads:
+                inner = {**scope, "method": "GET"}  # uvicorn, which knows the method, sends no body
             with self._counted(salt if scope["method"] == "POST" else ""):
-                await self._app(scope, exchange.receive, exchange.send)
+                await self._app(inner, exchange.receive, exchange.send)
         except ApiError as error:
             await exchange.refuse(error)
         finally:
-            route = getattr(scope.get("route"), "path", "none")
+            route = getattr(inner.get("route"), "path", "none")
             self._on_response(scope["method"], route, exchange.status)
             exchange.log()
 
