@@ -7,11 +7,12 @@ SamplingParams field of text form; null is the same as absent. `kvik.server.prot
 from __future__ import annotations
 
 import codecs
+import contextlib
 import dataclasses
 import re
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "blame", "chat_logprob", "error_body", "parse_body",
+    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "blaming", "chat_logprob", "error_body", "parse_body",
     "response_body", "response_structure", "usage_body",
 ]  # fmt: skip
 
@@ -61,7 +62,7 @@ KNOWN_FIELDS: Mapping[bool, frozenset[str]] = MappingProxyType(
 class OpenAIRequest:
     """A checked body. `inputs` are prompts (strings or lists of token ids), or the one list of messages of a chat.
 
-    `structure_param` is the field that asks for structured outputs, if one does.
+    `names` are the fields that the engine has other names for, by these: the one that asks for structured outputs, too.
     """
 
     chat: bool
@@ -70,7 +71,7 @@ class OpenAIRequest:
     template_options: Mapping[str, Any]
     params: SamplingParams
     stream: bool
-    structure_param: str | None = None
+    names: Mapping[str, str]
 
     def prompts(self, frontend: Frontend) -> list[Prompt]:
         """What the engine is given, one item per input. Raises RequestError where the chat template refuses."""
@@ -93,14 +94,21 @@ def parse_body(
     values.update((name, value) for name, value in fields.items() if name in _SAMPLING)
     values.update(_chat_values(fields) if chat else _completion_values(fields))
     structure_param, values["structured_outputs"] = _structure(fields)
+    names = {"prompt": "messages"} if chat else {}
+    if "max_completion_tokens" in fields:
+        names["max_tokens"] = "max_completion_tokens"
+    if structure_param is not None:
+        names["structured_outputs"] = structure_param
+    with blaming(names):
+        params = dataclasses.replace(base, **values)
     return OpenAIRequest(
         chat=chat,
         model=fields.get("model"),
         inputs=_inputs(fields, chat),
         template_options={name: fields[name] for name in _TEMPLATE if name in fields},
-        params=dataclasses.replace(base, **values),
+        params=params,
         stream=fields.get("stream", False),
-        structure_param=structure_param,
+        names=names,
     )
 
 
@@ -232,10 +240,20 @@ def error_body(error: KvikError) -> dict[str, Any]:
     return {"error": {"message": str(error), "type": kind, "param": param, "code": code}}
 
 
-def blame(error: RequestError, structure_param: str | None) -> RequestError:
-    """The error, in the name of the field that asked for structured outputs if it is about these."""
-    renamed = error.param == "structured_outputs" and structure_param is not None
-    return RequestError(str(error), structure_param, error.code) if renamed else error
+@contextlib.contextmanager
+def blaming(names: Mapping[str, str]) -> Iterator[None]:
+    """Within it, an error about a field has the name that the field had in the request: `names` has those that differ.
+
+    So has its message, of max_tokens, which is no word of its own.
+    """
+    try:
+        yield
+    except RequestError as error:
+        given = names.get(error.param or "")
+        if given is None:
+            raise
+        message = str(error).replace("max_tokens", given) if error.param == "max_tokens" else str(error)
+        raise RequestError(message, given, error.code) from None
 
 
 def response_body(

@@ -162,7 +162,6 @@ def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
         connection.get("/health")
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: connection.get("/ready").status_code == 503, 5)
-        wait_until(lambda: "a second signal ends them" in (tmp_path / "log").read_text(), 5)
         refused = connection.post("/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert served.process.wait(40) == 0
@@ -179,7 +178,8 @@ def test_drain_has_an_end(timeout: str, signals: int, big_model: str, tmp_path: 
         begin = time.monotonic()
         for _ in range(signals):
             served.process.send_signal(signal.SIGTERM)
-            time.sleep(0.3)
+            if signals > 1:
+                wait_until(lambda: "a second signal ends them" in (tmp_path / "log").read_text(), 5)
         assert served.process.wait(20) == 0
         assert time.monotonic() - begin < 15
         for stream in streams:

@@ -23,7 +23,7 @@ from kvik.cli.engine import open_engine, render_config
 from kvik.cli.options import EngineOptions, Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.cli.terminal import Interrupt
 from kvik.errors import ConfigError, RequestError, WorkerError
-from kvik.openai_format import blame, error_body
+from kvik.openai_format import blaming, error_body
 from kvik.server.answers import answer_body
 from kvik.server.protocol import ServedRequest, parse
 from kvik.server.reply_syntax import ModelSyntax
@@ -208,12 +208,13 @@ class _Batch:
         job = _Job(line.custom_id, served, [])
         options: dict[str, Any] = {"priority": served.priority, "cache_salt": served.cache_salt, "stream": False}
         try:
-            for prompt in prompts:
-                job.request_ids.append(self._engine.add_request(prompt, served.request.params, **options))
-        except RequestError as error:
+            with blaming(served.request.names):
+                for prompt in prompts:
+                    job.request_ids.append(self._engine.add_request(prompt, served.request.params, **options))
+        except RequestError:
             for request_id in job.request_ids:
                 self._engine.abort(request_id)
-            raise blame(error, served.request.structure_param) from None
+            raise
         self._jobs.update((request_id, job) for request_id in job.request_ids)
         self._num_sequences += job.num_sequences
         model = served.request.model

@@ -83,7 +83,7 @@ def _add_pages(app: FastAPI) -> None:
 
 def _kvik_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, KvikError)
-    return error_reply(to_api_error(error).named(getattr(request.state, "names", {})))
+    return error_reply(to_api_error(error))
 
 
 def _http_error(request: Request, error: Exception) -> Response:

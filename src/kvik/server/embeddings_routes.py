@@ -36,7 +36,6 @@ async def embeddings(request: Request) -> Response:
     """Embed one or several texts."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
-    request.state.names = {"prompt": "input"}
     model = service.check_model(body.take("model", str))
     inputs = _inputs(body.fields.pop("input", None))
     encoding = _choice(body, "encoding_format", ("float", "base64"))
@@ -49,7 +48,9 @@ async def embeddings(request: Request) -> Response:
     outputs, most = list[RequestOutput](), service.config.max_n
     for first in range(0, len(inputs), most):  # no more at a time than others may ask for
         call_id, some = f"embd-{uuid.uuid4().hex[:24]}", inputs[first : first + most]
-        generation = await service.generate(request, some, _ONE_TOKEN, call_id=call_id, stream=False, pooling=pooling)
+        generation = await service.generate(
+            request, some, _ONE_TOKEN, call_id=call_id, stream=False, pooling=pooling, names={"prompt": "input"}
+        )
         outputs += await gather(generation, request)
     vectors = [output.embedding for output in outputs]
     if dimensions not in (None, len(vectors[0])):

@@ -30,17 +30,6 @@ class ApiError(KvikError):
         self.param = param
         self.retry_after = retry_after
 
-    def named(self, names: Mapping[str, str]) -> ApiError:
-        """The error in the names that fields had in the request, of which `names` says which differ from the engine's.
-
-        A name of one word is a word of the message as well, which stays."""
-        name = self.param or ""
-        if name not in names:
-            return self
-        given = names[name]
-        message = str(self).replace(name, given) if "_" in name else str(self)
-        return ApiError(self.status, message, code=self.code, param=given, retry_after=self.retry_after)
-
     @property
     def headers(self) -> Mapping[str, str]:
         """Headers that belong to the response."""

@@ -42,9 +42,6 @@ async def completions(request: Request) -> Response:
 async def _complete(http: Request, *, chat: bool) -> Response:
     service: Service = http.app.state.service
     fields = await read_json(http)
-    if chat:
-        limit = "max_completion_tokens" if fields.get("max_completion_tokens") is not None else "max_tokens"
-        http.state.names = {"prompt": "messages", "max_tokens": limit}
     served = parse(
         fields,
         chat=chat,
@@ -67,7 +64,7 @@ async def _complete(http: Request, *, chat: bool) -> Response:
         stream=served.request.stream,
         priority=served.priority,
         cache_salt=served.cache_salt,
-        structure_param=served.request.structure_param,
+        names=served.request.names,
     )
     if served.request.stream:
         chunks = Chunks(served, reply_id, int(time.time()), model, service.ready.fingerprint, frontend.tokenizer)

@@ -12,7 +12,7 @@ from fastapi.responses import Response
 from starlette.requests import Request
 
 from kvik.errors import RequestError
-from kvik.openai_format import usage_body
+from kvik.openai_format import blaming, usage_body
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.body import Body, read_json
@@ -46,14 +46,15 @@ async def batch_generate(request: Request) -> Response:
     """Continue several prompts together: {"results": [...]} in their order."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
-    request.state.names = {"prompt": "prompts"}
     prompts = body.take("prompts", list, required=True)
     if not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise RequestError("prompts must be a list of texts; /v1/completions takes token ids, too", "prompts")
-    params = _params(body, service, len(prompts))
+    names = {"prompt": "prompts"}
+    with blaming(names):
+        params = _params(body, service, len(prompts))
     warnings = body.finish(BODIES["batch_generate"]["properties"], strict=service.config.strict)
     call_id = f"gen-{uuid.uuid4().hex[:24]}"
-    generation = await service.generate(request, prompts, params, call_id=call_id, stream=False)
+    generation = await service.generate(request, prompts, params, call_id=call_id, stream=False, names=names)
     results = [_result(output) for output in await gather(generation, request)]
     return json_reply({"results": results, **({"warnings": warnings} if warnings else {})})
 

@@ -129,8 +129,8 @@ def parse(
     if template:
         request = dataclasses.replace(request, template_options=_merge(request.template_options, template))
     if syntax is not None and syntax.cause:
-        refuse_both(syntax, request.structure_param)
-        request = dataclasses.replace(request, structure_param=syntax.cause)
+        refuse_both(syntax, request.names.get("structured_outputs"))
+        request = dataclasses.replace(request, names={**request.names, "structured_outputs": syntax.cause})
     if stream_options and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
     warnings = body.finish(known, strict=strict)

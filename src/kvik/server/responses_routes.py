@@ -19,7 +19,7 @@ from starlette.requests import Request
 
 from kvik.errors import RequestError
 from kvik.fields import show
-from kvik.openai_format import response_structure
+from kvik.openai_format import blaming, response_structure
 from kvik.outputs import FinishReason, RequestOutput
 from kvik.sampling_params import StructuredOutputsParams
 from kvik.server.body import Body, read_json
@@ -116,7 +116,6 @@ async def responses(request: Request) -> Response:
     """Answer an input."""
     service: Service = request.app.state.service
     body = Body(await read_json(request))
-    request.state.names = {"prompt": "input", "max_tokens": "max_output_tokens"}
     _refuse(body)
     metadata = body.fields.get("metadata", {})
     body.ignore(_IGNORED)
@@ -135,7 +134,9 @@ async def responses(request: Request) -> Response:
     text_format, structure = _text(body)
     effort, variables = _reasoning(body)
     refuse_both(syntax, None if structure is None else "text")
-    params = dataclasses.replace(service.defaults, **{**chosen, "n": 1, "structured_outputs": structure})
+    names = {"prompt": "input", "max_tokens": "max_output_tokens"}
+    with blaming(names):
+        params = dataclasses.replace(service.defaults, **{**chosen, "n": 1, "structured_outputs": structure})
     warnings = body.finish((*BODIES["responses"]["properties"], *_REFUSED), strict=service.config.strict)
     fields = {
         "created_at": int(time.time()),
@@ -155,9 +156,8 @@ async def responses(request: Request) -> Response:
     prompt = await service.run(lambda: frontend.render_chat(messages, **options), len(await request.body()))
     syntax = syntax.after(prompt.text, params)
     params = syntax.params_of(params, frontend.tokenizer)
-    generation = await service.generate(
-        request, [prompt], params, call_id=response_id, stream=stream, structure_param=syntax.cause or "text"
-    )
+    names["structured_outputs"] = syntax.cause or "text"
+    generation = await service.generate(request, [prompt], params, call_id=response_id, stream=stream, names=names)
     answer = _Answer(response_id, fields, syntax, frontend.tokenizer)
     if not stream:
         (output,) = await gather(generation, request)

@@ -10,15 +10,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from kvik.config import EngineConfig
 from kvik.core.request import Request as EngineRequest
-from kvik.errors import RequestError
 from kvik.models.hub import resolve_model
-from kvik.openai_format import blame
+from kvik.openai_format import blaming
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.engine_client import EngineClient, Generation
@@ -167,11 +167,11 @@ class Service:
         priority: int = 0,
         cache_salt: str = "",
         pooling: str | None = None,
-        structure_param: str | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
     ) -> Generation:
         """Start generating for `prompts`; with `pooling` embed them as well. Raises ApiError or RequestError.
 
-        `structure_param` is the field that asked for structured outputs, which an error in them names.
+        `names` are those of `blaming`.
         """
         self.frontend  # noqa: B018  refuses while the model is loading
         if self.draining:
@@ -185,17 +185,15 @@ class Service:
             return made if pooling is None else [dataclasses.replace(request, pooling=pooling) for request in made]
 
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        try:
-            requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
-        except RequestError as error:
-            raise blame(error, structure_param) from None
         texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
-        return self.client.open(
-            requests,
-            [text if isinstance(text, str) else None for text in texts],
-            stream=stream,
-            deadline=self.config.request_timeout,
-        )
+        with blaming(names):
+            requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
+            return self.client.open(
+                requests,
+                [text if isinstance(text, str) else None for text in texts],
+                stream=stream,
+                deadline=self.config.request_timeout,
+            )
 
 
 async def gather(generation: Generation, http: Request) -> list[RequestOutput]:
