@@ -18,8 +18,9 @@ SPILLS = {
     "prefill 64 fp32",  # products of tf32 parts
     # a single warp's registers are for one query, whole blocks
     "decode 8B speculating", "decode 0.6B blocks of 1", "decode 8B blocks of 16",
+    # 16 and 24 bytes of a thread with Triton 3.7, none with 3.6
+    "prefill 0.6B exact", *(f"hopper linear (192, 256, 1, 4, True) 128 {rest}" for rest in (128, 64, 32)),
 }  # fmt: skip
-FEW = 24  # bytes of a thread, which Triton 3.7 keeps in memory where 3.6 keeps none
 
 
 @pytest.mark.parametrize("group", ["attention", "hopper", "hopper_linear", "sampling", "state"])
@@ -33,7 +34,7 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
     assert run.returncode == 0, run.stderr
     found = {kernel["name"]: kernel for kernel in map(json.loads, run.stdout.splitlines())}
     assert found
-    assert {name for name, kernel in found.items() if kernel["spilled"] > FEW} <= SPILLS
+    assert {name for name, kernel in found.items() if kernel["spilled"]} <= SPILLS
     assert all(kernel["shared"] <= 227 * 1024 for kernel in found.values())
     assert not any(kernel["serialized"] for name, kernel in found.items() if name.startswith("hopper"))
     for name in {name.split(maxsplit=1)[1] for name in found if name.endswith("exact")}:

@@ -31,7 +31,7 @@ from kvik.server.gate import PUBLIC, Gate, key_salt
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.service import Service
-from kvik.server.supervisor import check_tls
+from kvik.server.supervisor import _listen, check_tls
 from kvik.server_config import ServerConfig
 
 
@@ -83,6 +83,14 @@ def test_monitors_may_ask_without_a_body(guarded: Served) -> None:
         assert client.head("/ready").status_code == 401
         assert client.head("/ready", headers={"authorization": f"Bearer {KEY}"}).status_code == 200
         assert client.head("/metrics", headers={"authorization": f"Bearer {KEY}"}).status_code == 405
+
+
+def test_an_address_that_cannot_be_had() -> None:
+    with _listen("127.0.0.1", 0, shared=False) as taken, pytest.raises(ConfigError, match="choose another --port"):
+        _listen("127.0.0.1", taken.getsockname()[1], shared=False)
+    for host in ("203.0.113.1", "name.invalid"):
+        with pytest.raises(ConfigError, match="--host takes an address of this machine"):
+            _listen(host, 0, shared=False)
 
 
 @pytest.mark.parametrize("key", [KEY, "another"])

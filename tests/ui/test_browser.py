@@ -261,13 +261,19 @@ def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
             page.wait_for_selector("#model:has-text('demo')" if path == "/" else "#state[data-state=live]")
 
 
-def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
+def busy_inspector(chromium: Any, url: str) -> Any:
+    """The inspector, and an engine at work."""
     page = chromium()
     page.goto(f"{url}/inspector")
     page.wait_for_selector("#state[data-state=live]")
     page.click("#demo")
-    page.wait_for_selector("#use:text-matches('[1-9]')")
     page.wait_for_selector("#batch li")
+    return page
+
+
+def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
+    page = busy_inspector(chromium, url)
+    page.wait_for_selector("#use:text-matches('[1-9]')")
     page.wait_for_selector("#waterfall .prefill")
     page.wait_for_selector("#map-note:text-matches('[1-9][0-9]* shared')")
     page.click("#pause")
@@ -287,11 +293,7 @@ def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
 
 
 def test_a_paused_inspector_shows_one_moment(chromium: Any, url: str) -> None:
-    page = chromium()
-    page.goto(f"{url}/inspector")
-    page.wait_for_selector("#state[data-state=live]")
-    page.click("#demo")
-    page.wait_for_selector("#batch li")
+    page = busy_inspector(chromium, url)
     page.wait_for_selector("#slider[max='299']")
     page.click("#pause")
     numbers = ["speed", "use", "running", "step-time", "hits", "hits-note"]
