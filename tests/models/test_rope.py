@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_models import make_tiny
 
+from kvik import LLMEngine
 from kvik.errors import ModelLoadError
 from kvik.layers.rope import RopeTable, inverse_frequencies, rope_from_config
 
@@ -69,6 +72,14 @@ def test_tables_hold_scaled_cosines_of_every_position() -> None:
     torch.testing.assert_close(cos.double(), 1.5 * angles.cos(), rtol=0, atol=1e-5)
     torch.testing.assert_close(sin.double(), 1.5 * angles.sin(), rtol=0, atol=1e-5)
     assert spec.table_bytes(100) == cos.new_empty(100, 64).nbytes * 2
+
+
+def test_tables_are_part_of_the_memory_plan(tmp_path: Path) -> None:
+    folder, plans = str(make_tiny(tmp_path, max_position_embeddings=512)), []
+    for length in (128, 512):
+        with LLMEngine(folder, device="cpu", max_model_len=length) as engine:
+            plans.append(engine.resolved.memory.activations - engine.spec.rope.table_bytes(length))
+    assert plans[0] == plans[1]
 
 
 @pytest.mark.parametrize("length", [1, 8192, 8193, 20000])

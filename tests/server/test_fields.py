@@ -110,6 +110,25 @@ def test_every_documented_field(http: httpx.Client, name: str, field: str) -> No
     assert check(with_field.json(), without.json()), (with_field.json(), without.json())
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "valid"),
+    [
+        ("embeddings", {"input": ""}, False), ("embeddings", {"input": []}, False),
+        ("embeddings", {"input": [""]}, False), ("embeddings", {"input": {}}, False),
+        ("embeddings", {"input": ["a", [5, 6]]}, True), ("embeddings", {"input": [5, 6]}, True),
+        ("completions", {**TEXT, "allowed_token_ids": []}, False), ("completions", {**TEXT, "prompt": []}, False),
+        ("chat", {**CHAT, "tool_choice": {}}, False), ("responses", {"input": [5]}, False),
+        ("responses", {"input": "x", "max_output_tokens": 1}, True),
+        ("tokenize", {}, False), ("tokenize", {"prompt": "x", **CHAT}, False), ("tokenize", {"prompt": "x"}, True),
+    ],
+)  # fmt: skip
+def test_the_document_and_the_server_agree(http: httpx.Client, name: str, fields: dict[str, Any], valid: bool) -> None:
+    jsonschema_rs = pytest.importorskip("jsonschema_rs", reason="jsonschema_rs is not installed")
+    assert jsonschema_rs.validator_for(BODIES[name]).is_valid(fields) == valid
+    path = PATHS.get(name) or ("/tokenize" if name == "tokenize" else f"/v1/{name}")
+    assert http.post(path, json=fields).status_code == (200 if valid else 400)
+
+
 @pytest.mark.parametrize("name", PATHS)
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_refused_fields_are_named(http: httpx.Client, name: str, field: str) -> None:

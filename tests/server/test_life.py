@@ -142,8 +142,11 @@ def test_supervisor_killed(model: str, tmp_path: Path) -> None:
     with serve(model, tmp_path / "log", "--api-processes", "2") as served:
         children = served.children
         assert len(children["http"]) == 2 and len(children["engine"]) == 1
+        folder = Path(children["http"][0].environ()["PROMETHEUS_MULTIPROC_DIR"])
+        assert folder.is_dir()
         served.process.kill()
         wait_until(lambda: gone([*children["engine"], *children["http"]]), 10)
+        assert not folder.exists()
 
 
 def test_http_process_killed(model: str, tmp_path: Path) -> None:

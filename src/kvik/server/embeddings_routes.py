@@ -45,6 +45,9 @@ async def embeddings(request: Request) -> Response:
     warnings = body.finish(BODIES["embeddings"]["properties"], strict=service.config.strict)
     if len(inputs) > MAX_INPUTS:
         raise RequestError(f"input has {len(inputs)} texts; a request may have at most {MAX_INPUTS}", "input")
+    size = service.ready.hidden_size
+    if dimensions not in (None, size):
+        raise RequestError(f"dimensions: this model's embeddings have {size} numbers", "dimensions")
     outputs, most = list[RequestOutput](), service.config.max_n
     for first in range(0, len(inputs), most):  # no more at a time than others may ask for
         call_id, some = f"embd-{uuid.uuid4().hex[:24]}", inputs[first : first + most]
@@ -53,8 +56,6 @@ async def embeddings(request: Request) -> Response:
         )
         outputs += await gather(generation, request)
     vectors = [output.embedding for output in outputs]
-    if dimensions not in (None, len(vectors[0])):
-        raise RequestError(f"dimensions: this model's embeddings have {len(vectors[0])} numbers", "dimensions")
     num_tokens = sum(output.usage.prompt_tokens for output in outputs)
     reply: dict[str, Any] = {
         "object": "list",

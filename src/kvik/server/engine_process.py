@@ -45,6 +45,7 @@ def start(settings: ChildSettings) -> EngineServer:
     ready = Ready(
         scheduler=info.resolved.scheduler,
         vocab_size=info.spec.vocab_size,
+        hidden_size=info.spec.hidden_size,
         rope_depends_on_length=info.spec.rope.depends_on_length,
         dtype=str(info.resolved.dtype).removeprefix("torch."),
         device=info.resolved.memory.device_name,

@@ -9,9 +9,11 @@ import asyncio
 import importlib.util
 import json
 import logging
+import shutil
 import signal
 import socket
 import sys
+from pathlib import Path
 from typing import Any
 
 import uvicorn
@@ -21,7 +23,7 @@ from kvik.log import configure, logger
 from kvik.server.app import make_app
 from kvik.server.errors import unavailable
 from kvik.server.metrics import Metrics
-from kvik.server.process import DRAIN, ENGINE_ENDED, ChildSettings, announce, read_settings, watch_parent
+from kvik.server.process import DRAIN, PARENT_GONE, ChildSettings, announce, read_settings, watch_parent
 from kvik.server.service import Service
 
 __all__ = ["HttpProcess", "main"]
@@ -38,6 +40,7 @@ class HttpProcess:
         self.service = Service(settings, Metrics(settings.model_names[0]))
         self._settings = settings
         self._code = 0
+        self._orphaned = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._ending: asyncio.Task[None] | None = None
         self._patience = 0.0  # seconds that open requests have left to end
@@ -65,6 +68,8 @@ class HttpProcess:
         watch = asyncio.create_task(self._watch())
         await self._server.serve(sockets=[listener])
         watch.cancel()
+        if self._orphaned:  # nobody else is left to do it
+            shutil.rmtree(Path(self._settings.endpoint.removeprefix("ipc://")).parent, ignore_errors=True)
         return self._code
 
     def hear(self, word: str) -> None:
@@ -76,7 +81,8 @@ class HttpProcess:
         if word == DRAIN:
             self.drain()
         else:
-            self._give_up("the engine process ended" if word == ENGINE_ENDED else "the supervisor is gone")
+            self._orphaned = word == PARENT_GONE
+            self._give_up("the supervisor is gone" if self._orphaned else "the engine process ended")
 
     def drain(self) -> None:
         """Take no more requests, let the open ones finish, then end. Asked again, end them."""

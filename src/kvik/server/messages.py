@@ -68,6 +68,7 @@ class Ready(msgspec.Struct, tag="ready", frozen=True):
 
     scheduler: SchedulerConfig
     vocab_size: int
+    hidden_size: int
     rope_depends_on_length: bool
     dtype: str
     device: str

@@ -7,7 +7,7 @@ route its request and response schemas.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 from kvik.sampling_params import SamplingParams
@@ -20,6 +20,7 @@ NO_EFFECT = "Accepted for compatibility; has no effect, which the response's `wa
 _HELP = {f.name: f for f in dataclasses.fields(SamplingParams)}
 _KINDS = {bool: "boolean", int: "integer", float: "number", str: "string"}
 _TEXT = {"type": "string"}
+_SOME_TEXT = {"type": "string", "minLength": 1}
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 _OBJECT = {"type": "object"}
 _FLAG = {"type": "boolean"}
@@ -33,14 +34,22 @@ _MESSAGES = {
     },
 }
 _SCHEMA = {"anyOf": [_OBJECT, _TEXT]}
-_CHOICES = {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": 1024}
+_CHOICES = {"type": "array", "items": _SOME_TEXT, "minItems": 1, "maxItems": 1024}
 _STRUCTURES: Mapping[str, dict[str, Any]] = {
     "choice": _CHOICES, "grammar": _TEXT, "json": _SCHEMA, "json_object": _FLAG, "regex": _TEXT,
     "reasoning": {"enum": ["none", "possible", "opened"]},
 }  # fmt: skip
+
+
+def _text_or_ids(text: dict[str, Any]) -> dict[str, Any]:
+    many = {"type": "array", "items": {"anyOf": [text, _IDS]}, "minItems": 1}
+    return {"description": "a text, token ids, or a list of either", "anyOf": [text, _IDS, many]}
+
+
 _OTHER: Mapping[str, dict[str, Any]] = {
     "add_generation_prompt": {**_FLAG, "description": "open an assistant turn at the end of the prompt"},
     "add_special_tokens": {**_FLAG, "description": "add the tokens that the tokenizer puts around a text"},
+    "allowed_token_ids": {**_IDS, "description": SAMPLING.options["allowed_token_ids"].help},
     "cache_salt": {**_TEXT, "description": "prompts with different salts never share cached prefixes"},
     "chat_template_kwargs": {**_OBJECT, "description": "variables of the chat template, such as enable_thinking"},
     "continue_final_message": {**_FLAG, "description": "go on with the last message instead of beginning a new one"},
@@ -54,7 +63,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "guided_json": {**_SCHEMA, "description": "structured_outputs.json"},
     "guided_regex": {**_TEXT, "description": "structured_outputs.regex"},
     "json_schema": {**_SCHEMA, "description": "structured_outputs.json"},
-    "input": {"description": "a text, token ids, or a list of either", "anyOf": [_TEXT, {"type": "array"}]},
+    "input": {"description": "a text, or a list of items", "anyOf": [_TEXT, {"type": "array", "items": _OBJECT}]},
     "instructions": {**_TEXT, "description": "a system message before the input"},
     "max_completion_tokens": {"type": "integer", "minimum": 1, "description": "tokens to generate at most"},
     "max_output_tokens": {"type": "integer", "minimum": 1, "description": "tokens to generate at most"},
@@ -63,10 +72,7 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "model": {**_TEXT, "description": "name of the served model; may be left out"},
     "parallel_tool_calls": {**_FLAG, "description": "false: at most one call is given in an answer"},
     "priority": {"type": "integer", "minimum": -1000, "maximum": 1000, "description": "lower runs earlier"},
-    "prompt": {
-        "description": "a text, token ids, or a list of either",
-        "anyOf": [_TEXT, _IDS, {"type": "array", "items": {"anyOf": [_TEXT, _IDS]}, "minItems": 1}],
-    },
+    "prompt": _text_or_ids(_TEXT),
     "prompts": {"type": "array", "items": _TEXT, "minItems": 1, "description": "texts to continue"},
     "reasoning": {**_OBJECT, "description": "effort, which is handed to the chat template"},
     "reasoning_effort": {**_TEXT, "description": "handed to the chat template"},
@@ -100,7 +106,10 @@ _OTHER: Mapping[str, dict[str, Any]] = {
     "text": {**_OBJECT, "description": "format: text, json_object or json_schema"},
     "tokens": {"type": "array", "items": {"type": "integer", "minimum": 0}, "description": "token ids"},
     "tool_choice": {
-        "anyOf": [{"enum": ["none", "auto", "required"]}, _OBJECT],
+        "anyOf": [
+            {"enum": ["none", "auto", "required"]},
+            {"type": "object", "required": ["type"], "properties": {"type": {"enum": ["function"]}}},
+        ],
         "description": "none hides the tools from the model; required, or a function's name in an object, forces calls",
     },
     "tools": {"type": "array", "items": _OBJECT, "description": "functions, shown to the model by its chat template"},
@@ -134,13 +143,11 @@ def _field(name: str, chat: bool) -> dict[str, Any]:
 
 
 def _body(
-    names: Mapping[str, bool] | frozenset[str] | tuple[str, ...], *required: str, chat: bool = False
+    names: Set[str] | tuple[str, ...], *required: str, chat: bool = False, **own: dict[str, Any]
 ) -> dict[str, Any]:
-    return {
-        "type": "object",
-        "required": list(required),
-        "properties": {name: _field(name, chat) for name in sorted(names)},
-    }
+    """The schema of a body with these fields; `own` are those that mean something else there than elsewhere."""
+    properties = {name: own.get(name) or _field(name, chat) for name in sorted(names)}
+    return {"type": "object", "required": list(required), "properties": properties}
 
 
 PLAIN_FIELDS = (frozenset(SAMPLING.options) | {"structured_outputs"}) - {"echo", "logprobs", "prompt_logprobs"}
@@ -168,10 +175,17 @@ BODIES: Mapping[str, dict[str, Any]] = {
     "responses": _body(_RESPONSES, "input"),
     "generate": _body(PLAIN_FIELDS | {"prompt", "stream"}, "prompt"),
     "batch_generate": _body(PLAIN_FIELDS | {"prompts"}, "prompts"),
-    "tokenize": _body((*_TEMPLATE, "prompt", "add_special_tokens", "model")),
+    "tokenize": {
+        **_body((*_TEMPLATE, "prompt", "add_special_tokens", "model"), prompt=_TEXT),
+        "oneOf": [{"required": ["prompt"]}, {"required": ["messages"]}],
+    },
     "detokenize": _body(("tokens", "skip_special_tokens", "model"), "tokens"),
     "apply_template": _body((*_TEMPLATE, "model"), "messages"),
-    "embeddings": _body(("input", "model", "encoding_format", "pooling", "dimensions", "user"), "input"),
+    "embeddings": _body(
+        ("input", "model", "encoding_format", "pooling", "dimensions", "user"),
+        "input",
+        input=_text_or_ids(_SOME_TEXT),
+    ),
 }
 """Schemas of request bodies by operation."""
 
