@@ -129,10 +129,14 @@ def test_the_document_and_the_server_agree(http: httpx.Client, name: str, fields
     assert http.post(path, json=fields).status_code == (200 if valid else 400)
 
 
-@pytest.mark.parametrize("name", PATHS)
+REFUSING = {**PATHS, "responses": "/v1/responses", "generate": "/generate", "batch_generate": "/batch_generate"}
+LEAST: dict[str, dict[str, Any]] = {"chat": CHAT, "responses": {"input": "x"}, "batch_generate": {"prompts": ["x"]}}
+
+
+@pytest.mark.parametrize("name", REFUSING)
 @pytest.mark.parametrize("field", sorted(REFUSED))
 def test_refused_fields_are_named(http: httpx.Client, name: str, field: str) -> None:
-    answer = http.post(PATHS[name], json={**(CHAT if name == "chat" else TEXT), field: {"type": "json_object"}})
+    answer = http.post(REFUSING[name], json={**LEAST.get(name, TEXT), field: {"type": "json_object"}})
     error = answer.json()["error"]
     assert answer.status_code == 400 and error["param"] == field and field in error["message"]
     assert field not in BODIES[name]["properties"]

@@ -19,7 +19,7 @@ from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import failure_of
 from kvik.server.openapi import BODIES, PLAIN_FIELDS, operation
-from kvik.server.protocol import check_limits
+from kvik.server.protocol import check_limits, refuse
 from kvik.server.replies import json_reply
 from kvik.server.service import Service, gather
 from kvik.server.streaming import DONE, PING, PING_INTERVAL, EventStream, event
@@ -77,6 +77,7 @@ async def _generate(request: Request, *, stream: bool) -> Response:
 
 
 def _params(body: Body, service: Service, num_prompts: int) -> SamplingParams:
+    refuse(body, chat=False)
     values = {**service.overrides, **body.take_all(PLAIN_FIELDS)}
     params = dataclasses.replace(service.defaults, **values)
     check_limits(params, num_prompts, service.config)

@@ -25,7 +25,7 @@ from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
     "IGNORED", "OWN_FIELDS", "REFUSED", "ServedRequest", "Tools", "check_limits", "check_tools", "effort_variables",
-    "known_fields", "parse", "refuse_both", "take_syntax", "take_tools",
+    "known_fields", "parse", "refuse", "refuse_both", "take_syntax", "take_tools",
 ]  # fmt: skip
 
 REFUSED: Mapping[str, str] = MappingProxyType(
@@ -111,10 +111,7 @@ def parse(
     """Check a body; fields that nobody knows are wrong if `strict`. Raises RequestError, with the field in `.param`."""
     body = Body(fields)
     known = known_fields(chat)
-    _drop_neutral(body, chat)
-    if not chat:
-        body.refuse(_CHAT_ONLY)
-    body.refuse(REFUSED)
+    refuse(body, chat=chat)
     body.ignore(IGNORED)
     syntax, template = _chat_options(body, model) if chat else (None, {})
     stream_options = _stream_options(body)
@@ -157,8 +154,8 @@ def check_limits(params: SamplingParams, num_prompts: int, config: ServerConfig)
         )
 
 
-def _drop_neutral(body: Body, chat: bool) -> None:
-    """Remove fields that ask for what happens anyway."""
+def refuse(body: Body, *, chat: bool) -> None:
+    """Raise RequestError for a field of REFUSED; drop one that asks for what happens anyway."""
     neutral: dict[str, Any] = {
         "best_of": 1, "suffix": "", "modalities": ["text"], "tools": [], "use_beam_search": False,
     }  # fmt: skip
@@ -167,6 +164,9 @@ def _drop_neutral(body: Body, chat: bool) -> None:
     for name, value in neutral.items():
         if name in body.fields and body.fields[name] == value and type(body.fields[name]) is type(value):
             del body.fields[name]
+    if not chat:
+        body.refuse(_CHAT_ONLY)
+    body.refuse(REFUSED)
 
 
 def _chat_options(body: Body, model: ModelSyntax) -> tuple[ReplySyntax | None, dict[str, Any]]:

@@ -26,7 +26,7 @@ from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
 from kvik.server.errors import ApiError, failure_of
 from kvik.server.openapi import BODIES, operation
-from kvik.server.protocol import effort_variables, refuse_both, take_syntax, take_tools
+from kvik.server.protocol import IGNORED, effort_variables, refuse, refuse_both, take_syntax, take_tools
 from kvik.server.replies import json_reply
 from kvik.server.reply_syntax import ReplySyntax, count_reasoning
 from kvik.server.responses_items import Event, OutputItems, chat_tools, messages_of
@@ -54,9 +54,6 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
     {"background": (False,), "include": ([],), "truncation": ("disabled",)}
 )
-_IGNORED = (
-    "metadata", "prompt_cache_key", "safety_identifier", "service_tier", "store", "stream_options", "user",
-)  # fmt: skip
 
 
 class _Answer:
@@ -118,7 +115,7 @@ async def responses(request: Request) -> Response:
     body = Body(await read_json(request))
     _refuse(body)
     metadata = body.fields.get("metadata", {})
-    body.ignore(_IGNORED)
+    body.ignore((*IGNORED, "stream_options"))
     model = service.check_model(body.take("model", str))
     instructions = body.take("instructions", str)
     messages = messages_of(body.fields.pop("input", None), instructions)
@@ -179,6 +176,7 @@ def _refuse(body: Body) -> None:
         if name in body.fields and body.fields[name] in values:
             del body.fields[name]
     body.refuse(_REFUSED)
+    refuse(body, chat=True)
 
 
 def _text(body: Body) -> tuple[dict[str, Any], StructuredOutputsParams | None]:
