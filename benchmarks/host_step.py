@@ -3,7 +3,7 @@
     python benchmarks/host_step.py [--batch 1 32 128 256] [--tokens 256] [--runs 3] [--device cpu] [--json FILE]
 
 The engine is whole (scheduler, GPU runner and its request table, output processor); in place of the model stands one
-that gives the same tokens at once, so a CPU is enough. `--device cuda` also does what a step uploads. Each
+that gives the same tokens at once, so a CPU is enough. `--device cuda:0` also does what a step uploads. Each
 batch runs to its end, all requests of the same length and joined at once; microseconds are medians over the steps that
 only decode, of the best run. `whole` is the mean over all steps of that run: joins and ends included.
 """
