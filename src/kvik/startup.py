@@ -170,7 +170,7 @@ def _runner(
     config: EngineConfig, info: ModelInfo, model: Decoder | NativeDecoder, pool: KVPool, grammars: Grammars,
     tracer: NoTrace,
 ) -> Runner:  # fmt: skip
-    settings, device = info.resolved.scheduler, info.platform.device
+    settings = info.resolved.scheduler
     if info.resolved.kernels == "triton":
         from kvik.runtime.gpu import build_gpu_runner
 
@@ -179,7 +179,7 @@ def _runner(
             model, pool, settings.max_num_seqs, settings.max_model_len, use_graphs=info.resolved.graphs,
             tracer=tracer, grammars=grammars,
         )  # fmt: skip
-    table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size, device)
+    table = RequestTable(settings.max_num_seqs, settings.max_model_len, settings.block_size)
     return ModelRunner(model, pool, table, tracer, grammars)
 
 

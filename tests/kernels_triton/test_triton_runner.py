@@ -74,7 +74,7 @@ def cpu_runner(settings: SchedulerConfig, grammars: Grammars | None = None) -> R
     spec, weights = model(device, torch.float32, qk_norm=True, bias=False)
     decoder = Decoder(spec, weights, RopeTable(spec.rope, LENGTH, device), ReferenceOps(), ReferenceAttention())
     pool = KVPool(spec, settings.num_blocks, BLOCK, torch.float32, device)
-    return ModelRunner(decoder, pool, RequestTable(ROWS, LENGTH, BLOCK, device), grammars=grammars)
+    return ModelRunner(decoder, pool, RequestTable(ROWS, LENGTH, BLOCK), grammars=grammars)
 
 
 def settings(**changes: Any) -> SchedulerConfig:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -43,32 +44,28 @@ class StepBatch:
 
 def build_batch(chunks: tuple[Chunk, ...], table: RequestTable, block_size: int, with_rope_lens: bool) -> StepBatch:
     """The tensors of a step. The chunks' new blocks are in the table already."""
-    device = table.token_ids.device
-    starts = [0]
-    for chunk in chunks:
-        starts.append(starts[-1] + chunk.num_tokens)
-    lengths = torch.tensor([chunk.num_tokens for chunk in chunks])
-    row_of = torch.tensor([chunk.row for chunk in chunks])
-    rows = row_of.repeat_interleave(lengths)  # [num_tokens]
-    offsets = torch.tensor([chunk.start - start for chunk, start in zip(chunks, starts, strict=False)])
-    positions = torch.arange(starts[-1]) + offsets.repeat_interleave(lengths)  # [num_tokens]
-    blocks = table.block_table[rows, positions // block_size].long()
+    starts = [0, *accumulate(chunk.num_tokens for chunk in chunks)]
+    lengths, seq_rows = [chunk.num_tokens for chunk in chunks], [chunk.row for chunk in chunks]
+    ends = tuple(chunk.end for chunk in chunks)
+    rows = np.repeat(seq_rows, lengths)  # [num_tokens]
+    offsets = [end - stop for end, stop in zip(ends, starts[1:], strict=True)]
+    positions = np.arange(starts[-1]) + np.repeat(offsets, lengths)  # [num_tokens]
+    blocks = table.block_table[rows, positions // block_size].astype(np.int64)
     logit_indices, prompt_rows = logit_rows(chunks, starts, table.num_prompt)
-    num_blocks = max(-(-chunk.end // block_size) for chunk in chunks)
+    num_blocks = -(-max(ends) // block_size)
     rope_lens: Tensor | None = None
     if with_rope_lens:
-        num_prompt = torch.tensor([table.num_prompt[chunk.row] for chunk in chunks]).repeat_interleave(lengths)
-        rope_lens = torch.maximum(num_prompt, positions + 1)
+        rope_lens = torch.from_numpy(np.maximum(np.array(table.num_prompt)[rows], positions + 1))
     forward = ForwardBatch(
-        input_ids=table.token_ids[rows, positions].long(),
-        positions=positions.to(device),
-        slots=blocks * block_size + positions % block_size,
-        query_starts=torch.tensor(starts, dtype=torch.int32, device=device),
-        seq_lens=torch.tensor([chunk.end for chunk in chunks], dtype=torch.int32, device=device),
-        block_tables=table.block_table[row_of, :num_blocks],
-        logit_indices=torch.tensor(logit_indices, dtype=torch.int64, device=device),
+        input_ids=torch.from_numpy(table.token_ids[rows, positions].astype(np.int64)),
+        positions=torch.from_numpy(positions),
+        slots=torch.from_numpy(blocks * block_size + positions % block_size),
+        query_starts=torch.from_numpy(np.array(starts, dtype=np.int32)),
+        seq_lens=torch.from_numpy(np.array(ends, dtype=np.int32)),
+        block_tables=torch.from_numpy(table.block_table[seq_rows, :num_blocks]),
+        logit_indices=torch.from_numpy(np.array(logit_indices, dtype=np.int64)),
         query_starts_host=tuple(starts),
-        seq_lens_host=tuple(chunk.end for chunk in chunks),
+        seq_lens_host=ends,
         rope_lens=rope_lens,
     )
     return StepBatch(forward, tuple(chunk.row for chunk in chunks if chunk.sample), prompt_rows)

@@ -31,7 +31,7 @@ def prompt_logprobs(logits: Tensor, next_ids: Tensor, k: int) -> list[TokenLogpr
 
     The rank is one more than the number of tokens that are strictly more likely, so tokens that tie share it.
     """
-    found: list[TokenLogprobs] = []
+    found, next_ids = list[TokenLogprobs](), next_ids.long()
     for start in range(0, len(next_ids), ROWS_AT_ONCE):
         block = slice(start, start + ROWS_AT_ONCE)
         found += _block_logprobs(logits[block].float(), next_ids[block], k)

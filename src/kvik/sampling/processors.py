@@ -89,6 +89,7 @@ def call_user(processor: LogitsProcessor, token_ids: list[int], logits: Tensor) 
 
 def process(logits: Tensor, row: RowSampling, token_ids: Tensor) -> Tensor:
     """Everything that `row` does to its logits [vocab] before temperature; `token_ids` are prompt and output so far."""
+    token_ids = token_ids.long()
     logits = _mask(_penalise(logits, row, token_ids), row, token_ids)
     if row.params.logits_processors:
         history, logits = token_ids.tolist(), logits.clone()  # callables may write to what they get

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -49,8 +50,8 @@ class Sampler:
     def sample(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
         """The next token of each row from `logits` [rows, vocab_size] of any float dtype, which are left unchanged.
 
-        `token_ids[i]` (int64, one-dimensional, on the device of `logits`) are the tokens of row i so far, prompt and
-        output: their number is the position of the token drawn. A row that cannot be sampled gets an error and leaves
+        `token_ids[i]` (int32 or int64, one-dimensional) are the tokens of row i so far, prompt and output: their number
+        is the position of the token drawn. All is on the CPU. A row that cannot be sampled gets an error and leaves
         the others alone.
         """
         assert logits.shape == (len(rows), self.vocab_size) and len(token_ids) == len(rows)
@@ -82,10 +83,10 @@ class Sampler:
 
 
 def _greedy(logits: Tensor) -> list[RowSample]:
-    """The lowest id among the largest logits of each row; torch documents that argmax returns the first maximum."""
-    values = logits.float()  # argmax of bfloat16 is five times slower on a CPU
-    token_ids = values.argmax(-1)  # [rows]
-    peaks = values.gather(1, token_ids.unsqueeze(-1)).squeeze(-1).tolist()
+    """The lowest id among the largest logits of each row, by numpy, which is ten times as fast as torch at this."""
+    values = logits.float().numpy()
+    token_ids = values.argmax(-1)  # [rows], the first maximum, or the first NaN
+    peaks = values[np.arange(len(values)), token_ids].tolist()
     samples: list[RowSample] = []
     for token_id, peak in zip(token_ids.tolist(), peaks, strict=True):
         try:
