@@ -204,6 +204,7 @@ def fake_hub(model: Path) -> Iterator[tuple[str, list[str]]]:
     files = {file.name: file.read_bytes() for file in model.iterdir()}
     other = {
         "original/params.json": b"{}",
+        "additional_chat_templates/tool_use.jinja": b"{{ tools }}",
         "pytorch_model.bin": b"x",
         "README.md": b"#",
         "consolidated.safetensors": b"x",
@@ -248,7 +249,8 @@ def test_downloads_what_is_needed_and_then_works_offline(fake_hub: tuple[str, li
     tiny, old = resolve_in_process(tmp_path, ["org/tiny", "org/old"], HF_ENDPOINT=endpoint)
     assert load_config(Path(tiny))["model_type"] == "qwen3"
     assert {p.name for p in Path(tiny).iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "additional_chat_templates", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     assert (Path(old) / "pytorch_model.bin").read_bytes() == b"x"
     assert "README.md" not in served

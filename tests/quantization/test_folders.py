@@ -95,6 +95,17 @@ def test_files_have_the_names_of_the_checkpoint(tiny: Path, made: dict[str, Path
         )
 
 
+def test_companions_are_copied_with_their_folders(tmp_path: Path) -> None:
+    from kvik.quantization.writer import copy_companions
+
+    source, copy = tmp_path / "source", tmp_path / "copy"
+    (source / "additional_chat_templates").mkdir(parents=True)
+    copy.mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    copy_companions(source, copy)
+    assert (copy / "additional_chat_templates" / "tool_use.jinja").read_text() == "{{ tools }}"
+
+
 def test_shards_make_the_same_model(tiny: Path, made: dict[str, Path], tmp_path: Path, monkeypatch: Any) -> None:
     from kvik.quantization import writer
 

@@ -120,6 +120,45 @@ def test_continue_final_message(tmp_path: Path, name: str, content: str) -> None
     assert text.endswith((content.strip(), content))
 
 
+WEATHER = {"function": {"name": "f", "arguments": '{"city": "Paris"}'}, "type": "function"}
+NULL = (
+    "{% for m in messages %}{% if m['content'] is none %}{% for c in m['tool_calls'] %}"
+    "{{ '<call>' + c['function']['name'] + c['function']['arguments'] }}{% endfor %}"
+    "{% else %}{{ m['content'] + '|' }}{% endif %}{% endfor %}"
+)
+EMPTY = (
+    "{% for m in messages %}{% if m.content.startswith('x') %}x{% endif %}{% for c in m.tool_calls %}"
+    "{{ '<call>' + c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{{ m.content + '|' }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "text"), [(NULL, 'hi|<call>f{"city": "Paris"}'), (EMPTY, 'hi|<call>f{"city": "Paris"}|')]
+)
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}])
+def test_an_answer_of_calls_alone_can_be_sent_back(
+    tmp_path: Path, template: str, text: str, content: dict[str, Any]
+) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", **content, "tool_calls": [WEATHER]}]
+    assert chat_of(tmp_path, template).render(messages) == text
+
+
+def test_no_calls_are_no_calls(tmp_path: Path) -> None:
+    template = "{% for m in messages %}{{ 'calls' if m.tool_calls is defined else m.content }}{% endfor %}"
+    assert chat_of(tmp_path, template).render([{"role": "user", "content": "hi", "tool_calls": []}]) == "hi"
+
+
+def test_no_part_of_a_message_is_lost(tmp_path: Path) -> None:
+    """Some templates take parts of users' messages and the first part of others."""
+    template = (
+        "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.role == 'user' %}{% for part in"
+        " m.content %}{{ part.text }}{% endfor %}{% else %}{{ m.content[0].text }}{% endif %}|{% endfor %}"
+    )
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    messages = [{"role": role, "content": parts} for role in ("system", "user", "assistant")]
+    assert chat_of(tmp_path, template).render(messages) == "one\ntwo|" * 3
+
+
 def test_generation_prompt_is_the_default(tmp_path: Path) -> None:
     chat = chat_of(tmp_path, TEMPLATES["chatml"])
     assert chat.render([USER]) == chat.render([USER], add_generation_prompt=True)

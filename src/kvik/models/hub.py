@@ -20,10 +20,12 @@ from kvik.errors import ModelLoadError, did_you_mean
 __all__ = ["BUNDLED_MODELS", "folder_digest", "load_config", "load_generation_config", "resolve_model"]
 
 BUNDLED_MODELS = ("demo", "demo-draft")
-_TEXT_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
+_TEMPLATES = "additional_chat_templates/*.jinja"
+_TEXT_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", _TEMPLATES)
 _SAFETENSORS = ("model*.safetensors",)
 _BIN = ("pytorch_model*.bin",)
-_SUBFOLDERS = ("*/*",)  # patterns match whole paths: original/, onnx/ and the like are other forms of the same model
+# Patterns match whole paths: original/, onnx/ and the like, all but "ad...", are other forms of the same model.
+_SUBFOLDERS = ("[!a]*/*", "a[!d]*/*")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _MODELSCOPE = "modelscope:"
 _WHOLE, _SAMPLE, _NUM_SAMPLES = 2**25, 4096, 64  # of folder_digest: bytes, bytes, and how many for each large file

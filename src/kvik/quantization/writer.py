@@ -21,7 +21,10 @@ from kvik.errors import ConfigError
 __all__ = ["SHARD_BYTES", "ShardWriter", "check_out", "copy_companions", "folder_bytes", "staged"]
 
 SHARD_BYTES = 1 << 30
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*", "NOTICE*")
+_COMPANIONS = (
+    "*.json", "*.jinja", "additional_chat_templates/*.jinja", "*.model", "merges.txt", "vocab.txt", "LICENSE*",
+    "NOTICE*",
+)  # fmt: skip
 _REWRITTEN = ("config.json", "quantization_receipt.json")
 _WEIGHTS = ("model*.safetensors", "pytorch_model*.bin")
 
@@ -122,7 +125,9 @@ def copy_companions(source: Path, folder: Path) -> None:
     for pattern in _COMPANIONS:
         for file in sorted(source.glob(pattern)):
             if file.is_file() and file.name not in _REWRITTEN and not file.name.endswith(".index.json"):
-                shutil.copyfile(file, folder / file.name)
+                copy = folder / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from kvik.errors import ModelLoadError, RequestError
-from kvik.text.messages import add_text, check_messages, check_plain, join_parts
+from kvik.text.messages import add_text, check_messages, check_plain, forms_of_calls, join_parts
 from kvik.text.template_env import make_environment
 from kvik.text.tokenizer import Tokenizer
 
@@ -85,14 +85,13 @@ class ChatTemplate:
         variables = {
             **self._tokenizer.special_tokens,
             **_check_kwargs(chat_template_kwargs),
-            "messages": chat,
             "tools": _check_dicts(tools, "tools"),
             "documents": _check_dicts(documents, "documents"),
             "add_generation_prompt": not continue_final_message
             if add_generation_prompt is None
             else add_generation_prompt,
         }
-        text = _run(template, variables)
+        text = _run_chat(template, variables, chat)
         return _cut_end(text, final) if continue_final_message else text
 
     def _choose(self, *, with_tools: bool) -> tuple[str, Template]:
@@ -120,15 +119,25 @@ class ChatTemplate:
     def _takes_parts(self, source: str) -> bool:
         """Whether a template renders a list of text parts as it renders the same text; found out by trying once."""
         if source not in self._parts_taken:
-            probe = "kvik probe"
-            text, parts = self._probe(source, probe), self._probe(source, [{"type": "text", "text": probe}])
-            self._parts_taken[source] = text is not None and probe in text and text == parts
+            self._parts_taken[source] = all(self._keeps_parts(source, role) for role in ("user", "system", "assistant"))
         return self._parts_taken[source]
 
-    def _probe(self, source: str, content: Any) -> str | None:
+    def _keeps_parts(self, source: str, role: str) -> bool:
+        """Whether one part is rendered as its text, and none of two parts is lost. True for a role that is refused."""
+        one, other = ({"type": "text", "text": text} for text in ("kvik probe", "kvik's second"))
+        text, part, both = (self._probe(source, role, content) for content in (one["text"], [one], [one, other]))
+        if text is None:
+            return role != "user"
+        return (
+            one["text"] in text and text == part and both is not None and one["text"] in both and other["text"] in both
+        )
+
+    def _probe(self, source: str, role: str, content: Any) -> str | None:
+        message, user = {"role": role, "content": content}, {"role": "user", "content": "x"}
+        messages = {"user": [message], "system": [message, user], "assistant": [user, message]}[role]
         variables = {"tools": None, "documents": None, "add_generation_prompt": False, **self._tokenizer.special_tokens}
         try:
-            return _run(self._compile(source), {**variables, "messages": [{"role": "user", "content": content}]})
+            return _run(self._compile(source), {**variables, "messages": messages})
         except RequestError:
             return None
 
@@ -156,6 +165,18 @@ def _run(template: Template, variables: Mapping[str, Any]) -> str:
     except _RUNTIME_ERRORS as error:
         reason = str(error) or type(error).__name__
         raise RequestError(f"the chat template cannot render these messages: {reason}", "messages") from error
+
+
+def _run_chat(template: Template, variables: Mapping[str, Any], chat: list[dict[str, Any]]) -> str:
+    """The rendered messages, in the first of their forms that the template takes."""
+    failure: RequestError | None = None
+    for form in forms_of_calls(chat) if any("tool_calls" in message for message in chat) else (chat,):
+        try:
+            return _run(template, {**variables, "messages": form})
+        except RequestError as error:
+            failure = failure or error
+    assert failure is not None
+    raise failure
 
 
 def _check_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -7,12 +7,12 @@ messages. Used by `ChatTemplate` alone.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from kvik.errors import RequestError
 
-__all__ = ["add_text", "check_messages", "check_plain", "join_parts"]
+__all__ = ["add_text", "check_messages", "check_plain", "forms_of_calls", "join_parts"]
 
 _MAX_DEPTH = 64
 # A message's reasoning goes by these names; templates read the first, some the second.
@@ -45,6 +45,10 @@ def _check_message(message: Mapping[str, Any], where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{where} must be an object with role and content, got {type(message).__name__}", "messages")
     plain = {key: value for key, value in check_plain(message, where).items() if value is not None}
+    if plain.get("tool_calls") == []:
+        del plain["tool_calls"]
+    if plain.get("content") == "" and "tool_calls" in plain:
+        del plain["content"]  # see `forms_of_calls`
     role = plain.get("role")
     if not isinstance(role, str) or not role:
         raise RequestError(f"{where} needs a role ('system', 'user', 'assistant' or 'tool'), got {role!r}", "messages")
@@ -91,6 +95,33 @@ def _json_object(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return value if isinstance(value, dict) else text
+
+
+def forms_of_calls(chat: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Other forms of messages with calls, for templates that cannot render these.
+
+    Where an answer has calls alone, some templates want its content to be null (DeepSeek-R1), others an empty text
+    (Qwen3's first); and some want arguments as JSON text.
+    """
+    for content in ({}, {"content": None}, {"content": ""}):
+        for as_text in (False, True):
+            yield [
+                {**content, **_calls(message, as_text=as_text)} if "tool_calls" in message else message
+                for message in chat
+            ]
+
+
+def _calls(message: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    return {**message, "tool_calls": [_call(call, as_text=as_text) for call in message["tool_calls"]]}
+
+
+def _call(call: dict[str, Any], *, as_text: bool) -> dict[str, Any]:
+    if "function" in call:
+        return {**call, "function": _call(call["function"], as_text=as_text)}
+    arguments = call.get("arguments")
+    if not as_text or not isinstance(arguments, dict):
+        return call
+    return {**call, "arguments": json.dumps(arguments, ensure_ascii=False)}
 
 
 def join_parts(message: dict[str, Any]) -> dict[str, Any]:
