@@ -123,6 +123,10 @@ def _short(name: str, limit: int) -> Callable[[Any], str]:
             raise RequestError(f"{name} must be a non-empty string, got {show(value)}", name)
         if len(value) > limit:
             raise RequestError(f"{name} has {len(value)} characters; at most {limit} are allowed", name)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise RequestError(f"{name} holds half a surrogate pair, which no UTF-8 can hold", name) from None
         return value
 
     return parse

@@ -84,12 +84,19 @@ class Option:
             return value
 
     def _items(self, raw: Any) -> list[Any]:
-        """The items of a list: a list or mapping from a file, a JSON list, or ids separated by commas."""
+        """The items of a list: a list or mapping from a file, a JSON list, or ids separated by commas.
+
+        A text that is no JSON is one item of a list of texts, such as the stop string [INST].
+        """
         if isinstance(raw, Mapping):
             return list(raw.items())
         if isinstance(raw, str):
             if raw.startswith("["):
-                return list(json.loads(raw))
+                try:
+                    return list(json.loads(raw))
+                except ValueError:
+                    if self.kind is not str:
+                        raise
             return [raw] if self.kind is str else [item for item in raw.split(",") if item.strip()]
         return list(raw) if isinstance(raw, (list, tuple)) else [raw]
 

@@ -89,6 +89,7 @@ def test_config_variable_and_json_file(tmp_path: Path) -> None:
         ("sampling", "stop", "a,b", ("a,b",)),
         ("sampling", "stop", '["a", "b"]', ("a", "b")),
         ("sampling", "stop", ["a", "["], ("a", "[")),
+        ("sampling", "stop", "[INST]", ("[INST]",)),
         ("sampling", "stop_token_ids", "1, 2", (1, 2)),
         ("sampling", "stop_token_ids", 7, (7,)),
         ("sampling", "allowed_token_ids", "none", None),

@@ -133,6 +133,7 @@ LIMITS: list[tuple[dict[str, Any], str]] = [
     ({"json": {"enum": [float("nan")]}}, "json"),
     ({"regex": "a" * 4097}, "4096"),
     ({"regex": ""}, "non-empty"),
+    ({"regex": "\ud800"}, "surrogate"),
     ({"choice": []}, "non-empty"),
     ({"choice": ["a", ""]}, "non-empty"),
     ({"choice": "yes"}, "list"),

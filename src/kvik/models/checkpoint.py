@@ -102,7 +102,7 @@ class Checkpoint:
                 self._open[file] = _open_file(file)[1]
             into.copy_(self._open[file](name))
         self._mapped[file] += into.nbytes
-        if self._mapped[file] > _MAPPED_BYTES:
+        if self._mapped[file] > _MAPPED_BYTES and _can_be_mapped(file):
             self._close(file)
         self._done(file)
 
@@ -157,14 +157,18 @@ def _open_file(file: Path) -> tuple[_Infos, Callable[[str], Tensor]]:
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)
         infos = {name: (torch.Size(part.get_shape()), _dtype_name(part.get_dtype())) for name, part in slices.items()}
         return infos, reader.get_tensor
-    # Files older than torch 1.6 are not zip archives and cannot be mapped.
-    state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    state = torch.load(file, map_location="cpu", weights_only=True, mmap=_can_be_mapped(file))
     if not isinstance(state, dict):
         raise ModelLoadError(f"{file} holds a {type(state).__name__}, not a dictionary of tensors")
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor):
             raise ModelLoadError(f"{file}: {name!r} is a {type(tensor).__name__}, not a tensor")
     return {name: (t.shape, str(t.dtype).removeprefix("torch.")) for name, t in state.items()}, state.__getitem__
+
+
+def _can_be_mapped(file: Path) -> bool:
+    """Whether tensors stay in the file until they are copied, unlike those of .bin files from before torch 1.6."""
+    return file.suffix == ".safetensors" or zipfile.is_zipfile(file)
 
 
 def _starts(file: Path) -> dict[str, int]:
