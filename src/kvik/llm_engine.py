@@ -15,11 +15,10 @@ from kvik.config import EngineConfig
 from kvik.core.request import Request
 from kvik.log import logger
 from kvik.metrics import EngineStats
-from kvik.models.hub import resolve_model
 from kvik.outputs import FinishReason, RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.startup import StartupLedger, build_engine, fingerprint, inspect_model
-from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
+from kvik.text.frontend import Frontend, ModelFacts, Prompt
 from kvik.text.output_processor import OutputProcessor
 from kvik.tracing import NO_TRACE, NoTrace
 
@@ -51,8 +50,7 @@ class LLMEngine:
             self.frontend = Frontend.from_folder(
                 info.path,
                 ModelFacts(info.spec.vocab_size, info.spec.rope.depends_on_length),
-                tokenizer_folder=None if self.config.tokenizer is None else resolve_model(self.config.tokenizer),
-                hf_config=info.hf_config,
+                tokenizer=self.config.tokenizer,
                 chat_template=self.config.chat_template,
                 seed=self.config.seed,
                 dummy=self.config.load_format == "dummy",
@@ -98,8 +96,7 @@ class LLMEngine:
     def submit(self, request: Request, prompt: Prompt, *, stream: bool = True) -> None:
         """Queue a request that `make_request` made of `prompt`. Raises RequestError for one that could never run."""
         self.engine.add(request if stream else dataclasses.replace(request, stream=False))
-        text = prompt.text if isinstance(prompt, ChatPrompt) else prompt
-        self._processor.add(request, text if isinstance(text, str) else None, stream=stream)
+        self._processor.add(request, prompt, stream=stream)
 
     def abort(self, request_id: str) -> None:
         """End a request; its terminal output comes with the next step. Unknown and finished ids are ignored."""

@@ -6,7 +6,6 @@ SamplingParams field of text form; null is the same as absent. `kvik.server.prot
 
 from __future__ import annotations
 
-import codecs
 import contextlib
 import dataclasses
 import re
@@ -261,7 +260,8 @@ def response_body(
 ) -> dict[str, Any]:
     """The body of a successful response: one finished output per input; choice index = input * n + completion."""
     choice = _chat_choice if request.chat else _completion_choice
-    choices = [choice(output, completion, tokenizer) for output in outputs for completion in output.outputs]
+    params = request.params
+    choices = [choice(output, completion, tokenizer, params) for output in outputs for completion in output.outputs]
     return {
         "id": f"{'chatcmpl' if request.chat else 'cmpl'}-{uuid.uuid4().hex}",
         "object": "chat.completion" if request.chat else "text_completion",
@@ -286,7 +286,9 @@ def usage_body(usages: Sequence[Usage], reasoning_tokens: int | None = None) -> 
     }
 
 
-def _chat_choice(output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _chat_choice(
+    output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer, params: SamplingParams
+) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
         logprobs = {"content": [chat_logprob(item, tokenizer) for item in completion.logprobs], "refusal": None}
@@ -294,13 +296,15 @@ def _chat_choice(output: RequestOutput, completion: CompletionOutput, tokenizer:
     return {"message": message, "logprobs": logprobs, **_ending(completion)}
 
 
-def _completion_choice(output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer) -> dict[str, Any]:
+def _completion_choice(
+    output: RequestOutput, completion: CompletionOutput, tokenizer: Tokenizer, params: SamplingParams
+) -> dict[str, Any]:
     logprobs = None
     if completion.logprobs is not None:
         items: list[tuple[int, TokenLogprobs | None]] = [(item.token_id, item) for item in completion.logprobs]
         if output.prompt_logprobs is not None:
             items = [*zip(output.prompt_token_ids, output.prompt_logprobs, strict=True), *items]
-        logprobs = LegacyLogprobs(tokenizer).add(items)
+        logprobs = LegacyLogprobs(tokenizer, params, output.prompt_token_ids).add(items)
     return {"text": completion.text, "logprobs": logprobs, **_ending(completion)}
 
 
@@ -321,11 +325,15 @@ def chat_logprob(item: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, Any]:
 
 
 class LegacyLogprobs:
-    """The four parallel lists of /v1/completions, a piece at a time. Offsets count characters, also in split ones."""
+    """The four parallel lists of /v1/completions, a piece at a time.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    Offsets count characters of the text that is returned, which begins with the prompt if it is echoed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, params: SamplingParams, prompt_token_ids: Sequence[int]) -> None:
+        context = () if params.echo else prompt_token_ids
         self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._detokenizer = tokenizer.vocabulary.detokenizer(params.skip_special_tokens, context)
         self._length = 0
 
     def add(self, items: Sequence[tuple[int, TokenLogprobs | None]]) -> dict[str, Any]:
@@ -342,7 +350,7 @@ class LegacyLogprobs:
 
     def _offset(self, token_id: int) -> int:
         offset = self._length
-        self._length += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        self._length += len(self._detokenizer.add(token_id))
         return offset
 
 

@@ -13,8 +13,10 @@ from tokenizer_builders import CHATML, TEXTS, byte_fallback, byte_level
 
 from kvik.core.request import Request
 from kvik.errors import RequestError
+from kvik.openai_format import parse_body, response_body
 from kvik.outputs import FinishReason, RequestMetrics, RequestOutput, SequenceOutput, TokenLogprobs, Usage
-from kvik.sampling_params import SamplingParams
+from kvik.sampling_params import SamplingParams, StructuredOutputsParams
+from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.output_processor import OutputProcessor
 from kvik.text.tokenizer import Tokenizer
 
@@ -60,7 +62,7 @@ def run(
 ) -> tuple[list[RequestOutput], list[tuple[str, int]]]:
     """Every output of the request, fed one engine output at a time, also after the end."""
     processor, made, to_finish = OutputProcessor(tokenizer), [], []
-    processor.add(request, "Say hello:", stream=stream)
+    processor.add(request, ChatPrompt("Say hello:", request.prompt_token_ids), stream=stream)
     for output in outputs:
         done = processor.process([output])
         made += done.outputs
@@ -185,6 +187,60 @@ def test_stop_tokens(include: bool, skip: bool) -> None:
         assert made[-1].token_ids == ids
         assert made[-1].usage.completion_tokens == len(ids)
         assert (made[-1].finish_reason, made[-1].stop_reason, to_finish) == (FinishReason.STOP, stop_reason, [])
+
+
+@pytest.mark.parametrize(
+    ("prompt", "structured", "text"),
+    [
+        ("Say hello:", False, " hello world"), ((5, 6), False, " hello world"),
+        (ChatPrompt("Say hello:", (5, 6)), False, "hello world"),
+        (ChatPrompt("Say hello:", (5, 6), goes_on=True), False, " hello world"),
+        (ChatPrompt("Say hello:", (5, 6)), True, " hello world"),
+    ],
+)  # fmt: skip
+def test_a_text_goes_on_after_its_prompt(prompt: Prompt, structured: bool, text: str) -> None:
+    """Sentencepiece writes a space before a word; a message of its own begins without."""
+    tokenizer = TOKENIZERS["byte_fallback"]
+    wanted = StructuredOutputsParams(regex=".*") if structured else None
+    processor, request = OutputProcessor(tokenizer), request_for(structured_outputs=wanted)
+    processor.add(dataclasses.replace(request, prompt_token_ids=ids_of("Say hello:", tokenizer)), prompt)
+    ids = ids_of("hello world", tokenizer)
+    assert tokenizer.decode(ids) == "hello world"
+    (output,) = processor.process([sequence(ids, finish_reason=FinishReason.LENGTH)]).outputs
+    assert output.text == text
+
+
+@pytest.mark.parametrize("echo", [False, True])
+@pytest.mark.parametrize("name", ["byte_fallback", "byte_level"])
+def test_offsets_point_into_the_text(name: str, echo: bool) -> None:
+    """Also with what is not in it: special tokens, and the space that sentencepiece begins a text with."""
+    tokenizer = TOKENIZERS[name]
+    text = "world is" if name == "byte_fallback" else " world is"
+    prompt, ids = tokenizer.encode("hello"), tokenizer.encode(text, add_special_tokens=False)
+    ids = [*ids[:1], next(iter(tokenizer.special_token_ids)), *ids[1:]]
+    scores = [TokenLogprobs(token_id, -0.5, 1) for token_id in [*prompt, *ids]]
+    body = {"prompt": "hello", "logprobs": 0, "echo": echo}
+    asked, processor = parse_body(body, chat=False, base=SamplingParams(), overrides={}), OutputProcessor(tokenizer)
+    processor.add(Request(request_id="r", prompt_token_ids=tuple(prompt), params=asked.params, seed=0), "hello")
+    end = sequence(
+        tuple(ids), logprobs=tuple(scores[len(prompt) :]), finish_reason=FinishReason.LENGTH,
+        prompt_logprobs=tuple(scores[1 : len(prompt)]) if echo else (),
+    )  # fmt: skip
+    (output,) = processor.process([end]).outputs
+    (choice,) = response_body(asked, [output], tokenizer, "tiny", "print")["choices"]
+    text, found = choice["text"], choice["logprobs"]
+    ends = [*found["text_offset"][1:], len(text)]
+    pieces = [text[start:end] for start, end in zip(found["text_offset"], ends, strict=True)]
+    assert "".join(pieces) == text == ("hello" if echo else "") + " world is"
+    for token_id, piece, token in zip([*prompt, *ids] if echo else ids, pieces, found["tokens"], strict=True):
+        assert piece == ("" if token_id in tokenizer.special_token_ids else token) or piece == token.lstrip(" ")
+
+
+def test_a_stop_string_may_begin_before_min_tokens() -> None:
+    for min_tokens in range(5):
+        ids = tuple(i for char in "ab###c" for i in ids_of(char))
+        made, _ = run(request_for(stop="###", min_tokens=min_tokens), steps(ids, [1]))
+        assert (made[-1].text, len(made[-1].outputs[0].token_ids)) == ("ab", 5)
 
 
 def test_min_tokens_puts_off_stop_strings() -> None:

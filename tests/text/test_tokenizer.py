@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 from tokenizer_builders import BUILDERS, CORPUS, TEXTS, byte_fallback, byte_level, unigram, write_folder
 from tokenizers import processors
 
 from kvik.errors import ModelLoadError, RequestError
-from kvik.text.tokenizer import Tokenizer
+from kvik.text.tokenizer import Tokenizer, load_tokenizer
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
 CHATML = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
@@ -142,7 +143,29 @@ def test_eos_is_a_union(
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
     folder = write_folder(tmp_path, byte_level(), settings=settings, config=config, generation_config=generation_config)
     assert set(Tokenizer.from_folder(folder).eos_token_ids) == expected
-    assert set(Tokenizer.from_folder(folder, config={"eos_token_id": 5}).eos_token_ids) >= {5}
+
+
+def test_another_tokenizer_than_the_models_own(tmp_path: Path) -> None:
+    """It needs no config.json, and texts end where the model says, too."""
+    model = write_folder(
+        tmp_path / "model", byte_level(), config={"eos_token_id": 7}, generation_config={"eos_token_id": 9}
+    )
+    alone = write_folder(tmp_path / "alone", byte_level(), settings={"eos_token": "<|im_end|>"})
+    assert not (alone / "config.json").exists()
+    assert load_tokenizer(model, str(alone)).eos_token_ids == (2, 7, 9)
+
+
+def test_a_named_token_is_special_whatever_tokenizer_json_says(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.add_tokens([tokenizers.AddedToken("<eos>", special=False, lstrip=True)])
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<eos>"}
+    folder = write_folder(tmp_path, backend, settings=settings)
+    ours, theirs = Tokenizer.from_folder(folder), auto_tokenizer(folder)
+    (eos,) = ours.eos_token_ids
+    ids = [*ours.encode("hi"), eos]
+    assert eos == theirs.eos_token_id and ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True) == "hi"
+    assert ours.encode("hi  <eos>") == theirs.encode("hi  <eos>")
+    assert eos in ours.byte_table(ours.vocab_size).special_ids
 
 
 def test_bad_word_ids() -> None:

@@ -31,11 +31,10 @@ _GAP = "\0"
 class _Choice:
     """What was sent of one choice."""
 
-    def __init__(self, tokenizer: Tokenizer, parser: ReplyParser | None) -> None:
+    def __init__(self, parser: ReplyParser | None) -> None:
         self.num_tokens = 0
-        self.begun = False
         self.ended = False
-        self.legacy = LegacyLogprobs(tokenizer)
+        self.legacy: LegacyLogprobs | None = None
         self.frames: dict[str, tuple[bytes, bytes]] = {}
         self.parser = parser
         self.num_calls = 0
@@ -60,7 +59,7 @@ class Chunks:
         self._same_frame = not (served.continuous_usage or served.return_token_ids or params.logprobs is not None)
         self._syntax = served.syntax
         self._choices = [
-            _Choice(tokenizer, None if self._syntax is None else self._syntax.parser())
+            _Choice(None if self._syntax is None else self._syntax.parser())
             for _ in range(self._n * len(served.request.inputs))
         ]
         self._told_at = time.monotonic()
@@ -172,9 +171,10 @@ class Chunks:
         if self._chat:
             return {"content": [chat_logprob(item, self._tokenizer) for item in new], "refusal": None}
         items: list[Any] = [(item.token_id, item) for item in new]
-        if not choice.begun and (prompt := request.prompt_logprobs) is not None:
-            items = [*zip(request.request.prompt_token_ids, prompt, strict=False), *items]
-        choice.begun = True
+        if choice.legacy is None:
+            choice.legacy = LegacyLogprobs(self._tokenizer, self._served.request.params, request.prompt_token_ids)
+            if (prompt := request.prompt_logprobs) is not None:
+                items = [*zip(request.prompt_token_ids, prompt, strict=False), *items]
         return choice.legacy.add(items)
 
     def _event(self, choice: dict[str, Any]) -> bytes:

@@ -20,6 +20,7 @@ from kvik.errors import RequestError
 from kvik.outputs import FinishReason, SequenceOutput
 from kvik.server import messages as wire
 from kvik.server.errors import ApiError, overloaded, unavailable
+from kvik.text.frontend import Prompt
 from kvik.text.output_processor import OpenRequest, OutputProcessor
 
 __all__ = ["EngineClient", "Generation"]
@@ -196,12 +197,12 @@ class EngineClient:
     def open(
         self,
         requests: Sequence[Request],
-        texts: Sequence[str | None],
+        prompts: Sequence[Prompt],
         *,
         stream: bool,
         deadline: float | None = None,
     ) -> Generation:
-        """Start requests, all or none. Raises ApiError (429, 503) or RequestError (both numbers)."""
+        """Start requests made of `prompts`, all or none. Raises ApiError (429, 503) or RequestError (both numbers)."""
         if self.failure is not None:
             raise self.failure
         if self._processor is None or self.ready is None:
@@ -210,9 +211,9 @@ class EngineClient:
             self._check(request, self.ready.scheduler)
         self._admit(requests)
         generation = Generation(self, requests)
-        for request, text in zip(requests, texts, strict=True):
+        for request, prompt in zip(requests, prompts, strict=True):
             packed = wire.pack_request(request)
-            self._processor.add(request, text, stream=stream)
+            self._processor.add(request, prompt, stream=stream)
             self._generations[request.request_id] = generation
             self._queued[request.request_id] = size = (request.params.n, len(request.prompt_token_ids))
             self._count(size, 1)

@@ -14,7 +14,6 @@ import time
 
 from kvik.errors import KvikError
 from kvik.log import configure
-from kvik.models.hub import resolve_model
 from kvik.server.engine_server import EngineServer
 from kvik.server.messages import Ready
 from kvik.server.process import ChildSettings, read_settings, watch_parent
@@ -34,9 +33,8 @@ def start(settings: ChildSettings) -> EngineServer:
     with ledger.phase("config"):
         info = inspect_model(settings.engine)
         identity = fingerprint(settings.engine, info)
-    tokenizer = settings.engine.tokenizer
-    folder, dummy = info.path if tokenizer is None else resolve_model(tokenizer), settings.engine.load_format == "dummy"
-    grammars = Grammars(lambda: load_tokenizer(folder, dummy=dummy).byte_table(info.spec.vocab_size))
+    name, dummy = settings.engine.tokenizer, settings.engine.load_format == "dummy"
+    grammars = Grammars(lambda: load_tokenizer(info.path, name, dummy=dummy).byte_table(info.spec.vocab_size))
     engine = build_engine(settings.engine, info, ledger, grammars, prepare=True)
     if info.resolved.graphs:
         with ledger.phase("graphs"):

@@ -17,7 +17,6 @@ from starlette.requests import Request
 
 from kvik.config import EngineConfig
 from kvik.core.request import Request as EngineRequest
-from kvik.models.hub import resolve_model
 from kvik.openai_format import blaming
 from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
@@ -28,7 +27,7 @@ from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.reply_syntax import ModelSyntax
 from kvik.server.streaming import while_connected
-from kvik.text.frontend import ChatPrompt, Frontend, ModelFacts, Prompt
+from kvik.text.frontend import Frontend, ModelFacts, Prompt
 from kvik.text.output_processor import OpenRequest, OutputProcessor
 
 __all__ = ["Service", "gather"]
@@ -185,12 +184,11 @@ class Service:
             return made if pooling is None else [dataclasses.replace(request, pooling=pooling) for request in made]
 
         size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
-        texts = [prompt.text if isinstance(prompt, ChatPrompt) else prompt for prompt in prompts]
         with blaming(names):
             requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
             return self.client.open(
                 requests,
-                [text if isinstance(text, str) else None for text in texts],
+                prompts,
                 stream=stream,
                 deadline=self.config.request_timeout,
             )
@@ -224,7 +222,7 @@ def _load_frontend(config: EngineConfig, ready: Ready) -> Frontend:
     return Frontend.from_folder(
         Path(config.model),
         ModelFacts(ready.vocab_size, ready.rope_depends_on_length),
-        tokenizer_folder=None if config.tokenizer is None else resolve_model(config.tokenizer),
+        tokenizer=config.tokenizer,
         chat_template=config.chat_template,
         dummy=config.load_format == "dummy",
         seed=uuid.uuid4().int,

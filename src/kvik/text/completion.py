@@ -61,11 +61,10 @@ class Completion:
             self._finish(output)
 
     def _write(self, text: str, matcher: StopMatcher) -> None:
-        """Pass text through the stop matcher, from the first token on that may stop the sequence."""
-        if text and len(self._token_ids) > self._params.min_tokens:
-            text = matcher.feed(text)
-            if matcher.matched is not None:
-                self.finish_reason, self._stop_reason = FinishReason.STOP, matcher.matched
+        """Pass text through the stop matcher, which finds what ends with a token that may stop the sequence."""
+        text = matcher.feed(text, armed=len(self._token_ids) > self._params.min_tokens)
+        if matcher.matched is not None:
+            self.finish_reason, self._stop_reason = FinishReason.STOP, matcher.matched
         self._emit(text)
 
     def _emit(self, text: str) -> None:

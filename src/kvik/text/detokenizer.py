@@ -85,12 +85,13 @@ class Vocabulary:
     def detokenizer(self, skip_special_tokens: bool = True, context: Sequence[int] = ()) -> Detokenizer:
         """A fresh detokeniser. After a `context` (a prompt) the text goes on instead of starting."""
         skipped = self._special_token_ids if skip_special_tokens else _NOTHING
-        kept = [token_id for token_id in context if token_id not in skipped and self.has(token_id)]
         if self._style is _Style.BYTES:
             return _ByteDetokenizer(self, skipped)
+        kept = (token_id for token_id in reversed(context) if token_id not in skipped and self.has(token_id))
+        last = next(kept, None)
         if self._style is _Style.PIECES:
-            return _PieceDetokenizer(self, skipped, starts=not kept)
-        return _WindowDetokenizer(self, skipped, kept[-1:])
+            return _PieceDetokenizer(self, skipped, starts=last is None)
+        return _WindowDetokenizer(self, skipped, [] if last is None else [last])
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence: the sum of what `detokenizer` emits for it."""

@@ -29,10 +29,14 @@ __all__ = ["ChatPrompt", "Frontend", "Message", "ModelFacts", "Prompt", "default
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A conversation under the model's chat template: what `Frontend.render_chat` makes."""
+    """A conversation under the model's chat template: what `Frontend.render_chat` makes.
+
+    `goes_on` is whether the answer is the rest of the last message, and not a message of its own.
+    """
 
     text: str
     token_ids: tuple[int, ...]
+    goes_on: bool = False
 
 
 Prompt = str | Sequence[int] | ChatPrompt
@@ -78,8 +82,7 @@ class Frontend:
         path: Path,
         facts: ModelFacts,
         *,
-        tokenizer_folder: Path | None = None,
-        hf_config: Mapping[str, Any] | None = None,
+        tokenizer: str | None = None,
         chat_template: str | None = None,
         seed: int | None = None,
         dummy: bool = False,
@@ -87,14 +90,14 @@ class Frontend:
     ) -> Frontend:
         """The front half of the model in a local folder. Raises ModelLoadError for missing or broken files.
 
-        A `dummy` model, whose weights are random, may do without a tokenizer: prompts are token ids then. A front half
-        with `only_checks` shares no process with the engine: its `grammars` tell right from wrong, and make no masks.
+        `tokenizer` is the name of another one than the model's own. A `dummy` model, whose weights are random, may do
+        without: prompts are token ids then. A front half with `only_checks` shares no process with the engine: its
+        `grammars` tell right from wrong, and make no masks.
         """
-        folder = tokenizer_folder or path
-        tokenizer = load_tokenizer(folder, hf_config=hf_config, dummy=dummy)
+        loaded = load_tokenizer(path, tokenizer, dummy=dummy)
         defaults = default_sampling_params(load_generation_config(path))
-        template = ChatTemplate(tokenizer, chat_template)
-        return cls(tokenizer, template, defaults, facts, seed=seed, only_checks=only_checks)
+        template = ChatTemplate(loaded, chat_template)
+        return cls(loaded, template, defaults, facts, seed=seed, only_checks=only_checks)
 
     def make_request(
         self,
@@ -138,7 +141,7 @@ class Frontend:
     def render_chat(self, messages: Sequence[Message], **template_options: Any) -> ChatPrompt:
         """A conversation as a prompt; options as in `kvik.text.chat.ChatTemplate.render`."""
         text, token_ids = self.chat_template.encode(messages, **template_options)
-        return ChatPrompt(text, tuple(token_ids))
+        return ChatPrompt(text, tuple(token_ids), bool(template_options.get("continue_final_message")))
 
     def prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """The token ids of a prompt. Raises RequestError for an empty text and for ids outside the vocabulary."""

@@ -17,6 +17,7 @@ from kvik.core.request import Request
 from kvik.errors import RequestError
 from kvik.outputs import FinishReason, RequestMetrics, RequestOutput, SequenceOutput, TokenLogprobs, Usage
 from kvik.text.completion import Completion
+from kvik.text.frontend import ChatPrompt, Prompt
 from kvik.text.stop import StopStrings
 from kvik.text.tokenizer import Tokenizer
 
@@ -54,11 +55,11 @@ class OutputProcessor:
     def __len__(self) -> int:
         return len(self._open)
 
-    def add(self, request: Request, prompt_text: str | None = None, *, stream: bool = True) -> None:
-        """Open a request. With `stream` off it gives a single output, when all its completions are done."""
+    def add(self, request: Request, prompt: Prompt = (), *, stream: bool = True) -> None:
+        """Open a request that was made of `prompt`. With `stream` off it gives a single output, when all is done."""
         if request.request_id in self._open:
             raise RequestError(f"request_id {request.request_id!r} is in use by an open request", "request_id")
-        self._open[request.request_id] = OpenRequest(request, prompt_text, self._tokenizer, self._clock, stream=stream)
+        self._open[request.request_id] = OpenRequest(request, prompt, self._tokenizer, self._clock, stream=stream)
 
     def forget(self, request_id: str) -> None:
         """Drop a request: nobody will read what still comes for it."""
@@ -101,7 +102,7 @@ class OpenRequest:
     def __init__(
         self,
         request: Request,
-        prompt_text: str | None,
+        prompt: Prompt,
         tokenizer: Tokenizer,
         clock: Callable[[], float],
         *,
@@ -113,7 +114,8 @@ class OpenRequest:
         self.finished = False
         self._num_left = params.n
         self._clock = clock
-        self.prompt = prompt_text
+        text = prompt.text if isinstance(prompt, ChatPrompt) else prompt
+        self.prompt = text if isinstance(text, str) else None
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
         self._metrics: RequestMetrics | None = None
@@ -122,11 +124,15 @@ class OpenRequest:
         echo = ""
         if params.echo:
             ids = request.prompt_token_ids
-            echo = tokenizer.decode(ids, params.skip_special_tokens) if prompt_text is None else prompt_text
-        context = request.prompt_token_ids if params.echo else ()
+            echo = tokenizer.decode(ids, params.skip_special_tokens) if self.prompt is None else self.prompt
+        # A message of its own begins without the space that sentencepiece puts before a word, unless it has to match.
+        begins = isinstance(prompt, ChatPrompt) and not prompt.goes_on and params.structured_outputs is None
+        self.context = () if begins else request.prompt_token_ids
         stops = StopStrings(params.stop) if params.stop else None
         self.completions = [
-            Completion(i, request, tokenizer.vocabulary.detokenizer(params.skip_special_tokens, context), stops, echo)
+            Completion(
+                i, request, tokenizer.vocabulary.detokenizer(params.skip_special_tokens, self.context), stops, echo
+            )
             for i in range(params.n)
         ]
 

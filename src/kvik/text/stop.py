@@ -74,8 +74,11 @@ class StopMatcher:
         self._held = ""
         self.matched: str | None = None
 
-    def feed(self, piece: str) -> str:
-        """The text that may be emitted now. After a match, kept in `matched`, nothing comes any more."""
+    def feed(self, piece: str, *, armed: bool = True) -> str:
+        """The text that may be emitted now. After a match, kept in `matched`, nothing comes any more.
+
+        What ends in a piece while not `armed` is no match.
+        """
         if self.matched is not None or not piece:
             return ""
         state, stops = self._state, self._stops
@@ -83,7 +86,7 @@ class StopMatcher:
             return piece
         for at, char in enumerate(piece):
             state = stops.step(state, char)
-            if (stop := stops.match[state]) is not None:
+            if armed and (stop := stops.match[state]) is not None:
                 return self._match(self._held + piece[: at + 1], stop)
         text = self._held + piece
         self._state, split = state, len(text) - stops.depth[state]

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import decoders, pre_tokenizers
+from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from kvik.errors import ModelLoadError, RequestError
+from kvik.models.hub import resolve_model
 from kvik.structured.grammars import TokenBytes
 from kvik.text.detokenizer import Vocabulary
 from kvik.text.tokenizer_files import TokenizerFiles
@@ -57,13 +58,14 @@ class Tokenizer:
         self.vocabulary = Vocabulary(backend, self.special_token_ids)
 
     @classmethod
-    def from_folder(cls, path: Path, *, config: dict[str, Any] | None = None) -> Tokenizer:
-        """The tokenizer of a local model folder; no network. `config` is its config.json if it was read already.
+    def from_folder(cls, path: Path, *, model: Path | None = None) -> Tokenizer:
+        """The tokenizer of a local folder; no network. `model` is the folder of the model, if that is another one.
 
         Raises ModelLoadError if files are missing or broken, or need the extra `kvik[transformers]`.
         """
         path = Path(path)
-        files = TokenizerFiles.read(path, config)
+        files = TokenizerFiles.read(path)
+        eos_ids = files.eos_ids if model is None else files.eos_ids | TokenizerFiles.read(model).eos_ids
         special_tokens = files.special_tokens
         if (path / "tokenizer.json").is_file():
             backend = _read_backend(path / "tokenizer.json")
@@ -79,7 +81,7 @@ class Tokenizer:
         return cls(
             backend,
             special_tokens=special_tokens,
-            eos_token_ids=files.eos_ids,
+            eos_token_ids=eos_ids,
             chat_templates=files.chat_templates,
         )
 
@@ -124,16 +126,21 @@ class Tokenizer:
         """The UTF-8 bytes that a token contributes inside a text; perhaps only part of a character."""
         return self.vocabulary.token_bytes(token_id)
 
+    @property
+    def _never_text(self) -> list[int]:
+        """Ids that grammars do not take for the bytes that they are written with."""
+        return sorted({*self.special_token_ids, *self.eos_token_ids})
+
     def byte_table(self, vocab_size: int) -> TokenBytes:
         """The bytes of the first `vocab_size` ids, which grammars are matched with."""
         known = min(vocab_size, self.vocab_size)
         tokens = [self.token_bytes(token_id) for token_id in range(known)] + [b""] * (vocab_size - known)
-        special, eos = ([i for i in ids if i < known] for ids in (sorted(self.special_token_ids), self.eos_token_ids))
+        special, eos = ([i for i in ids if i < known] for ids in (self._never_text, self.eos_token_ids))
         return TokenBytes(tokens, special, eos)
 
     def spelling_table(self, vocab_size: int) -> TokenBytes:
         """A vocabulary to check grammars with, whose tables are quickly built: every byte, and the special tokens."""
-        ids = sorted({*self.special_token_ids, *self.eos_token_ids})
+        ids = self._never_text
         tokens = [bytes([value]) for value in range(256)] + [self.token_bytes(token_id) for token_id in ids]
         eos = [256 + ids.index(token_id) for token_id in self.eos_token_ids]
         padding = [b""] * (vocab_size - len(tokens))  # a grammar may name tokens by id
@@ -175,13 +182,21 @@ def _read_backend(path: Path) -> Any:
 
 
 def _add_tokens(backend: Any, files: TokenizerFiles) -> None:
-    """Add the tokens that only tokenizer_config.json knows; for those it has, tokenizer.json rules."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    """Add the tokens that only tokenizer_config.json knows; for those it has, tokenizer.json rules.
+
+    But named tokens, such as the end of a sequence, are special in any case.
+    """
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for token in files.added_tokens:
         if token.content not in known:
-            known.add(token.content)
+            known[token.content] = token
             add = backend.add_special_tokens if token.special else backend.add_tokens
             add([token])
+    for text in files.special_tokens.values():
+        token = known[text]
+        if not token.special:
+            flags = {name: getattr(token, name) for name in ("single_word", "lstrip", "rstrip", "normalized")}
+            backend.add_special_tokens([AddedToken(text, special=True, **flags)])
 
 
 def _apply_class(backend: Any, files: TokenizerFiles) -> None:
@@ -213,11 +228,21 @@ def has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in ("tokenizer.json", *_OLD_FILES))
 
 
-def load_tokenizer(folder: Path, *, hf_config: Mapping[str, Any] | None = None, dummy: bool = False) -> Tokenizer:
-    """The tokenizer of a local folder; bytes for a `dummy` model without one. Raises ModelLoadError."""
+def load_tokenizer(model: Path, name: str | None = None, *, dummy: bool = False) -> Tokenizer:
+    """The tokenizer of the model in a local folder, or that called `name`; bytes for a `dummy` model without one.
+
+    Texts end where either of the two says. Raises ModelLoadError.
+    """
+    folder = model if name is None else _folder_of(name)
     if dummy and not has_tokenizer(folder):
         return Tokenizer.of_bytes()
-    return Tokenizer.from_folder(folder, config=None if hf_config is None else dict(hf_config))
+    return Tokenizer.from_folder(folder, model=model)
+
+
+def _folder_of(name: str) -> Path:
+    """The folder of a tokenizer, which need not be a model's; of a model on a hub nothing but its text files come."""
+    local = Path(name).expanduser()
+    return local if has_tokenizer(local) else resolve_model(name, load_format="dummy")
 
 
 def _convert(path: Path) -> tuple[Any, dict[str, str]]:

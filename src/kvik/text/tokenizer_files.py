@@ -65,15 +65,14 @@ class TokenizerFiles:
     generation_config: dict[str, Any]
 
     @classmethod
-    def read(cls, folder: Path, config: dict[str, Any] | None) -> TokenizerFiles:
-        """Read the folder; `config` is its config.json if the caller has it already."""
+    def read(cls, folder: Path) -> TokenizerFiles:
+        """Read the folder."""
         if not folder.is_dir():
             raise ModelLoadError(f"there is no folder {folder}; a tokenizer is read from a local model folder")
         settings = read_json(folder / "tokenizer_config.json", missing={})
         if "added_tokens_decoder" not in settings:
             settings = {**settings, **read_json(folder / "special_tokens_map.json", missing={})}
-        if config is None:
-            config = read_json(folder / "config.json", missing={})
+        config = read_json(folder / "config.json", missing={})
         return cls(folder, settings, config, read_json(folder / "generation_config.json", missing={}))
 
     @property
