@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
@@ -40,6 +41,7 @@ class LLM:
     def __init__(self, model: str | EngineConfig, *, tracer: NoTrace = NO_TRACE, **options: Any) -> None:
         self.llm_engine = LLMEngine(model, tracer=tracer, **options)
         self._mailboxes: dict[str, Mailbox] = {}
+        self._news: dict[str, deque[str]] = {}  # of the call of each request: those that something came for
         self._calls = itertools.count()
 
     @property
@@ -154,6 +156,8 @@ class LLM:
                 raise
             raise RequestError(f"prompt {len(ids) - 1}: {error}", error.param) from None
         self._mailboxes.update((request_id, Mailbox()) for request_id in ids)
+        news = deque[str]()
+        self._news.update((request_id, news) for request_id in ids)
         return ids
 
     def _outputs(self, ids: list[str]) -> Iterator[RequestOutput | None]:
@@ -162,14 +166,15 @@ class LLM:
         The first item is None: whoever has it may close the iterator, and what is unfinished is aborted.
         """
         pending = {request_id: index for index, request_id in enumerate(ids)}
+        news = self._news[ids[0]] if ids else deque[str]()
         try:
             yield None
             while pending:
-                for request_id, index in list(pending.items()):
+                while news:
+                    request_id = news.popleft()
                     output = self._mailboxes[request_id].take()
                     if output is not None:
-                        if output.finished:
-                            del pending[request_id]
+                        index = pending.pop(request_id) if output.finished else pending[request_id]
                         yield dataclasses.replace(output, index=index)
                 if pending:
                     self._step()
@@ -178,6 +183,7 @@ class LLM:
                 self.llm_engine.abort(request_id)
             for request_id in ids:
                 self._mailboxes.pop(request_id, None)
+                self._news.pop(request_id, None)
 
     def _step(self) -> None:
         try:
@@ -191,6 +197,7 @@ class LLM:
         for output in outputs:
             if output.request_id in self._mailboxes:
                 self._mailboxes[output.request_id].put(output)
+                self._news[output.request_id].append(output.request_id)
 
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

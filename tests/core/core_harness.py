@@ -268,7 +268,7 @@ class World:
         for track in self.live:
             track.ended = track.ended or FinishReason.ABORT
         self.check()
-        assert self.scheduler.kv.num_used == 0 and self.scheduler.num_steps_in_flight == 0
+        assert self.scheduler.kv.num_used == 0 and len(self.scheduler._in_flight) == 0
 
     def run(self) -> None:
         """Step until nothing is left, in a bounded number of steps, and check that nothing was kept."""
@@ -303,7 +303,7 @@ class World:
         self.scheduler.check_invariants()
         self._check_cached_content()
         assert self.scheduler.num_running + self.scheduler.num_waiting <= len(self.live)
-        assert self.executor.num_in_flight == self.scheduler.num_steps_in_flight <= self.config.run_ahead
+        assert self.executor.num_in_flight == len(self.scheduler._in_flight) <= self.config.run_ahead
 
     def check_end(self) -> None:
         """Every completion ended once and nothing of any request is left behind."""

@@ -49,6 +49,19 @@ def test_sjf_starts_the_shortest_job_first_and_equals_in_order_of_arrival() -> N
     assert _run_one_by_one("sjf", requests) == [1, 3, 2, 0, 4]
 
 
+@pytest.mark.parametrize(("policy", "first"), [("fcfs", "long"), ("priority", "urgent"), ("sjf", "urgent")])
+def test_a_prompt_under_way_is_overtaken_by_what_comes_before_it(policy: str, first: str) -> None:
+    world = World(make_config(policy=policy, max_num_batched_tokens=16, max_model_len=256, num_blocks=64))
+    world.add(make_request("long", list(range(1, 40)) * 5, 1, priority=2))
+    world.step()
+    world.add(make_request("urgent", [1, 2], 1, priority=-2))
+    ended: list[str] = []
+    while len(ended) < 2:
+        ended += [output.request_id for output in world.step() if output.finish_reason is not None]
+    assert ended[0] == first
+    world.check_end()
+
+
 def test_one_step_of_priority_lets_exactly_step_minus_one_later_arrivals_come_first() -> None:
     requests = [make_request("first", [1], 1, seed=0, priority=1)]
     requests += [make_request(f"r{i}", [1], 1, seed=i) for i in range(1, PRIORITY_STEP + 20)]

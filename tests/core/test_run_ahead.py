@@ -40,7 +40,7 @@ def test_run_ahead_many_plans_are_submitted_before_the_first_result_is_taken(run
     world.add(make_request("a", PROMPT, 20))
     world.step()
     assert len(world.executor.plans) == run_ahead + 1
-    assert world.scheduler.num_steps_in_flight == run_ahead
+    assert len(world.scheduler._in_flight) == run_ahead
     world.step()
     assert len(world.executor.plans) == run_ahead + 2
     world.run()
@@ -86,7 +86,7 @@ def test_row_and_blocks_of_an_ended_sequence_are_reused_only_after_the_last_step
     world.add(make_request("a", range(6), 20, seed=1))
     world.add(make_request("b", range(50, 56), 2, seed=2))
     world.step()
-    assert world.scheduler.num_steps_in_flight == 1
+    assert len(world.scheduler._in_flight) == 1
     world.finish("a", FinishReason.ABORT)
     assert world.scheduler.num_running == 0
     assert world.scheduler.kv.num_used == 2, "a step in flight may still write these"

@@ -64,6 +64,10 @@ class SequenceQueue:
     def last(self) -> Sequence:
         return self._items[-1][2]
 
+    def begins_before(self, seq: Sequence) -> bool:
+        """Whether there is one that comes before `seq`, which need not be in this queue."""
+        return bool(self._items) and self._items[0][:2] < (self._key(seq), seq.order)
+
     def add(self, seq: Sequence) -> None:
         bisect.insort(self._items, (self._key(seq), seq.order, seq))
         self._sequences = None

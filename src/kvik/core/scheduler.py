@@ -79,6 +79,7 @@ class Scheduler:
         self._resuming = SequenceQueue(config.policy)  # preempted: before everything that waits
         self._waiting = SequenceQueue(config.policy)
         self._followers: dict[str, list[Sequence]] = {}  # completions that will share the KV of the first one's prompt
+        self._num_following = 0  # of all requests together
         self._free_rows = list(range(config.max_num_seqs - 1, -1, -1))
         self._in_flight: deque[_InFlight] = deque()
         self._held: list[_Held] = []
@@ -108,6 +109,7 @@ class Scheduler:
             self._waiting.add(seq)
         if len(alone) < len(sequences):
             self._followers[request.request_id] = sequences[1:]
+            self._num_following += len(sequences) - 1
         self._live[request.request_id] = {seq.index: seq for seq in sequences}
 
     def finish(self, request_id: str, reason: FinishReason, index: int | None = None) -> None:
@@ -139,16 +141,12 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        return len(self._waiting) + len(self._resuming) + sum(map(len, self._followers.values()))
+        return len(self._waiting) + len(self._resuming) + self._num_following
 
     @property
     def last_step_id(self) -> int:
         """Of the step that was planned last."""
         return self._next_step_id - 1
-
-    @property
-    def num_steps_in_flight(self) -> int:
-        return len(self._in_flight)
 
     def has_unfinished(self) -> bool:
         """Whether a sequence is live, a step is in flight, or an output was not delivered."""
@@ -163,6 +161,7 @@ class Scheduler:
         waiting = [*self._waiting, *self._resuming, *(seq for rest in self._followers.values() for seq in rest)]
         queued = [id(seq) for seq in [*self._running, *waiting]]
         assert len(queued) == len(live) and set(queued) == live, "a sequence is lost or queued twice"
+        assert self.num_waiting == len(waiting)
         decoding, prefilling = set(self._decoding), set(self._prefilling)
         assert decoding | prefilling <= set(self._running) and not decoding & prefilling
         for seq in self._running:
@@ -183,20 +182,21 @@ class Scheduler:
         decoding, decodes = self._decoding.advance(self._next_step_id, waiting)
         budget = self.config.max_num_batched_tokens - len(decodes)
         chunks: list[Chunk] = []
-        joined: list[RowInit] = []
-        prefilling: list[Sequence] = []
-        for seq in self._prefilling.sequences:
-            if not budget:
+        joined, prefilling = list[RowInit](), list[Sequence]()
+        under_way, may_admit = deque(self._prefilling.sequences), True
+        while budget:
+            seq = None
+            if may_admit and (not under_way or (self._resuming or self._waiting).begins_before(under_way[0])):
+                seq = self._admit() if len(self._resuming) <= num_resuming else None
+                num_resuming = len(self._resuming)
+                may_admit = seq is not None
+                if seq is not None:
+                    joined.append(row_init(seq))
+                    new_blocks.append((seq.row, tuple(seq.block_ids)))
+            if seq is None and not under_way:
                 break
-            prefilling.append(seq)
-            chunks.append(self._advance(seq, budget))
-            budget -= chunks[-1].num_tokens
-        while budget and len(self._resuming) <= num_resuming and (admitted := self._admit()) is not None:
-            num_resuming = len(self._resuming)
-            joined.append(row_init(admitted))
-            new_blocks.append((admitted.row, tuple(admitted.block_ids)))
-            prefilling.append(admitted)
-            chunks.append(self._advance(admitted, budget))
+            prefilling.append(seq or under_way.popleft())
+            chunks.append(self._advance(prefilling[-1], budget))
             budget -= chunks[-1].num_tokens
         if not decodes and not chunks:
             return None
@@ -262,7 +262,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Give the next waiting sequence a row and blocks. Stops at the first that does not fit: none is overtaken."""
-        queue = self._resuming if self._resuming else self._waiting
+        queue = self._resuming or self._waiting
         if not queue or not self._free_rows:
             return None
         seq = queue.first
@@ -316,6 +316,7 @@ class Scheduler:
 
     def _confirm(self, seq: Sequence, row: RowResult, num_computed: int, sampled: bool) -> None:
         """Apply the result of a row whose first `num_computed` tokens are computed by now."""
+        seq.prompt_logprobs.extend(row.prompt_logprobs)
         if row.error is not None:
             self._finish(seq, FinishReason.ERROR, error=row.error)
             return
@@ -323,7 +324,6 @@ class Scheduler:
         self.kv.commit(seq, num_computed)
         if num_computed >= seq.num_prompt_tokens:
             self._release_followers(seq.request.request_id)
-        seq.prompt_logprobs.extend(row.prompt_logprobs)
         if not sampled:
             return
         seq.embedding = row.embedding or seq.embedding
@@ -388,11 +388,13 @@ class Scheduler:
         """Queue the other completions of a request: the first one's prompt is in the cache, or never will be."""
         for seq in self._followers.pop(request_id, []):
             self._waiting.add(seq)
+            self._num_following -= 1
 
     def _unqueue(self, seq: Sequence) -> None:
         followers = self._followers.get(seq.request.request_id, [])
         if seq in followers:
             followers.remove(seq)
+            self._num_following -= 1
         else:
             (self._resuming if seq.num_preemptions else self._waiting).remove(seq)
             self.kv.unmatch()
