@@ -6,7 +6,7 @@ import gc
 import itertools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +97,29 @@ def test_graphs_that_are_missing_are_captured_while_idle(folder: Path, monkeypat
         monkeypatch.setattr(GraphPool, "capture", lambda *_: pytest.fail("a graph was captured in a step"))
         for kind, plain in zip(kinds, expected, strict=True):
             same(llm.generate(prompts(5), kind), plain)
+
+
+def test_without_memory_for_more_graphs_steps_go_on(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, replays: list[Any]
+) -> None:
+    eager = run(folder, device="cuda", enforce_eager=True)
+    capture, captured = GraphPool.capture, []
+
+    def fail_later(pool: GraphPool, compute: Callable[[], object]) -> torch.cuda.CUDAGraph:
+        if len(captured) < 3:
+            captured.append(capture(pool, compute))
+            return captured[-1]
+
+        def allocate() -> None:
+            compute()
+            torch.empty(1 << 50, dtype=torch.uint8, device="cuda")
+
+        return capture(pool, allocate)
+
+    monkeypatch.setattr(GraphPool, "capture", fail_later)
+    same(run(folder, device="cuda", enforce_eager=False), eager)
+    assert len(captured) == 3 and replays and set(map(id, replays)) <= set(map(id, captured))
+    assert sum("no more CUDA graphs" in line for line in caplog.messages) == 1
 
 
 def test_the_worst_case_stays_within_the_plan(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -210,7 +211,7 @@ def test_padded_steps_give_the_same_tokens(
     runner = gpu_runner(device, config)
     assert isinstance(runner, GpuRunner)
     assert device.type == "cuda" or not runner.get_ready()
-    monkeypatch.setattr(runner._mixed_step, "_pool", object())
+    monkeypatch.setattr(runner._mixed_step, "_pool", SimpleNamespace(full=False))
     while early and runner.get_ready():
         pass
     assert captured == ([32, 16] if early else []), "the largest first"
@@ -237,7 +238,7 @@ def test_idle_captures_keep_to_the_steps_that_can_be(captured: list[int], monkey
     assert isinstance(runner, GpuRunner)
     sizes = runner._mixed_step._sizes
     assert max(sizes) == 2 * LENGTH
-    monkeypatch.setattr(runner._mixed_step, "_pool", object())
+    monkeypatch.setattr(runner._mixed_step, "_pool", SimpleNamespace(full=False))
     compute = MixedStep._compute
 
     def no_memory(self: MixedStep, packed: torch.Tensor, size: int) -> torch.Tensor:

@@ -66,31 +66,22 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 
 class _Bucket:
-    """The static tensors of one number of rows."""
+    """The static tensors of one number of rows: the first rows of those that all numbers share."""
 
-    def __init__(self, num_rows: int, max_blocks: int, device: torch.device) -> None:
-        self.rows = torch.full((num_rows,), -1, dtype=torch.int32, device=device)
-        self.inputs = DecodeInputs.empty(num_rows, max_blocks, device)
-        self.filled: list[int] = []
+    def __init__(self, rows: Tensor, inputs: DecodeInputs) -> None:
+        num_rows, device = len(rows), rows.device
+        self.rows, self.inputs = rows, inputs
         self.batch = ForwardBatch(
-            input_ids=self.inputs.input_ids,
-            positions=self.inputs.positions,
-            slots=self.inputs.slots,
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            slots=inputs.slots,
             query_starts=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
-            seq_lens=self.inputs.seq_lens,
-            block_tables=self.inputs.block_tables,
+            seq_lens=inputs.seq_lens,
+            block_tables=inputs.block_tables,
             logit_indices=None,
             query_starts_host=tuple(range(num_rows + 1)),
             seq_lens_host=(1,) * num_rows,  # the real ones are on the device only
         )
-
-    def fill(self, rows: list[int]) -> None:
-        """Set the table rows of the step, where they are not those of the last one."""
-        if rows != self.filled:
-            self.filled = []  # until the copy is on its way, whatever interrupts it
-            padded = np.array(rows + [-1] * (len(self.rows) - len(rows)), dtype=np.int32)
-            self.rows.copy_(upload(padded, self.rows.device))
-            self.filled = list(rows)
 
 
 class DecodeStep:
@@ -102,7 +93,10 @@ class DecodeStep:
     ) -> None:  # fmt: skip
         self._model, self._attention, self._kv_pool = model, attention, kv_pool
         self._table, self._work, self._pool = table, work, pool
-        max_rows, self._max_blocks = table.block_table.shape
+        max_rows, max_blocks = table.block_table.shape
+        self._rows = torch.full((max_rows,), -1, dtype=torch.int32, device=table.device)
+        self._inputs = DecodeInputs.empty(max_rows, max_blocks, table.device)
+        self._filled: list[int] = []
         self._sizes = buckets(max_rows)
         self._buckets: dict[int, _Bucket] = {}
         self._graphs: dict[tuple[int, SamplerPath], Graph] = {}
@@ -116,7 +110,7 @@ class DecodeStep:
         """Decode one token of each table row: a function that waits for them."""
         size = next(size for size in self._sizes if size >= len(rows))
         bucket = self._bucket(size)
-        bucket.fill(rows)
+        self._fill(rows)
         graph = self._graphs.get((size, path))
         if graph is None:
             self._compute(bucket, path)  # also compiles what a capture will launch
@@ -124,7 +118,9 @@ class DecodeStep:
             graph.replay()
         tokens = self._table.results.take(len(rows))
         if graph is None and self._pool is not None:
-            self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
+            graph = self._pool.try_capture(lambda: self._compute(bucket, path))
+            if graph is not None:
+                self._graphs[size, path] = graph
         return tokens
 
     def get_ready(self) -> bool:
@@ -139,13 +135,23 @@ class DecodeStep:
             return False
         size, path = missing
         bucket = self._bucket(size)
-        self._graphs[size, path] = self._pool.capture(lambda: self._compute(bucket, path))
-        return True
+        graph = self._pool.try_capture(lambda: self._compute(bucket, path))
+        if graph is not None:
+            self._graphs[missing] = graph
+        return graph is not None
 
     def _bucket(self, size: int) -> _Bucket:
         if size not in self._buckets:
-            self._buckets[size] = _Bucket(size, self._max_blocks, self._table.device)
+            self._buckets[size] = _Bucket(self._rows[:size], self._inputs.first(size))
         return self._buckets[size]
+
+    def _fill(self, rows: list[int]) -> None:
+        """Set the table rows of the step, where they are not those of the last one."""
+        if rows != self._filled:
+            self._filled = []  # until the copy is on its way, whatever interrupts it
+            padded = np.array(rows + [-1] * (len(self._rows) - len(rows)), dtype=np.int32)
+            self._rows.copy_(upload(padded, self._rows.device))
+            self._filled = list(rows)
 
     def _compute(self, bucket: _Bucket, path: SamplerPath) -> None:
         self._table.decode_inputs(bucket.rows, bucket.inputs)

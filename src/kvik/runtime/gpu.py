@@ -10,6 +10,7 @@ from kvik.attention.triton import AttentionLimits, TritonAttention
 from kvik.kernels.triton.dispatch import Case, load_table
 from kvik.kernels.triton.features import Features
 from kvik.kernels.triton.sampling_table import SamplingTable, SamplingWorkspace
+from kvik.kernels.triton.state import DecodeInputs
 from kvik.models.decoder import Decoder
 from kvik.models.spec import DecoderSpec
 from kvik.runtime.decode_step import DecodeStep
@@ -75,7 +76,9 @@ def workspace_bytes(
     )
     table = DeviceTable(num_seqs, max_model_len, block_size, spec.vocab_size, meta)
     work = SamplingWorkspace(num_seqs, spec.vocab_size, meta)
+    inputs = DecodeInputs.empty(num_seqs, table.block_table.shape[1], meta)
     fields = [getattr(table.fields, name) for name in SamplingTable.__slots__]
+    fields += [getattr(inputs, name) for name in DecodeInputs.__slots__]
     tensors = [*vars(attention).values(), *vars(table).values(), *vars(work).values(), *fields]
     return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 

@@ -228,7 +228,7 @@ class GpuRunner:
             return {}
         states = [self._table.sampling(rows[i]) for i in wanted]
         history = [self._table.tokens(rows[i], int(self._table.num_tokens[rows[i]])).cpu() for i in wanted]
-        samples = self._sampler.sample(logits[wanted].cpu(), states, history)
+        samples = self._sampler.sample(logits[wanted].cpu(), states, history, logprobs=False)
         tokens[wanted] = upload(np.array([sample.token_id for sample in samples], dtype=np.int32), self._device)
         return {rows[i]: sample.error for i, sample in zip(wanted, samples, strict=True) if sample.error is not None}
 

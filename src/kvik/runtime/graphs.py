@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from kvik.log import logger
 
 __all__ = ["Graph", "GraphPool", "GraphTimer", "Timer"]
 
@@ -21,6 +24,18 @@ class GraphPool:
     def __init__(self) -> None:
         self._handle: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self.full = False
+
+    def try_capture(self, compute: Callable[[], object]) -> Graph | None:
+        """`capture`, or None without memory for it; then the pool is `full`, and nothing is captured any more."""
+        if self.full:
+            return None
+        try:
+            return self.capture(compute)
+        except torch.OutOfMemoryError as error:
+            logger.warning("no more CUDA graphs are captured, and steps that have none are slower: %s", error)
+            self.full = True
+            return None
 
     def capture(self, compute: Callable[[], object]) -> Graph:
         """Record what `compute` launches; nothing is run. Everything that it launches is compiled already.
@@ -35,8 +50,11 @@ class GraphPool:
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 compute()
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with contextlib.suppress(RuntimeError):  # of a capture that has failed
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         return graph
 

@@ -146,7 +146,8 @@ class KernelCompiler:
 
     def _last_words(self) -> str:
         assert self._folder is not None
-        lines = Path(self._folder.name, "log").read_text(errors="replace").strip().splitlines()
+        log = Path(self._folder.name, "log")
+        lines = log.read_text(errors="replace").strip().splitlines() if log.exists() else []
         return lines[-1] if lines else "nothing"
 
     def _stop(self) -> None:

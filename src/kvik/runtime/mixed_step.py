@@ -101,7 +101,9 @@ class MixedStep:
         captured = self._captured.get(size)
         if captured is None:
             hidden = self._compute(packed, size).clone()  # also compiles what the capture will launch
-            self._captured[size] = self._capture(self._pool, packed, size)
+            made = self._capture(self._pool, packed, size)
+            if made is not None:
+                self._captured[size] = made
             return hidden[:num_rows]
         captured.packed.copy_(packed)
         captured.graph.replay()
@@ -110,19 +112,21 @@ class MixedStep:
     def get_ready(self) -> bool:
         """Capture the largest graph that is missing; False if none is."""
         missing = [size for size in self._sizes if size not in self._captured]
-        if self._pool is None or not missing:
+        if self._pool is None or self._pool.full or not missing:
             return False
         size, nothing = missing[-1], np.zeros(0, dtype=np.int64)
         parts = MixedParts(nothing, nothing, nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
         packed = upload(_padded(parts, size, self._max_seqs), self._table.device)
         self._compute(packed, size)  # also compiles what the capture will launch
-        self._captured[size] = self._capture(self._pool, packed, size)
-        return True
+        made = self._capture(self._pool, packed, size)
+        if made is not None:
+            self._captured[size] = made
+        return made is not None
 
-    def _capture(self, pool: GraphPool, packed: Tensor, size: int) -> _Captured:
+    def _capture(self, pool: GraphPool, packed: Tensor, size: int) -> _Captured | None:
         left: list[Tensor] = []
-        graph = pool.capture(lambda: left.append(self._compute(packed, size)))
-        return _Captured(graph, packed, left[0])
+        graph = pool.try_capture(lambda: left.append(self._compute(packed, size)))
+        return None if graph is None else _Captured(graph, packed, left[0])
 
     def _eager(self, parts: MixedParts) -> Tensor:
         table = self._table

@@ -9,6 +9,8 @@ import contextlib
 import ctypes
 import importlib.util
 import platform as host
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Protocol
 
 import psutil
@@ -16,10 +18,17 @@ import torch
 
 from kvik.errors import ConfigError
 
-__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "select_platform", "usable_cores"]
+__all__ = ["CpuPlatform", "CudaPlatform", "Platform", "memory_limits", "select_platform", "usable_cores"]
 
 _OLDEST_GPU = (8, 0)
 """The compute capability from which on GPUs compute in bfloat16, as all kernels do."""
+
+
+_GROUP_FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of a control group, in version 2 and 1: its limit, what it uses, and what of that are files that can be dropped."""
 
 
 class Platform(Protocol):
@@ -52,6 +61,25 @@ class Platform(Protocol):
         """Prepare the process for this device."""
 
 
+def memory_limits(
+    groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
+) -> Iterator[tuple[int, int]]:
+    """(limit, bytes left of it) of each of Linux's control groups, such as containers are, that this process is in."""
+    lines = own.read_text().splitlines() if own.exists() else []
+    for _, controller, path in (line.split(":", 2) for line in lines):
+        if controller not in _GROUP_FILES:
+            continue
+        root, (limit, used, spare) = groups / controller, _GROUP_FILES[controller]
+        folder = root / path.lstrip("/")  # which is not there in a container that has its own at the root
+        for group in (folder, *folder.parents):
+            with contextlib.suppress(OSError, ValueError, KeyError):  # no such file, or a limit that is "max"
+                most = int((group / limit).read_text())
+                stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+                yield most, max(0, most - int((group / used).read_text()) + int(stat[spare]))
+            if group == root:
+                break
+
+
 class CpuPlatform:
     """Any processor that torch runs on."""
 
@@ -72,10 +100,10 @@ class CpuPlatform:
         return psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
 
     def available_memory(self) -> int:
-        return int(psutil.virtual_memory().available)
+        return min([psutil.virtual_memory().available, *(left for _, left in memory_limits())])
 
     def total_memory(self) -> int:
-        return int(psutil.virtual_memory().total)
+        return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
 
     def dtype_for(self, checkpoint: torch.dtype) -> torch.dtype:
         """fp16 becomes bfloat16: processors compute fp16 many times slower."""

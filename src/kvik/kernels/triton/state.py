@@ -42,6 +42,11 @@ class DecodeInputs:
             block_tables=torch.empty((num_rows, max_blocks), dtype=torch.int32, device=device),
         )
 
+    def first(self, num_rows: int) -> DecodeInputs:
+        """The first rows: views."""
+        fields = self.input_ids, self.positions, self.slots, self.seq_lens, self.block_tables
+        return DecodeInputs(*(tensor[:num_rows] for tensor in fields))
+
 
 @triton.jit(do_not_specialize=["out_blocks"])
 def _inputs(rows: tl.tensor, token_ids: tl.tensor, num_tokens: tl.tensor, tables: tl.tensor, input_ids: tl.tensor,
