@@ -23,6 +23,8 @@ __all__ = ["ResolvedConfig", "resolve"]
 MIN_AUTO_CONTEXT = 256
 """An automatic plan that leaves less context than this is refused rather than started."""
 
+_KEPT = 4  # times the blocks that sequences of the longest context take: what others have left is for the prefix cache
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResolvedConfig:
@@ -65,7 +67,7 @@ def resolve(
     kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
     block_bytes = block_size * kv_bytes_per_token
     fitting = max(0, budget - weights - activations) // block_bytes
-    useful = num_seqs * -(-wanted_len // block_size)  # blocks that sequences of the longest context take
+    useful = num_seqs * -(-wanted_len // block_size) * (_KEPT if config.enable_prefix_caching else 1)
     num_blocks = _num_blocks(config, platform, fitting, block_bytes, useful)
     memory = MemoryPlan(
         device_name=platform.name,
@@ -263,13 +265,13 @@ def _num_blocks(config: EngineConfig, platform: Platform, fitting: int, block_by
                 f"kv_cache_memory {gib(config.kv_cache_memory)} is {asked} blocks of {gib(block_bytes)}; from 1 to"
                 f" {fitting} ({gib(fitting * block_bytes)}) fit beside weights and activations"
             )
-        return min(asked, useful)
+        return asked
     return min(int(fitting * platform.kv_share), useful)
 
 
 def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, platform: Platform, notes: list[str]) -> int:
     """The longest context that the pool can hold: an automatic one is lowered with a note, an explicit one refused."""
-    if memory.kv_tokens >= wanted:
+    if memory.kv_tokens >= wanted - 1:  # the last token's key is of no use to anybody
         return wanted
     shortfall = (
         f"a context of {wanted} tokens needs {gib(wanted * memory.kv_bytes_per_token)} of KV cache and"

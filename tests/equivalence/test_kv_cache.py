@@ -72,6 +72,18 @@ def test_narrow_caches_change_little(folder: Path, kernels: str, kv_cache_dtype:
     assert differences and 0 < max(differences) < 0.1
 
 
+def test_a_pool_keeps_more_than_runs(folder: Path) -> None:
+    """Of a chat at a time, the prefixes of four; and as much as was asked for."""
+    plain = {**BASE, "num_kvcache_blocks": None, "max_num_seqs": 1, "max_model_len": 128}
+    counts = []
+    for options in ({}, {"enable_prefix_caching": False}, {"kv_cache_memory": 16 << 20}):
+        with LLM(str(folder), **{**plain, **options}) as llm:
+            counts.append(llm.llm_engine.resolved.scheduler.num_blocks)
+            block_bytes = llm.llm_engine.resolved.memory.kv_bytes_per_token * BASE["kvcache_block_size"]
+    running = -(-128 // BASE["kvcache_block_size"])
+    assert counts == [4 * running, running, (16 << 20) // block_bytes]
+
+
 def test_an_int8_cache_holds_more_tokens(folder: Path) -> None:
     blocks = []
     for kind in ("auto", "int8"):  # fp32 and head_dim 16: 64 bytes a head, or 16 and a scale of 4

@@ -111,6 +111,10 @@ def wrong_shape(token_ids: list[int], values: Tensor) -> Tensor:
     return values[:-1]
 
 
+def sparse(token_ids: list[int], values: Tensor) -> Tensor:
+    return values.to_sparse()
+
+
 def masks_all(token_ids: list[int], values: Tensor) -> Tensor:
     return torch.full_like(values, -torch.inf)
 
@@ -120,6 +124,7 @@ def masks_all(token_ids: list[int], values: Tensor) -> Tensor:
     [
         (None, {"logits_processors": (raising,)}, "'raising' raised RuntimeError"),
         (None, {"logits_processors": (wrong_shape,)}, "'wrong_shape' returned"),
+        (None, {"logits_processors": (sparse,)}, "'sparse' returned"),
         (None, {"logits_processors": (masks_all,)}, "every token is masked"),
         (None, {"allowed_token_ids": (3,), "bad_words_ids": [(3,)]}, "every token is masked"),
         (None, {"allowed_token_ids": (9000,)}, "every token is masked"),

@@ -69,6 +69,16 @@ def test_more_texts_than_prompts_of_a_request(http: httpx.Client) -> None:
     assert found["usage"]["prompt_tokens"] == 50 * three["usage"]["prompt_tokens"]
 
 
+def test_a_text_that_fills_the_context(http: httpx.Client, model: str) -> None:
+    context = http.post("/tokenize", json={"prompt": "x"}).json()["max_model_len"]
+    ids = [3 + i % 200 for i in range(context + 1)]
+    answer = http.post("/v1/embeddings", json={"input": ids[:-1]}).json()
+    found = torch.tensor(answer["data"][0]["embedding"])
+    torch.testing.assert_close(found, expected(model, ids[:-1], "mean"), atol=1e-4, rtol=1e-3)
+    error = http.post("/v1/embeddings", json={"input": ids}).json()["error"]
+    assert error["code"] == "context_length_exceeded" and str(context) in error["message"]
+
+
 def test_embeddings_generate_nothing(http: httpx.Client, served: Served) -> None:
     name = 'vllm:generation_tokens_total{model_name="tiny"}'
     before = [line for line in http.get("/metrics").text.splitlines() if line.startswith(name)]

@@ -18,16 +18,18 @@ def check_request(request: Request, config: SchedulerConfig) -> int:
         raise RequestError(f"priority must be an integer in [-{MAX_PRIORITY}, {MAX_PRIORITY}]", "priority")
     if num_prompt == 0:
         raise RequestError("the prompt has no tokens; give at least one", "prompt")
+    embeds = request.pooling is not None  # whose token is thrown away, and needs no place
     context = config.max_model_len
-    if num_prompt >= context:
+    if num_prompt >= context + embeds:
+        with_output = "" if embeds else " with one token of output"
         raise RequestError(
-            f"the prompt has {num_prompt} tokens; with one token of output that is more than the context of"
-            f" {context} tokens (max_model_len)",
+            f"the prompt has {num_prompt} tokens;{with_output} that is more than the context of {context} tokens"
+            " (max_model_len)",
             "prompt",
             "context_length_exceeded",
         )
     total = context if wanted is None else num_prompt + wanted
-    if total > context:
+    if total > context + embeds:
         raise RequestError(
             f"a prompt of {num_prompt} tokens + max_tokens {wanted} is {total}, more than the context of {context}"
             f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or leave it out to fill the context",

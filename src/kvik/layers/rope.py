@@ -45,7 +45,8 @@ class RopeSpec:
 
     def table_bytes(self, max_len: int) -> int:
         """Device bytes of `RopeTable(self, max_len, ...)`."""
-        return 0 if self.depends_on_length else 2 * max_len * (self.head_dim // 2) * 4
+        rows = max_len + 1 if self.depends_on_length else 2 * max_len
+        return rows * (self.head_dim // 2) * 4
 
 
 class RopeTable:
@@ -54,7 +55,8 @@ class RopeTable:
     def __init__(self, spec: RopeSpec, max_len: int, device: torch.device) -> None:
         self.spec = spec
         if spec.depends_on_length:
-            self._table = torch.empty(0, device=device)
+            lens = torch.arange(max_len + 1)  # all at once: the bits of torch's powers depend on how many there are
+            self._table = _dynamic_inverse_frequencies(spec, lens).to(device)  # [max_len + 1, head_dim / 2]
         else:
             positions = torch.arange(max_len, dtype=torch.float32)
             angles = positions[:, None] * inverse_frequencies(spec)  # [max_len, head_dim / 2]
@@ -71,7 +73,7 @@ class RopeTable:
             cos, sin = self._table.index_select(0, positions).unbind(1)
             return cos, sin
         assert rope_lens is not None, "rope_lens is required when the RoPE depends on length"
-        angles = positions[:, None].float() * _dynamic_inverse_frequencies(self.spec, rope_lens)
+        angles = positions[:, None].float() * self._table.index_select(0, rope_lens)
         return angles.cos(), angles.sin()
 
 

@@ -81,8 +81,8 @@ def call_user(processor: LogitsProcessor, token_ids: list[int], logits: Tensor) 
         raise RequestError(
             f"logits processor {name!r} returned {type(result).__name__}, not a Tensor", "logits_processors"
         )
-    if (result.shape, result.dtype, result.device) != (logits.shape, logits.dtype, logits.device):
-        wanted, got = ((t.dtype, list(t.shape), str(t.device)) for t in (logits, result))
+    wanted, got = ((t.dtype, list(t.shape), str(t.device), t.layout) for t in (logits, result))
+    if got != wanted:
         raise RequestError(f"logits processor {name!r} returned {got}, wanted {wanted}", "logits_processors")
     return result.detach()
 

@@ -47,8 +47,12 @@ class Sampler:
 
     vocab_size: int
 
-    def sample(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
+    def sample(
+        self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor], *, logprobs: bool = True
+    ) -> list[RowSample]:
         """The next token of each row from `logits` [rows, vocab_size] of any float dtype, which are left unchanged.
+
+        Without `logprobs` there are none, whatever rows ask for.
 
         `token_ids[i]` (int32 or int64, one-dimensional) are the tokens of row i so far, prompt and output: their number
         is the position of the token drawn. All is on the CPU. A row that cannot be sampled gets an error and leaves
@@ -59,7 +63,7 @@ class Sampler:
             samples = _greedy(logits)
         else:
             samples = self._sample_rows(logits, rows, token_ids)
-        return _with_logprobs(samples, logits, rows)
+        return _with_logprobs(samples, logits, rows) if logprobs else samples
 
     def _sample_rows(self, logits: Tensor, rows: Sequence[RowSampling], token_ids: Sequence[Tensor]) -> list[RowSample]:
         picks = [self._pick(i, logits[i].float(), row, token_ids[i]) for i, row in enumerate(rows)]
