@@ -187,11 +187,13 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
     """The model with its weights, on the kernels that were resolved."""
     settings, resolved, device = info.resolved.scheduler, info.resolved, info.platform.device
     rope = RopeTable(info.spec.rope, settings.max_model_len, device)
+    quantised_on_load = resolved.weight_format in GROUPS and info.stored is None
 
     def load(pack: Pack = keep_plain, pack_quantized: PackQuantized | None = None) -> DecoderWeights:
         return load_weights(
             info.path, info.spec, dtype=resolved.dtype, device=device, load_format=config.load_format,
             seed=config.seed or 0, pack=pack, stored=info.stored, pack_quantized=pack_quantized,
+            finite=quantised_on_load,
         )  # fmt: skip
 
     if info.stored is not None:
@@ -202,7 +204,6 @@ def load_decoder(config: EngineConfig, info: ModelInfo) -> Decoder | NativeDecod
         return NativeDecoder(
             info.spec, weights, rope, pool, settings.max_num_batched_tokens, deterministic=config.deterministic
         )
-    quantised_on_load = resolved.weight_format in GROUPS and info.stored is None
     weights = load(rounded(resolved.weight_format, resolved.head_format) if quantised_on_load else keep_plain)
     if resolved.kernels == "torch":
         return Decoder(info.spec, weights, rope, ReferenceOps(), select_backend(config.attention_backend, device))

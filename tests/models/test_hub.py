@@ -78,6 +78,18 @@ def test_a_local_folder_needs_no_network_library(model: Path) -> None:
     assert result.stdout.split() == ["False", "False"]
 
 
+def test_a_folder_of_a_bundled_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hides the bundled model if it holds a model, and not otherwise; names of nobody's home are no names."""
+    monkeypatch.chdir(tmp_path)
+    bundled = resolve_model("demo")
+    (tmp_path / "demo").mkdir()
+    assert resolve_model("demo") == bundled
+    shutil.copy(model / "config.json", tmp_path / "demo")
+    assert resolve_model("demo") == Path("demo")
+    with pytest.raises(ModelLoadError, match="there is no folder ~nobody-of-this-name/x"):
+        resolve_model("~nobody-of-this-name/x")
+
+
 def test_wrong_folders(model: Path, tmp_path: Path) -> None:
     def fails(path: Path, message: str) -> None:
         with pytest.raises(ModelLoadError, match=message) as caught:

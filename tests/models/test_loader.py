@@ -98,6 +98,18 @@ def test_bin_loads_like_safetensors(original: Path, model: Path, zipped: bool) -
     assert same(load(model, "pt"), load(original))
 
 
+def test_a_file_that_may_not_be_read_is_not_corrupt(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = Path.open
+
+    def refuse(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if path.suffix == ".safetensors":
+            raise PermissionError(13, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "model.safetensors: Permission denied; check the path and its permissions" in fails(model, "cannot read")
+
+
 def test_auto_prefers_safetensors_and_an_explicit_format_is_obeyed(model: Path) -> None:
     (model / "pytorch_model.bin").write_bytes(b"nothing")
     load(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,13 @@ from typing import Any
 import pytest
 import torch
 from quantization_cases import logits, quantize, receipt
+from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 
 from cli.cli_harness import start
+from kvik import LLM, ModelLoadError
 from kvik.cli.main import main
+from kvik.kernels.cpu import native
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +56,24 @@ def test_it_prints_and_writes_the_receipt(tiny: Path, clean: Path, capsys: pytes
     assert quantize(tiny, clean / "again", "int8") == 0
     shown = capsys.readouterr().out
     assert "top-1 agreement" in shown and "none" in shown
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("kernels", ["native", "torch"])
+def test_weights_that_are_no_numbers_are_not_quantised(tiny: Path, clean: Path, value: float, kernels: str) -> None:
+    """Rounding might hide them; without it the logits are NaN, which every request is told."""
+    model = Path(shutil.copytree(tiny, clean / "model"))
+    state, name = load_file(model / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
+    state[name][3, 5] = value
+    save_file(state, model / "model.safetensors")
+    if kernels == "native" and not native.available():
+        kernels = "torch"
+    for quantization in ("int8", "int4"):
+        with pytest.raises(ModelLoadError, match=f"{name} holds NaN or infinity"):
+            LLM(str(model), device="cpu", kernels=kernels, quantization=quantization)
+    assert quantize(model, clean / "out", "int8") == 2
+    with LLM(str(model), device="cpu", kernels=kernels) as llm:
+        assert "NaN" in str(llm.generate([[5, 6]])[0].error)
 
 
 def test_the_gate_refuses_with_both_numbers(tiny: Path, clean: Path, capsys: pytest.CaptureFixture[str]) -> None:

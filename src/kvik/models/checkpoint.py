@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kvik.errors import ModelLoadError
+from kvik.models.hub import unreadable
 
 __all__ = ["Checkpoint", "TensorInfo", "find_checkpoint"]
 
@@ -141,6 +142,8 @@ def _readable(file: Path) -> Iterator[None]:
             "holds more than tensors or is corrupt; Kvik runs no code from a checkpoint, so use a safetensors version"
         )
         raise ModelLoadError(f"{file} {hint}") from error
+    except PermissionError as error:
+        raise unreadable(file, error) from error
     except (SafetensorError, EOFError, OSError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         size = f"{file.stat().st_size} bytes"
@@ -152,6 +155,7 @@ _Infos = dict[str, tuple[torch.Size, str]]
 
 def _open_file(file: Path) -> tuple[_Infos, Callable[[str], Tensor]]:
     """Names with shape and dtype, and a function that reads a tensor: a view of the mapped file, to be copied."""
+    file.open("rb").close()  # the libraries say of a file that may not be read that there is none
     if file.suffix == ".safetensors":
         reader = safe_open(file, framework="pt", device="cpu").__enter__()  # type: ignore[no-untyped-call]
         slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118 (not a mapping)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import os
 import re
 from collections.abc import Callable
 from hashlib import blake2b
@@ -17,7 +18,10 @@ from typing import Any
 
 from kvik.errors import ModelLoadError, did_you_mean
 
-__all__ = ["BUNDLED_MODELS", "folder_digest", "load_config", "load_generation_config", "resolve_model"]
+__all__ = [
+    "BUNDLED_MODELS", "folder_digest", "load_config", "load_generation_config", "read_json", "resolve_model",
+    "unreadable",
+]  # fmt: skip
 
 BUNDLED_MODELS = ("demo", "demo-draft")
 _TEMPLATES = "additional_chat_templates/*.jinja"
@@ -36,11 +40,12 @@ def resolve_model(name: str, revision: str | None = None, *, load_format: str = 
 
     Raises ModelLoadError that says what to do when there is no such model or it cannot be had.
     """
-    local = Path(name).expanduser()
-    if local.exists() or name in BUNDLED_MODELS:
+    local, bundled = Path(os.path.expanduser(name)), name in BUNDLED_MODELS
+    if local.exists() or bundled:
         if revision is not None:
             raise ModelLoadError(f"{name} is local and has no revisions; leave revision={revision!r} out")
-        return _checked_folder(local) if local.exists() else _bundled(name)
+        hidden = bundled and not (local / "config.json").is_file()  # by a folder that is no model
+        return _bundled(name) if hidden else _checked_folder(local)
     if name.startswith(_MODELSCOPE):
         return _modelscope(name.removeprefix(_MODELSCOPE), revision)
     if not _HUB_ID.fullmatch(name):
@@ -50,23 +55,32 @@ def resolve_model(name: str, revision: str | None = None, *, load_format: str = 
 
 def load_config(path: Path) -> dict[str, Any]:
     """config.json of the folder `path`. Raises ModelLoadError when it is absent or damaged."""
-    return _read_json(_checked_folder(path) / "config.json")
+    return read_json(_checked_folder(path) / "config.json")
 
 
 def load_generation_config(path: Path) -> dict[str, Any]:
     """generation_config.json of the folder `path`, or {} where there is none."""
-    file = path / "generation_config.json"
-    return _read_json(file) if file.is_file() else {}
+    return read_json(path / "generation_config.json", missing={})
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The object in a JSON file; `missing` where there is no such file. Raises ModelLoadError for anything else."""
+    if missing is not None and not path.is_file():
+        return missing
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise unreadable(path, error) from error
     except ValueError as error:
-        raise ModelLoadError(f"{file} is not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelLoadError(f"{file} holds a {type(content).__name__}, not an object")
-    return content
+        raise ModelLoadError(f"{path} is not valid JSON ({error}); download the file again") from error
+    if not isinstance(data, dict):
+        raise ModelLoadError(f"{path} holds a {type(data).__name__}, not an object; download the file again")
+    return data
+
+
+def unreadable(path: Path, error: OSError) -> ModelLoadError:
+    """What to raise for a file that the system does not let us read."""
+    return ModelLoadError(f"cannot read {path}: {error.strerror or error}; check the path and its permissions")
 
 
 def _checked_folder(path: Path) -> Path:
@@ -84,7 +98,7 @@ def _checked_folder(path: Path) -> Path:
 
 def _near_folders(name: str) -> str:
     """' (did you mean …?)' or the folders beside the one that does not exist."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if not path.parent.is_dir():
         return f" (nor {path.parent})"
     siblings = sorted(p.name for p in path.parent.iterdir() if p.is_dir() and not p.name.startswith("."))

@@ -94,12 +94,13 @@ def load_weights(
     pack: Pack = keep_plain,
     stored: StoredQuantization | None = None,
     pack_quantized: PackQuantized | None = None,
+    finite: bool = False,
 ) -> DecoderWeights:
     """The weights in the folder `path`. Raises ModelLoadError listing every name that is wrong.
 
     `load_format` is auto, safetensors, pt, or dummy for random weights from `seed` (no file is read). `progress` shows
     a bar on a terminal. `stored` says how the folder is quantised: its projections go to `pack_quantized` rather than
-    to `pack`, and by default are kept in `dtype`.
+    to `pack`, and by default are kept in `dtype`. With `finite`, NaN and infinity in a weight are errors, too.
     """
     if load_format == "dummy":
         return build_weights(spec, dtype, device, random_fill(spec, seed, device), pack)
@@ -119,6 +120,8 @@ def load_weights(
         def fill(views: Mapping[str, Tensor]) -> None:
             for name, view in views.items():
                 read_values(checkpoint, name, view)
+                if finite:
+                    check_finite(name, view)
                 bar.update()
 
         if stored is not None:
@@ -126,8 +129,9 @@ def load_weights(
             return build_quantized_weights(spec, stored, dtype, device, fill, keep)
         if device.type == "cpu" or any(info.start is None for info in checkpoint.tensors.values()):
             return build_weights(spec, dtype, device, fill, pack)
+        assert not finite or pack is not keep_plain
         stream = stack.enter_context(WeightStream(checkpoint, device))
-        return stream_weights(spec, dtype, device, stream, pack, bar.update)
+        return stream_weights(spec, dtype, device, stream, pack, bar.update, finite=finite)
 
 
 def stream_weights(
@@ -137,6 +141,8 @@ def stream_weights(
     stream: WeightStream,
     pack: Pack = keep_plain,
     progress: Callable[[], object] = lambda: None,
+    *,
+    finite: bool = False,
 ) -> DecoderWeights:
     """`build_weights` from a stream. Layers are allocated while earlier ones are on their way, if `pack` allows it."""
 
@@ -145,6 +151,8 @@ def stream_weights(
             stream.put(name, view)
         if pack is not keep_plain:  # it reads what it packs
             stream.wait(progress)
+        for name, view in views.items() if finite else ():
+            check_finite(name, view)
 
     weights = build_weights(spec, dtype, device, fill, pack)
     stream.wait(progress)
@@ -179,6 +187,12 @@ def build_weights(
     final_norm = torch.empty(spec.hidden_size, dtype=dtype, device=device)
     fill({FINAL_NORM: final_norm})
     return DecoderWeights(embedding, tuple(layers), final_norm, packed_head)
+
+
+def check_finite(name: str, weight: Tensor) -> None:
+    """Raise ModelLoadError for NaN or infinity in a weight that is to be rounded, which might hide them."""
+    if not weight.sum(dtype=torch.float32).isfinite():
+        raise ModelLoadError(f"{name} holds NaN or infinity, so it cannot be quantised; download the checkpoint again")
 
 
 def open_checkpoint(

@@ -20,7 +20,7 @@ from kvik.kernels.cpu.packing import pack_linear
 from kvik.kernels.reference import ReferenceOps
 from kvik.models.checkpoint import Checkpoint
 from kvik.models.decoder import LayerWeights, allocate_layer
-from kvik.models.loader import open_checkpoint
+from kvik.models.loader import check_finite, open_checkpoint
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_views
 from kvik.quantization.calibrate import calibrated
@@ -96,6 +96,7 @@ def read_plain(checkpoint: Checkpoint, name: str) -> Tensor:
     info = checkpoint.tensors[name]
     tensor = torch.empty(info.shape, dtype=getattr(torch, info.dtype))
     checkpoint.read(name, tensor)
+    check_finite(name, tensor)
     return tensor
 
 
@@ -104,6 +105,7 @@ def read_layer(checkpoint: Checkpoint, spec: DecoderSpec, index: int) -> LayerWe
     layer = allocate_layer(spec, torch.float32, torch.device("cpu"))
     for name, view in layer_views(spec, index, layer).items():
         checkpoint.read(name, view)
+        check_finite(name, view)
     return layer
 
 
