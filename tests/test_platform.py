@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+from kvik.errors import ConfigError
 from kvik.runtime import platform
 from kvik.runtime.platform import CpuPlatform, memory_limits
 
@@ -42,3 +45,19 @@ def test_a_plan_is_for_the_container(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (cpu.total_memory(), cpu.available_memory()) == (1 << 30, 1 << 20)
     monkeypatch.setattr(platform, "memory_limits", lambda: iter(()))
     assert cpu.total_memory() == psutil.virtual_memory().total
+
+
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = CpuPlatform()
+    before = torch.get_num_threads()
+    try:
+        monkeypatch.setattr(platform, "_started_in", None)
+        cpu.start(2)
+        cpu.start(2)
+        monkeypatch.setattr(platform, "_started_in", os.getpid() + 1)
+        with pytest.raises(ConfigError, match="forked by one that has loaded a model"):
+            cpu.start(2)
+        monkeypatch.setattr(platform, "_started_in", os.getpid() + 1)
+        cpu.start(1)
+    finally:
+        torch.set_num_threads(before)

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from kvik.errors import KvikError, RequestError, did_you_mean
+from kvik.errors import ConfigError, KvikError, RequestError, did_you_mean
 from kvik.fields import show
 from kvik.outputs import CompletionOutput, RequestOutput, TokenLogprobs, Usage
 from kvik.sampling_params import SamplingParams, StructuredOutputsParams
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from kvik.text.tokenizer import Tokenizer
 
 __all__ = [
-    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "blaming", "chat_logprob", "error_body", "parse_body",
-    "response_body", "response_structure", "usage_body",
+    "KNOWN_FIELDS", "LegacyLogprobs", "OpenAIRequest", "blaming", "chat_logprob", "check_defaults", "error_body",
+    "parse_body", "response_body", "response_structure", "usage_body",
 ]  # fmt: skip
 
 COMPLETION_MAX_TOKENS = 16
@@ -91,7 +91,7 @@ def parse_body(
         _check_field(name, value, chat)
     values = {"max_tokens": None if chat else COMPLETION_MAX_TOKENS, **overrides}
     values.update((name, value) for name, value in fields.items() if name in _SAMPLING)
-    values.update(_chat_values(fields) if chat else _completion_values(fields))
+    values.update(_chat_values(fields) if chat else _completion_values(fields, overrides))
     structure_param, values["structured_outputs"] = _structure(fields)
     names = {"prompt": "messages"} if chat else {}
     if "max_completion_tokens" in fields:
@@ -109,6 +109,13 @@ def parse_body(
         stream=fields.get("stream", False),
         names=names,
     )
+
+
+def check_defaults(values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for sampling options that cannot be defaults of bodies."""
+    for name in ("echo", "prompt_logprobs"):
+        if values.get(name) not in (None, False):
+            raise ConfigError(f"{name} is no default for requests; the body of a completion has echo and logprobs")
 
 
 def _check_field(name: str, value: Any, chat: bool) -> None:
@@ -138,8 +145,8 @@ def _expect(name: str, fine: bool, what: str, value: Any) -> None:
         raise RequestError(f"{name} must be {what}, got {value!r}", name)
 
 
-def _completion_values(fields: Mapping[str, Any]) -> dict[str, Any]:
-    num_top, echo = fields.get("logprobs"), fields.get("echo", False)
+def _completion_values(fields: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    num_top, echo = fields.get("logprobs", overrides.get("logprobs")), fields.get("echo", False)
     return {"echo": echo, "logprobs": num_top, "prompt_logprobs": num_top if echo else None}
 
 

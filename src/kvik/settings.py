@@ -13,7 +13,7 @@ import dataclasses
 import json
 import re
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
@@ -69,7 +69,7 @@ class Option:
             raise ConfigError(f"{origin}: {error}") from None
 
     def _convert(self, raw: Any) -> Any:
-        if raw is None or (self.optional and self.kind is not str and str(raw).lower() in _AUTOMATIC):
+        if raw is None or (self.optional and str(raw).lower() in _AUTOMATIC):
             if self.optional:
                 return None
             raise ValueError(f"{self.name} must have a value")
@@ -330,12 +330,35 @@ def _read_file(path: Path) -> dict[tuple[str, str], Setting]:
     return found
 
 
+def _once(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """A mapping. Raises ValueError where a key comes twice, of which a parser would forget the first."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"{key} is there twice")
+        found[key] = value
+    return found
+
+
+def _yaml_loader() -> Any:
+    """YAML's safe loader, with `_once`."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            _once([(self.construct_object(key), None) for key, _ in node.value])
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
 def _parse_file(path: Path) -> dict[Any, Any]:
     import yaml
 
     try:
         text = path.read_text(encoding="utf-8")
-        content = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+        is_json = path.suffix == ".json"
+        content = json.loads(text, object_pairs_hook=_once) if is_json else yaml.load(text, _yaml_loader())
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the config file {path}: {error}") from error
     except (ValueError, yaml.YAMLError) as error:

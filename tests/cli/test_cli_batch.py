@@ -196,6 +196,13 @@ def test_defaults_of_the_command_line_yield_to_the_body(kvik: Kvik, model: str, 
     kvik("batch", model, source, target, "--max-tokens", 7)
     counts = {entry["custom_id"]: entry["response"]["body"]["usage"]["completion_tokens"] for entry in results(target)}
     assert counts == {"a": 2, "p": 7}
+    target.unlink()
+    kvik("batch", model, source, target, "--max-tokens", 2, "--logprobs", 1)
+    choices = {entry["custom_id"]: entry["response"]["body"]["choices"][0] for entry in results(target)}
+    assert [len(choices[name]["logprobs"]["tokens"]) for name in "ap"] == [2, 2]
+    for flags in (["--echo"], ["--prompt-logprobs", 1]):
+        refused = kvik("batch", model, source, tmp_path / "new.jsonl", *flags)
+        assert refused.code == 2 and "is no default for requests" in refused.err
 
 
 def test_a_full_disk_ends_the_run(model: str, tmp_path: Path) -> None:

@@ -82,7 +82,15 @@ def test_commands_change_the_conversation(chat: Chat, tmp_path: Path) -> None:
 
 def test_wrong_commands_are_explained_and_harm_nothing(chat: Chat) -> None:
     result = chat(
-        "/rest", "/set", "/set temprature 1", "/set temperature 9", "/set n 2", "/save /absent/x", "/retry", "hello"
+        "/rest",
+        "/set",
+        "/set temprature 1",
+        "/set temperature 9",
+        "/set n 2",
+        "/save /absent/x",
+        "/save ~nobody-here/x",
+        "/retry",
+        "hello",
     )
     for text in (
         "no command /rest (did you mean 'reset'?)", "/set needs a name", "did you mean 'temperature'?", "got 9.0",
@@ -123,8 +131,13 @@ def test_a_conversation_keeps_to_its_rules() -> None:
         assert obey(conversation, line)[0]
     with pytest.raises(Leave):
         obey(conversation, "/exit")
-    with pytest.raises(KvikError):
-        obey(conversation, "/")
+    for line in ("/", "/set logprobs 5", "/set prompt_logprobs 1"):
+        with pytest.raises(KvikError):
+            obey(conversation, line)
+    for line in ("/set stop a=b", "/set stop = a=b", "/set logit_bias 5=100", "/set --min-p=0.5"):
+        obey(conversation, line)
+        assert conversation.params.stop == ("a=b",)
+    assert conversation.params.logit_bias == ((5, 100.0),) and conversation.params.min_p == 0.5
 
 
 def test_keys_on_a_terminal(long_model: str, tmp_path: Path) -> None:

@@ -45,12 +45,22 @@ def test_a_model_needs_no_weights(kvik: Kvik, model: str, tmp_path: Path) -> Non
         assert facts["memory"]["num_blocks"] == llm.llm_engine.resolved.memory.num_blocks
 
 
+def test_what_would_not_load_is_told(kvik: Kvik, model: str, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "copy"))
+    assert kvik("info", model, "--model", model).code == 2
+    for flag in ("--tokenizer", "--chat-template"):
+        result = kvik("info", model, flag, tmp_path / "absent")
+        assert result.code == 2 and "absent" in result.err
+    (folder / "tokenizer.json").write_text("{")
+    assert "tokenizer.json" in kvik("info", folder).err
+
+
 @pytest.mark.parametrize(
     ("flags", "fix"),
     [
         (("--kv-cache-memory", "128KiB", "--max-model-len", "512"), "--max-model-len 256"),
-        (("--kv-cache-memory", "64KiB"), "neither --kv-cache-memory nor --num-kvcache-blocks"),
-        (("--num-kvcache-blocks", "1000000000"), "neither --kv-cache-memory nor --num-kvcache-blocks"),
+        (("--kv-cache-memory", "64KiB"), "no --kv-cache-memory and no --num-kvcache-blocks"),
+        (("--num-kvcache-blocks", "1000000000"), "no --kv-cache-memory and no --num-kvcache-blocks"),
         (("--max-num-seqs", "10000000"), "--max-num-seqs 1"),
     ],
 )

@@ -72,7 +72,8 @@ def test_config_variable_and_json_file(tmp_path: Path) -> None:
     ("table", "name", "raw", "value"),
     [
         ("engine", "dtype", "float32", "float32"),
-        ("engine", "tokenizer", "none", "none"),
+        ("engine", "tokenizer", "none", None),
+        ("engine", "quantization", "auto", None),
         ("engine", "max_num_seqs", "8", 8),
         ("engine", "max_num_seqs", 8, 8),
         ("engine", "max_num_seqs", "auto", None),
@@ -169,6 +170,20 @@ def test_malformed_files_are_config_errors(tmp_path: Path, text: str) -> None:
         engine(file=file)
     with pytest.raises(ConfigError, match="cannot read"):
         engine(file=tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("c.yaml", "sampling: {temperature: 0.1}\nthreads: 1\nsampling: {seed: 1}"),
+        ("c.yaml", "threads: 1\nthreads: 2"),
+        ("c.json", '{"threads": 1, "threads": 2}'), ("c.json", '{"sampling": {"seed": 1, "seed": 1}}'),
+    ],
+)  # fmt: skip
+def test_a_key_comes_once(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ConfigError, match="is there twice"):
+        engine(file=tmp_path / name)
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_without_memory_for_more_graphs_steps_go_on(
 
     monkeypatch.setattr(GraphPool, "capture", fail_later)
     same(run(folder, device="cuda", enforce_eager=False), eager)
-    assert len(captured) == 3 and replays and set(map(id, replays)) <= set(map(id, captured))
+    assert len(captured) == 3 and set(map(id, replays)) <= set(map(id, captured))
     assert sum("no more CUDA graphs" in line for line in caplog.messages) == 1
 
 

@@ -23,7 +23,7 @@ from kvik.cli.engine import open_engine, render_config
 from kvik.cli.options import EngineOptions, Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.cli.terminal import Interrupt
 from kvik.errors import ConfigError, RequestError, WorkerError
-from kvik.openai_format import blaming, error_body
+from kvik.openai_format import blaming, check_defaults, error_body
 from kvik.server.answers import answer_body
 from kvik.server.protocol import ServedRequest, parse
 from kvik.server.reply_syntax import ModelSyntax
@@ -54,6 +54,7 @@ def run(argv: Sequence[str]) -> int:
         raise ConfigError(f"{source} cannot be both the requests and the results")
     with ResultFile(target) as results, open_engine(options, args.log_level) as engine:
         overrides = {name: setting.value for name, setting in options.sampling.given.items()}
+        check_defaults(overrides)
         with Interrupt() as interrupt:
             batch = _Batch(engine, results, overrides, answers)
             batch.run(source, interrupt)

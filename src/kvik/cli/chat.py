@@ -216,7 +216,7 @@ class _Reader:
 
 
 def _history_file() -> Path:
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    state = os.environ.get("XDG_STATE_HOME") or os.path.expanduser("~/.local/state")
     return Path(state) / "kvik" / "chat_history"
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -74,6 +76,9 @@ def check_chat_params(params: SamplingParams) -> None:
         raise ConfigError(f"n must be 1 in a chat, got {params.n}: there is one answer")
     if params.echo:
         raise ConfigError("echo must be false in a chat: the message is on the screen already")
+    for name in ("logprobs", "prompt_logprobs"):
+        if getattr(params, name) is not None:
+            raise ConfigError(f"{name} cannot be shown in a chat; kvik generate --json has them")
 
 
 def obey(conversation: Conversation, line: str) -> tuple[str, str | None]:
@@ -117,7 +122,7 @@ def _save(conversation: Conversation, argument: str) -> str:
     if not argument:
         raise RequestError("/save needs the name of a file")
     content = {"messages": conversation.prompt()} if not conversation.raw else {"text": conversation.prompt()}
-    path, text = Path(argument).expanduser(), json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    path, text = Path(os.path.expanduser(argument)), json.dumps(content, ensure_ascii=False, indent=2) + "\n"
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
@@ -126,11 +131,12 @@ def _save(conversation: Conversation, argument: str) -> str:
 
 
 def _set(conversation: Conversation, argument: str) -> str:
-    name, _, value = argument.replace("=", " ", 1).partition(" ")
-    if not value.strip():
+    name, *rest = re.split(r"\s*=\s*|\s+", argument, maxsplit=1)
+    value = "".join(rest)
+    if not value:
         raise RequestError("/set needs a name and a value, such as /set temperature 0.7; /params lists the names")
     option = SAMPLING.find(name.lstrip("-").replace("-", "_"), "/set")
-    setting = Setting(option.read(value.strip(), f"/set {name}"), "/set")
+    setting = Setting(option.read(value, f"/set {name}"), "/set")
     params = Settings(SAMPLING, {option.name: setting}).make(conversation.params)
     check_chat_params(params)
     conversation.params = params

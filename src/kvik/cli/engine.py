@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,7 @@ def _model_defaults(options: EngineOptions) -> SamplingParams:
     from kvik.text.frontend import default_sampling_params
 
     model = options.engine.make().model
-    if model in BUNDLED_MODELS or Path(model).expanduser().is_dir():
+    if model in BUNDLED_MODELS or os.path.isdir(os.path.expanduser(model)):
         return default_sampling_params(load_generation_config(resolve_model(model)))
     return SamplingParams()
 

@@ -34,6 +34,8 @@ def run(argv: Sequence[str]) -> int:
     add_engine_flags(parser, model=False, sampling=False)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse(argv)
+    if args.names and getattr(args, "engine.model") is not None:
+        parser.error(f"give one model, not {args.names} and --model {getattr(args, 'engine.model')}")
     setattr(args, "engine.model", args.names or getattr(args, "engine.model"))
     options = read_engine_options(args)
     if args.print_config:
@@ -57,10 +59,15 @@ def _model(config: EngineConfig) -> dict[str, Any]:
     from kvik.quantization.formats import read_quantization
     from kvik.quantization.receipt import describe_receipt
     from kvik.runtime.platform import select_platform
+    from kvik.text.frontend import Frontend, ModelFacts
+    from kvik.text.tokenizer import has_tokenizer
 
     path = resolve_model(config.model, config.revision, load_format="dummy")
     hf_config = load_config(path)
     spec, platform = build_spec(hf_config), select_platform(config.device)
+    if has_tokenizer(path) or config.tokenizer is not None or config.chat_template is not None:
+        size = ModelFacts(spec.vocab_size, spec.rope.depends_on_length)
+        Frontend.from_folder(path, size, tokenizer=config.tokenizer, chat_template=config.chat_template)
     stored = checkpoint_dtype(hf_config)
     quantization = read_quantization(hf_config)
     resolved, problem = _try_resolve(config, spec, stored, platform, quantization)
@@ -144,7 +151,7 @@ def _fix(
     for change in changes:
         if _try_resolve(dataclasses.replace(config, **change), spec, stored, platform, quantization)[0] is not None:
             flags = [f"--{name.replace('_', '-')} {value}" for name, value in change.items() if value is not None]
-            return " ".join(flags) or "neither --kv-cache-memory nor --num-kvcache-blocks"
+            return " ".join(flags) or "no --kv-cache-memory and no --num-kvcache-blocks"
     return None
 
 

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> int:
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # which removes what is half made
-    path, out = resolve_model(args.model, args.revision), Path(os.path.abspath(Path(args.out).expanduser()))
+    path, out = resolve_model(args.model, args.revision), Path(os.path.abspath(os.path.expanduser(args.out)))
     check_out(out, path, force=args.force)
     receipt = _Quantizer(args, path, out).run()
     print(json.dumps(receipt.to_json()) if args.json else _render(receipt, out))

@@ -16,6 +16,7 @@ from kvik.cli.engine import check_sampling
 from kvik.cli.options import Parser, add_engine_flags, add_flags, read_engine_options, read_flags
 from kvik.errors import ConfigError
 from kvik.log import configure
+from kvik.openai_format import check_defaults
 from kvik.sampling_params import SamplingParams
 from kvik.server_config import ServerConfig
 from kvik.settings import SERVER, load_server_settings
@@ -47,6 +48,7 @@ def run(argv: Sequence[str]) -> int:
     check_sampling(options)
     overrides = {name: setting.value for name, setting in options.sampling.given.items()}
     SamplingParams(**overrides)
+    check_defaults(overrides)
     _check_installation()
     configure(args.log_level)
     from kvik.models.hub import resolve_model
@@ -104,7 +106,7 @@ def _names(config: ServerConfig, model: str) -> tuple[str, ...]:
     """Names of the model: as configured, else as given; a folder also has its own name, which is the one shown."""
     if config.served_model_name:
         return config.served_model_name
-    folder = Path(model).expanduser()
+    folder = Path(os.path.expanduser(model))
     return tuple(dict.fromkeys((folder.resolve().name, model))) if folder.is_dir() else (model,)
 
 

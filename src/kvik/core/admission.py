@@ -32,7 +32,7 @@ def check_request(request: Request, config: SchedulerConfig) -> int:
     if total > context + embeds:
         raise RequestError(
             f"a prompt of {num_prompt} tokens + max_tokens {wanted} is {total}, more than the context of {context}"
-            f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or leave it out to fill the context",
+            f" tokens (max_model_len); use max_tokens <= {context - num_prompt}, or None to fill the context",
             "max_tokens",
             "context_length_exceeded",
         )

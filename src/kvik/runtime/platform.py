@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import importlib.util
+import os
 import platform as host
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,6 +62,9 @@ class Platform(Protocol):
         """Prepare the process for this device."""
 
 
+_started_in: int | None = None  # the process in which a CPU was prepared
+
+
 def memory_limits(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[int, int]]:
@@ -110,6 +114,13 @@ class CpuPlatform:
         return torch.bfloat16 if checkpoint is torch.float16 else checkpoint
 
     def start(self, threads: int | None) -> None:
+        global _started_in
+        _started_in, before = os.getpid(), _started_in
+        if before not in (None, _started_in) and threads != 1:
+            raise ConfigError(
+                "this process was forked by one that has loaded a model, and has none of the threads that torch thinks"
+                " it has; start it by spawn (multiprocessing.get_context), or use threads=1"
+            )
         torch.set_num_threads(threads or min(self.num_cores, usable_cores()))
         _return_large_blocks()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import tokenizers
 from tokenizers import AddedToken, decoders, pre_tokenizers
 
 from kvik.errors import ModelLoadError, RequestError
-from kvik.models.hub import resolve_model
+from kvik.models.hub import resolve_model, unreadable
 from kvik.structured.grammars import TokenBytes
 from kvik.text.detokenizer import Vocabulary
 from kvik.text.tokenizer_files import TokenizerFiles
@@ -176,7 +177,10 @@ def _bad_text(text: object) -> RequestError:
 
 def _read_backend(path: Path) -> Any:
     try:
+        path.open("rb").close()
         return tokenizers.Tokenizer.from_file(str(path))
+    except OSError as error:
+        raise unreadable(path, error) from error
     except Exception as error:  # the library raises plain Exception for whatever it cannot read
         raise ModelLoadError(f"cannot use {path}: {error}; download it again, or update `tokenizers`") from error
 
@@ -241,7 +245,7 @@ def load_tokenizer(model: Path, name: str | None = None, *, dummy: bool = False)
 
 def _folder_of(name: str) -> Path:
     """The folder of a tokenizer, which need not be a model's; of a model on a hub nothing but its text files come."""
-    local = Path(name).expanduser()
+    local = Path(os.path.expanduser(name))
     return local if has_tokenizer(local) else resolve_model(name, load_format="dummy")
 
 

@@ -7,7 +7,6 @@ precedence is that of transformers 5, so that both give the same token ids. Owne
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,9 @@ from typing import Any
 from tokenizers import AddedToken
 
 from kvik.errors import ModelLoadError
+from kvik.models.hub import read_json
 
-__all__ = ["TokenizerFiles", "read_json"]
+__all__ = ["TokenizerFiles"]
 
 # Special tokens that the tokenizer classes of transformers assume where tokenizer_config.json does not name them.
 _CLASS_DEFAULTS: dict[str, dict[str, str]] = {
@@ -24,21 +24,6 @@ _CLASS_DEFAULTS: dict[str, dict[str, str]] = {
     "GPT2Tokenizer": dict.fromkeys(("bos_token", "eos_token", "unk_token"), "<|endoftext|>"),
     "Qwen2Tokenizer": dict.fromkeys(("eos_token", "unk_token", "pad_token"), "<|endoftext|>"),
 }
-
-
-def read_json(path: Path, *, missing: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The object in a JSON file; `missing` where there is no such file. Raises ModelLoadError for anything else."""
-    if missing is not None and not path.is_file():
-        return missing
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ModelLoadError(f"cannot read {path}: {error.strerror}; check the path and its permissions") from error
-    except ValueError as error:
-        raise ModelLoadError(f"{path} is not valid JSON ({error}); download the file again") from error
-    if not isinstance(data, dict):
-        raise ModelLoadError(f"{path} holds a {type(data).__name__}, not an object; download the file again")
-    return data
 
 
 def _content(value: Any) -> str | None:

@@ -233,5 +233,5 @@ def cache_path(gpu: str, directory: Path | None = None) -> Path:
     for name in _TUNED_SOURCES:
         digest.update((_HERE / name).read_bytes())
     if directory is None:
-        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvik" / "triton"
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "kvik" / "triton"
     return directory / f"{re.sub('[^a-z0-9]+', '-', gpu.lower())}-{digest.hexdigest()[:16]}.json"
