@@ -76,10 +76,6 @@ class GuardedExecutor(MockExecutor):
         self._writes.clear()
         self.fail_in = None
 
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._writes)
-
     def _fail(self, where: str) -> None:
         if self.fail_in == where:
             self.fail_in = None

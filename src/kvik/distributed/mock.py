@@ -40,6 +40,11 @@ class MockExecutor:
         self._memory: dict[tuple[int, int], tuple[int, int, int]] = {}
         self._queue: deque[StepPlan | StepResult] = deque()
 
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were submitted and not collected."""
+        return len(self._queue)
+
     def submit(self, plan: StepPlan) -> None:
         self._queue.append(plan if self._lag else self._run(plan))
 
