@@ -346,7 +346,7 @@ def _yaml_loader() -> Any:
 
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-            _once([(self.construct_object(key), None) for key, _ in node.value])
+            _once((key.value, None) for key, _ in node.value if isinstance(key.value, str))
             return super().construct_mapping(node, deep)
 
     return Loader

@@ -186,6 +186,11 @@ def test_a_key_comes_once(tmp_path: Path, name: str, text: str) -> None:
         engine(file=tmp_path / name)
 
 
+def test_a_file_may_merge_mappings(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("sampling: {<<: {temperature: 0.25}, seed: 1}\nthreads: 3\n")
+    assert engine(file=tmp_path / "c.yaml").threads == 3
+
+
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
     file = tmp_path / "kvik.yaml"
     file.write_text("# nothing\n")

@@ -115,8 +115,8 @@ class CpuPlatform:
 
     def start(self, threads: int | None) -> None:
         global _started_in
-        _started_in, before = os.getpid(), _started_in
-        if before not in (None, _started_in) and threads != 1:
+        _started_in = _started_in or os.getpid()
+        if os.getpid() != _started_in and threads != 1:
             raise ConfigError(
                 "this process was forked by one that has loaded a model, and has none of the threads that torch thinks"
                 " it has; start it by spawn (multiprocessing.get_context), or use threads=1"

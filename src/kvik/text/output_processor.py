@@ -127,12 +127,10 @@ class OpenRequest:
             echo = tokenizer.decode(ids, params.skip_special_tokens) if self.prompt is None else self.prompt
         # A message of its own begins without the space that sentencepiece puts before a word, unless it has to match.
         begins = isinstance(prompt, ChatPrompt) and not prompt.goes_on and params.structured_outputs is None
-        self.context = () if begins else request.prompt_token_ids
+        context = () if begins else request.prompt_token_ids
         stops = StopStrings(params.stop) if params.stop else None
         self.completions = [
-            Completion(
-                i, request, tokenizer.vocabulary.detokenizer(params.skip_special_tokens, self.context), stops, echo
-            )
+            Completion(i, request, tokenizer.vocabulary.detokenizer(params.skip_special_tokens, context), stops, echo)
             for i in range(params.n)
         ]
 

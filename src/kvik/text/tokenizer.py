@@ -66,7 +66,7 @@ class Tokenizer:
         """
         path = Path(path)
         files = TokenizerFiles.read(path)
-        eos_ids = files.eos_ids if model is None else files.eos_ids | TokenizerFiles.read(model).eos_ids
+        eos_ids = files.eos_ids if model in (None, path) else files.eos_ids | TokenizerFiles.read(model).eos_ids
         special_tokens = files.special_tokens
         if (path / "tokenizer.json").is_file():
             backend = _read_backend(path / "tokenizer.json")
