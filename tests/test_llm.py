@@ -114,9 +114,17 @@ def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
     assert len(output.token_ids) == 6 and output.finish_reason == "length"
 
 
+@pytest.mark.parametrize("prompt", [torch.tensor(5), torch.tensor([5, 6]), [torch.tensor(5)]], ids=str)
+def test_tensors_are_no_prompts(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(RequestError, match=r"not tensor\(5\)"):
+        llm.generate(prompt, GREEDY)
+
+
 def test_counts_that_do_not_match(llm: LLM) -> None:
     with pytest.raises(RequestError, match="2 sampling_params for 1 prompts"):
         llm.generate(["a"], [GREEDY, GREEDY])
+    with pytest.raises(RequestError, match="must be SamplingParams, or a list of them, got 5"):
+        llm.generate(["a"], 5)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="1 priorities for 2 prompts"):
         llm.generate(["a", "b"], GREEDY, priority=[1])
     assert idle(llm)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any, cast
 
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from kvik.config import EngineConfig
 from kvik.errors import RequestError
+from kvik.fields import show
 from kvik.llm_engine import LLMEngine
 from kvik.mailbox import Mailbox
 from kvik.metrics import EngineStats
@@ -202,9 +203,12 @@ class LLM:
 
 def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """A list of prompts from one or several: a list of integers is one prompt of token ids."""
-    if isinstance(prompts, (str, ChatPrompt, Mapping, bytes)) or not isinstance(prompts, Iterable):
-        return [prompts]  # which is refused if it is none
-    items = list(prompts)
+    try:
+        items = None if isinstance(prompts, (str, ChatPrompt, Mapping, bytes)) else list(prompts)
+    except TypeError:
+        items = None
+    if items is None:
+        return [cast(Prompt, prompts)]  # which is refused if it is none
     if items and isinstance(items[0], int):
         return [cast(Sequence[int], items)]
     return cast(list[Prompt], items)
@@ -213,6 +217,10 @@ def _as_batch(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def _per_prompt(params: Params, count: int) -> list[SamplingParams | None]:
     if params is None or isinstance(params, (SamplingParams, Mapping)):
         return [params] * count  # a mapping is refused with the request
+    if not isinstance(params, Sequence):
+        raise RequestError(
+            f"sampling_params must be SamplingParams, or a list of them, got {show(params)}", "sampling_params"
+        )
     if len(params) != count:
         raise RequestError(f"{len(params)} sampling_params for {count} prompts; give one, or one for each")
     return list(params)

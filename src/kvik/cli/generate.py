@@ -165,10 +165,16 @@ class _JsonPrinter:
         if output.finished:
             self._finished[output.request_id] = output
         while self._turns and self._turns[0] in self._finished:
-            print(json.dumps(_record(self._finished.pop(self._turns.pop(0))), ensure_ascii=False), flush=True)
+            record = _record(self._finished.pop(self._turns.pop(0)))
+            print(json.dumps(record, ensure_ascii=not _writes_unicode()), flush=True)
 
     def close(self) -> None:
         """Nothing is left open."""
+
+
+def _writes_unicode() -> bool:
+    """Whether standard output takes every character; others would be question marks, where JSON has names for them."""
+    return (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
 
 
 def _record(output: RequestOutput) -> dict[str, Any]:

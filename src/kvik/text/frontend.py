@@ -10,7 +10,7 @@ import dataclasses
 import itertools
 import random
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,12 +151,14 @@ class Frontend:
                 raise RequestError("the prompt is empty and this model has no beginning-of-sequence token", "prompt")
             return ids
         given = prompt.token_ids if isinstance(prompt, ChatPrompt) else prompt
-        wrong = not isinstance(given, Iterable) or isinstance(given, (Mapping, bytes, bytearray))
-        ids = () if wrong else tuple(given)
-        if wrong or not {int}.issuperset(map(type, ids)):
+        try:
+            walked = None if isinstance(given, (Mapping, bytes, bytearray)) else tuple(given)
+        except TypeError:  # a number, or a tensor without dimensions
+            walked = None
+        if walked is None or not {int}.issuperset(map(type, walked)):
             raise RequestError(f"a prompt is a string or a list of token ids (integers), not {show(given)}", "prompt")
-        self.check_ids(ids, "prompt")
-        return ids
+        self.check_ids(walked, "prompt")
+        return walked
 
     def check_ids(self, token_ids: Sequence[int], param: str) -> None:
         """Raise RequestError, naming `param`, unless every id is in the vocabulary."""
