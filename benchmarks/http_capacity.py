@@ -48,7 +48,7 @@ def fake_engine(endpoint: str, interval: float, vocab_size: int) -> None:
     scheduler = SchedulerConfig(
         max_model_len=CONTEXT, max_num_seqs=1024, max_num_batched_tokens=16384, block_size=64, num_blocks=100_000
     )
-    ready = wire.Ready(scheduler, vocab_size, False, "bfloat16", "none", "", "")
+    ready = wire.Ready(scheduler=scheduler, vocab_size=vocab_size, hidden_size=8)
     status = wire.encode(wire.Status(0, 0, 0, 1, 0, 0, 0, 0.0, 0.0, 0.0))
     peers: set[bytes] = set()
     left: dict[bytes, dict[str, int]] = {}

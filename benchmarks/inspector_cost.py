@@ -99,7 +99,7 @@ def measure(batch: int, args: argparse.Namespace) -> dict[str, Any]:
     found = defaultdict[str, list[float]](list)
     with tempfile.TemporaryDirectory() as folder:
         endpoint = f"ipc://{folder}/engine"
-        server = EngineServer(engine, endpoint, wire.Ready(config, 10_000, False, "none", "none", "", "", "none"))
+        server = EngineServer(engine, endpoint, wire.Ready(scheduler=config, vocab_size=10_000, hidden_size=8))
         thread = threading.Thread(target=server.run)
         thread.start()
         peer = subprocess.Popen(

@@ -126,7 +126,7 @@ def engine_thread(
     config = SchedulerConfig(**{**defaults, **scheduler})
     engine = Engine(Scheduler(config), executor or MockExecutor(config.block_size, vocab_size))
     endpoint = f"ipc://{folder / 'engine'}"
-    ready = Ready(config, vocab_size, 8, False, "none", "none", "", "", "kvik-test")
+    ready = Ready(scheduler=config, vocab_size=vocab_size, hidden_size=8, fingerprint="kvik-test")
     server = EngineServer(engine, endpoint, ready, grammars)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

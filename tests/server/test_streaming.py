@@ -168,7 +168,7 @@ def test_steps_that_a_late_process_finds_together_become_one_event(tmp_path: Pat
     async def body() -> None:
         client = EngineClient(endpoint, max_queued_requests=8, max_queued_tokens=100)
         peer, _ = await asyncio.to_thread(router.recv_multipart)
-        router.send_multipart([peer, wire.encode(wire.Ready(config, 384, 8, False, "", "", "", "", ""))])
+        router.send_multipart([peer, wire.encode(wire.Ready(scheduler=config, vocab_size=384, hidden_size=8))])
         await client.wait_ready()
         client.attach(OutputProcessor(TOKENIZER))
         generation = client.open([request], [None], stream=True)

@@ -63,18 +63,18 @@ class Watch(msgspec.Struct, tag="watch", frozen=True):
     on: bool
 
 
-class Ready(msgspec.Struct, tag="ready", frozen=True):
-    """The engine can be used: what HTTP processes must know of it."""
+class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
+    """The engine can be used: what HTTP processes must know of it, and what they only tell."""
 
     scheduler: SchedulerConfig
     vocab_size: int
     hidden_size: int
-    rope_depends_on_length: bool
-    dtype: str
-    device: str
-    ledger: str
-    memory: str
-    fingerprint: str
+    rope_depends_on_length: bool = False
+    dtype: str = ""
+    device: str = ""
+    ledger: str = ""
+    memory: str = ""
+    fingerprint: str = ""
 
 
 class Outputs(msgspec.Struct, tag="outputs", frozen=True, omit_defaults=True):
