@@ -118,9 +118,7 @@ class DecodeStep:
             graph.replay()
         tokens = self._table.results.take(len(rows))
         if graph is None and self._pool is not None:
-            graph = self._pool.try_capture(lambda: self._compute(bucket, path))
-            if graph is not None:
-                self._graphs[size, path] = graph
+            self._capture(self._pool, size, path)
         return tokens
 
     def get_ready(self) -> bool:
@@ -133,11 +131,14 @@ class DecodeStep:
         missing = next((key for key in keys if key not in self._graphs), None)
         if self._pool is None or missing is None:
             return False
-        size, path = missing
+        return self._capture(self._pool, *missing)
+
+    def _capture(self, pool: GraphPool, size: int, path: SamplerPath) -> bool:
+        """Keep a graph; False where there is no memory for it."""
         bucket = self._bucket(size)
-        graph = self._pool.try_capture(lambda: self._compute(bucket, path))
+        graph = pool.try_capture(lambda: self._compute(bucket, path))
         if graph is not None:
-            self._graphs[missing] = graph
+            self._graphs[size, path] = graph
         return graph is not None
 
     def _bucket(self, size: int) -> _Bucket:

@@ -101,9 +101,7 @@ class MixedStep:
         captured = self._captured.get(size)
         if captured is None:
             hidden = self._compute(packed, size).clone()  # also compiles what the capture will launch
-            made = self._capture(self._pool, packed, size)
-            if made is not None:
-                self._captured[size] = made
+            self._keep(self._pool, packed, size)
             return hidden[:num_rows]
         captured.packed.copy_(packed)
         captured.graph.replay()
@@ -118,7 +116,11 @@ class MixedStep:
         parts = MixedParts(nothing, nothing, nothing, np.zeros(1, dtype=np.int64), nothing, nothing)
         packed = upload(_padded(parts, size, self._max_seqs), self._table.device)
         self._compute(packed, size)  # also compiles what the capture will launch
-        made = self._capture(self._pool, packed, size)
+        return self._keep(self._pool, packed, size)
+
+    def _keep(self, pool: GraphPool, packed: Tensor, size: int) -> bool:
+        """Keep a graph; False where there is no memory for it."""
+        made = self._capture(pool, packed, size)
         if made is not None:
             self._captured[size] = made
         return made is not None
