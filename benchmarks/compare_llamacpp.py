@@ -19,7 +19,12 @@ from typing import Any
 from pairs import OUTPUT, PROMPT, SHAPES, THREADS, Worker, add_arguments, alternate, model_folder, write_line
 
 PAIRS = Path(__file__).with_name("pairs.py")
-FORMATS = {"bf16": ("BF16", None), "int8": ("Q8_0", "int8"), "int4": ("Q4_0", "int4")}
+FORMATS = {
+    "bf16": ("BF16", None),
+    "int8": ("Q8_0", "int8"),
+    "int4": ("Q4_0", "int4"),
+    "int4-file": ("Q4_0-file", "int4"),  # as llama-quantize writes Q4_0: the head is Q6_K, because it loses most
+}
 CONTEXT = 8 * (PROMPT + OUTPUT + 64)
 
 
@@ -73,6 +78,19 @@ def make_gguf(shape: str, kind: str, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def quantize_gguf(shape: str, path: Path) -> None:
+    """Let llama.cpp itself write the Q4_0 file that its users have, from the file in bf16."""
+    import llama_cpp as lib
+
+    whole = path.with_name("BF16.gguf")
+    if not whole.exists():
+        make_gguf(shape, "BF16", whole)
+    params = lib.llama_model_quantize_default_params()
+    params.ftype, params.nthread = lib.LLAMA_FTYPE_MOSTLY_Q4_0, THREADS
+    if lib.llama_model_quantize(str(whole).encode(), str(path).encode(), params) != 0:
+        raise RuntimeError(f"llama.cpp could not quantize {whole}")
 
 
 def llama_worker(path: Path) -> None:
@@ -131,7 +149,8 @@ def compare(shape: str, fmt: str, args: argparse.Namespace) -> list[dict[str, An
 def main() -> None:
     """Parse the command line; the hidden first words start workers."""
     if sys.argv[1:2] == ["--make"]:
-        return make_gguf(sys.argv[2], sys.argv[3], Path(sys.argv[4]))
+        shape, kind, path = sys.argv[2], sys.argv[3], Path(sys.argv[4])
+        return quantize_gguf(shape, path) if kind == "Q4_0-file" else make_gguf(shape, kind, path)
     if sys.argv[1:2] == ["--llama"]:
         return llama_worker(Path(sys.argv[2]))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,7 @@ pytest.importorskip("triton")
 from kvik.attention.base import ForwardBatch
 from kvik.attention.reference import ReferenceAttention
 from kvik.attention.triton import AttentionLimits, TritonAttention
-from kvik.errors import CapacityError
+from kvik.errors import CapacityError, ConfigError
 from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
@@ -195,6 +195,12 @@ def test_which_prompts_take_the_kernel_for_hopper() -> None:
 @pytest.mark.parametrize("group", range(1, 17))
 def test_every_group_size(group: int, device: torch.device) -> None:
     check([33, 20], [1, 20], (group, 1, 16), device)
+
+
+def test_a_group_that_no_tile_holds(device: torch.device) -> None:
+    check([33, 20], [1, 20], (64, 1, 16), device)
+    with pytest.raises(ConfigError, match=r"71 query heads over 1 key heads are groups of 71; .* groups of up to 64"):
+        backend((71, 1, 64), device)
 
 
 @pytest.mark.parametrize("block_size", [16, 48, 64, 256])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvik.attention.base import ForwardBatch
-from kvik.errors import CapacityError
+from kvik.errors import CapacityError, ConfigError
 from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, plan_attention
@@ -45,6 +45,7 @@ class TritonAttention:
     A sequence's kernel, its chunks and their order depend on its own lengths, and on how few sequences and tokens the
     step has (`TIERS`, `HOPPER_TOKENS`). A query's result also depends on how its prompt was cut into steps, since that
     decides between the kernels. With `deterministic` neither matters: it is the same in every step, bit for bit.
+    Raises ConfigError where more query heads share a key head than a tile has rows.
     """
 
     def __init__(
@@ -68,6 +69,11 @@ class TritonAttention:
             for tiles, num_seqs in tiers
         )
         fewest = min(tile_queries(self._group, tiles) for tiles, _ in tiers)
+        if fewest == 0:
+            raise ConfigError(
+                f"{limits.num_heads} query heads over {limits.num_kv_heads} key heads are groups of {self._group}; "
+                f"attention on GPUs takes groups of up to {min(tiles.prefill_rows for tiles, _ in tiers)}"
+            )
         most_tiles = limits.max_num_tokens // fewest + limits.max_num_seqs
         rows = self._group * limits.max_queries
         parts = (self._capacity, limits.num_kv_heads, rows)

@@ -24,14 +24,13 @@ from kvik.models.loader import check_finite, open_checkpoint
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, layer_views
 from kvik.quantization.calibrate import calibrated
-from kvik.quantization.formats import SCALE_SUFFIX, StoredQuantization, pack_nibbles, stored_dtypes
+from kvik.quantization.formats import ROLES, SCALE_SUFFIX, StoredQuantization, pack_nibbles, stored_dtypes
 from kvik.quantization.reference import dequantize, quantize
 from kvik.quantization.windows import LayerStream
 from kvik.quantization.writer import ShardWriter
 
-__all__ = ["ROLES", "Baseline", "convert", "read_layer", "read_plain"]
+__all__ = ["Baseline", "convert", "read_layer", "read_plain"]
 
-ROLES = ("qkv", "o", "gate_up", "down")
 _HEAD_ROWS = 8192
 
 

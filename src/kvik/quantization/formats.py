@@ -26,6 +26,7 @@ __all__ = [
     "BITS",
     "GROUPS",
     "METHOD",
+    "PROJECTIONS",
     "ROLES",
     "SCALE_SUFFIX",
     "StoredQuantization",
@@ -45,11 +46,13 @@ GROUPS: Mapping[str, int] = MappingProxyType({"int8": 0, "int4g32": 32, "int4g12
 """Inputs that share a scale; 0 is all of a row."""
 BITS: Mapping[str, float] = MappingProxyType({"int8": 8.0, "int4g32": 4.5, "int4g128": 4.125})
 """Bits that a weight takes, its share of the scales included."""
-ROLES: Mapping[str, str] = MappingProxyType(
+PROJECTIONS: Mapping[str, str] = MappingProxyType(
     {"q_proj": "qkv", "k_proj": "qkv", "v_proj": "qkv", "o_proj": "o", "gate_proj": "gate_up", "up_proj": "gate_up"}
     | {"down_proj": "down"}
 )
 """The decoder's (stacked) projection that a checkpoint's projection is a part of."""
+ROLES = tuple(dict.fromkeys(PROJECTIONS.values()))
+"""The decoder's (stacked) projections, in the order of a layer."""
 _PROJECTION = re.compile(r"model\.layers\.(\d+)\.(?:self_attn|mlp)\.(\w+_proj)\.weight")
 
 
@@ -72,7 +75,7 @@ class StoredQuantization:
         if name == (EMBEDDING if spec.tie_word_embeddings else LM_HEAD):
             return self.head_format
         match = _PROJECTION.fullmatch(name)
-        return None if match is None else self.of_role(int(match[1]), ROLES[match[2]])
+        return None if match is None else self.of_role(int(match[1]), PROJECTIONS[match[2]])
 
     def block_bits(self, spec: DecoderSpec) -> float:
         """Bits of an average weight of the blocks' projections."""

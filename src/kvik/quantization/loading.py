@@ -19,6 +19,7 @@ from kvik.models.decoder import DecoderWeights, LayerWeights, allocate_layer
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD, Fill, layer_views, parameter_shapes
 from kvik.quantization.formats import (
+    ROLES,
     SCALE_SUFFIX,
     StoredQuantization,
     scale_shape,
@@ -141,7 +142,7 @@ def _layer(
     plan = allocate_layer(spec, dtype, torch.device("meta"))
     values: dict[str, LinearWeight] = {}
     scales: dict[str, LinearWeight] = {}
-    for role in ("qkv", "o", "gate_up", "down"):
+    for role in ROLES:
         weight: LinearWeight = getattr(plan, role)
         bias = None if weight.bias is None else torch.empty_like(weight.bias, device=device)
         q, scale = _allocate(weight.weight.shape, stored.of_role(index, role))

@@ -19,8 +19,8 @@ from kvik.kernels.reference import ReferenceOps
 from kvik.models.loader import open_checkpoint
 from kvik.models.spec import DecoderSpec
 from kvik.models.weights import EMBEDDING, FINAL_NORM, LM_HEAD
-from kvik.quantization.convert import ROLES, Baseline, read_layer, read_plain
-from kvik.quantization.formats import StoredQuantization, role_sizes
+from kvik.quantization.convert import Baseline, read_layer, read_plain
+from kvik.quantization.formats import ROLES, StoredQuantization, role_sizes
 from kvik.quantization.receipt import kl_divergence
 from kvik.quantization.reference import dequantize, quantize
 from kvik.quantization.windows import LayerStream
