@@ -51,7 +51,7 @@ def edit(folder: Path, change: Callable[[dict[str, Tensor]], Any]) -> None:
 
 def logits(folder: Path, **options: Any) -> Tensor:
     """Scores after every token of PROMPT."""
-    config = EngineConfig(str(folder), max_num_seqs=2, max_num_batched_tokens=128, **options)
+    config = EngineConfig(str(folder), device="cpu", max_num_seqs=2, max_num_batched_tokens=128, **options)
     info = inspect_model(config)
     decoder, windows = load_decoder(config, info), cut_windows(PROMPT, 60, 60)
     kv = kv_layers(info.spec, 60, info.resolved.dtype, 128)

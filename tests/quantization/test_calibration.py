@@ -87,7 +87,7 @@ def test_calibration_survives_weights_and_states_that_are_zero(tmp_path: Path) -
 
 def test_a_sensitivity_is_the_divergence_of_a_model_with_one_rounded_projection(tmp_path: Path) -> None:
     folder = make_tiny(tmp_path / "plain", "qwen2", tie_word_embeddings=True)
-    config = EngineConfig(str(folder), kernels="torch", max_num_seqs=2, max_num_batched_tokens=128)
+    config = EngineConfig(str(folder), device="cpu", kernels="torch", max_num_seqs=2, max_num_batched_tokens=128)
     info = inspect_model(config)
     decoder, windows = load_decoder(config, info), TEXT[:2]
     costs = sensitivities(folder, info.spec, "int4g128", windows)

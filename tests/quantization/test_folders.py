@@ -141,7 +141,7 @@ def test_without_native_kernels_one_warning_says_what_it_takes(
     want = logits(made["int4"], kernels="torch")
     monkeypatch.setattr(native, "available", lambda: False)
     params = SamplingParams(temperature=0, max_tokens=2)
-    with caplog.at_level(logging.WARNING, "kvik"), LLM(str(tiny), quantization="int4") as llm:
+    with caplog.at_level(logging.WARNING, "kvik"), LLM(str(tiny), device="cpu", quantization="int4") as llm:
         llm.generate(PROMPT, params)
     assert [record.message for record in caplog.records if "without the native kernels" in record.message]
     assert len(caplog.records) == 1

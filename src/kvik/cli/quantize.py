@@ -130,8 +130,9 @@ class _Quantizer:
         return inspect_model(self._engine_config(path))
 
     def _engine_config(self, path: Path) -> EngineConfig:
+        """On the CPU, whose kernels compute in the formats; on GPUs the weights would be dequantised."""
         return EngineConfig(
-            str(path), threads=self._args.threads, kernels=self._args.kernels, max_num_seqs=4,
+            str(path), device="cpu", threads=self._args.threads, kernels=self._args.kernels, max_num_seqs=4,
             max_num_batched_tokens=2048, seed=0,
         )  # fmt: skip
 
