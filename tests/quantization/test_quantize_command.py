@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import make_tiny
 
 from cli.cli_harness import start
+from engine_runs import options_for
 from kvik import LLM, ModelLoadError
 from kvik.cli.main import main
 from kvik.kernels.cpu import native
@@ -56,6 +57,14 @@ def test_it_prints_and_writes_the_receipt(tiny: Path, clean: Path, capsys: pytes
     assert quantize(tiny, clean / "again", "int8") == 0
     shown = capsys.readouterr().out
     assert "top-1 agreement" in shown and "none" in shown
+
+
+@pytest.mark.gpu
+def test_beside_a_gpu_it_runs_on_the_cpu(tiny: Path, clean: Path) -> None:
+    with options_for("cuda"):
+        assert quantize(tiny, clean / "out", "int8") == 0
+        assert receipt(clean / "out")["top1_agreement"] > 0.5
+        LLM(str(clean / "out"), device="cuda", max_num_seqs=2).close()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
