@@ -7,22 +7,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_harness import Result
 from tiny_models import make_tiny
 
 from kvik.cli.main import main
 
+DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32  # what is kept as it is, without a warning
+
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A tiny qwen3 with a chat template and a context of 512 tokens."""
-    return str(make_tiny(tmp_path_factory.mktemp("cli") / "tiny"))
+    return str(make_tiny(tmp_path_factory.mktemp("cli") / "tiny", dtype=DTYPE))
 
 
 @pytest.fixture(scope="session")
 def long_model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with a context of 32768 tokens, which takes long enough to fill for an interruption."""
-    return str(make_tiny(tmp_path_factory.mktemp("cli") / "long", max_position_embeddings=32768))
+    return str(make_tiny(tmp_path_factory.mktemp("cli") / "long", dtype=DTYPE, max_position_embeddings=32768))
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from cli_harness import Result
 
 from kvik.cli.bench_measure import _kv_tokens_read, percentiles
@@ -124,7 +125,8 @@ def test_startup_measures_from_the_birth_of_a_process(kvik: Kvik, model: str, tm
     assert record["mode"] == "startup" and len(record["all_ready_s"]) == 2
     assert min(record["all_ready_s"]) == times["ready_s"] >= sum(times["phases"].values())
     assert {"imports", "config", "weights", "KV cache"} <= times["phases"].keys()
-    assert times["first_token_s"] > 0 and record["files"]["bytes"] > 0 and record["kernels"] is None
+    assert times["first_token_s"] > 0 and record["files"]["bytes"] > 0
+    assert (record["kernels"] is None) is not torch.cuda.is_available()
     assert record["options"] == {"model": "tiny", "max_model_len": 64} and str(tmp_path) not in file.read_text()
 
 

@@ -208,6 +208,7 @@ def test_the_table_and_its_record(kvik: Kvik, model: str, tmp_path: Path, monkey
 
 @pytest.mark.gpu
 @pytest.mark.skipif(gpu_obstacle() is not None, reason="needs an NVIDIA GPU")
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" in os.environ, reason="needs the GPU to itself, as in `make test-gpu`")
 @pytest.mark.parametrize("more", [(), ("--temperature", 0.6), ("--deterministic",)], ids=["greedy", "drawn", "fixed"])
 def test_on_a_gpu_the_phases_are_the_step(kvik: Kvik, tmp_path: Path, more: tuple[object, ...]) -> None:
     config = {

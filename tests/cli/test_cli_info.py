@@ -34,7 +34,7 @@ def test_machine_and_versions(kvik: Kvik) -> None:
 
 def test_a_model_needs_no_weights(kvik: Kvik, model: str, tmp_path: Path) -> None:
     shutil.copy(Path(model) / "config.json", tmp_path)
-    result = kvik("info", tmp_path)
+    result = kvik("info", tmp_path, "--dtype", "float32")
     assert result.code == 0
     for text in ("Qwen3ForCausalLM", "110,976", "512 tokens", "512 bytes per token", "KV cache", "fits"):
         assert text in result.out
@@ -65,6 +65,7 @@ def test_what_would_not_load_is_told(kvik: Kvik, model: str, tmp_path: Path) -> 
     ],
 )
 def test_what_does_not_fit_gets_a_fix_that_fits(kvik: Kvik, model: str, flags: tuple[str, ...], fix: str) -> None:
+    flags = ("--device", "cpu", "--dtype", "float32", *flags)
     result = kvik("info", model, *flags)
     assert result.code == 2 and f"it fits with {fix}" in result.out
     assert json.loads(kvik("info", model, *flags, "--json").out)["model"]["fits"] is False

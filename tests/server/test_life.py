@@ -47,7 +47,7 @@ def started(served: Served, count: int = 3, **fields: Any) -> list[Stream]:
 
 def slow_flags(model: str) -> tuple[str, ...]:
     """A server on which 500 tokens of one sequence take seconds."""
-    return ("--max-num-seqs", "4", "--log-level", "info")
+    return ("--device", "cpu", "--max-num-seqs", "4", "--log-level", "info")
 
 
 def gone(processes: list[psutil.Process]) -> bool:
@@ -201,7 +201,7 @@ def test_vanished_clients_free_their_blocks(served: Served) -> None:
 
 
 def test_deadlines(big_model: str, tmp_path: Path) -> None:
-    with serve(big_model, tmp_path / "log", "--request-timeout", "0.3") as served:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--request-timeout", "0.3") as served:
         stream = Stream(served)
         whole = httpx.post(f"{served.url}/v1/completions", json={**LONG, "stream": False}, timeout=30)
         assert whole.status_code == 504 and whole.json()["error"]["code"] == "deadline_exceeded"

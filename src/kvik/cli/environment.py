@@ -79,6 +79,10 @@ def model_places() -> dict[str, str]:
 
 
 def _version(package: str) -> str | None:
+    if package == "torch":
+        import torch
+
+        return str(torch.__version__)  # with the CUDA it was built for, which its package need not say
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
