@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from tiny_models import make_tiny
 
+from engine_runs import CPU, GPU, options_for
 from kvik import AsyncLLM, RequestError, SamplingParams, WorkerError
 from kvik.outputs import RequestOutput
 
@@ -23,11 +24,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture
-def llm(folder: Path) -> Iterator[AsyncLLM]:
-    made = AsyncLLM(str(folder))
-    yield made
-    made.close()
+@pytest.fixture(params=[CPU, GPU])
+def llm(folder: Path, request: pytest.FixtureRequest) -> Iterator[AsyncLLM]:
+    with options_for(request.param) as options:
+        made = AsyncLLM(str(folder), **options)
+        yield made
+        made.close()
 
 
 async def collect(llm: AsyncLLM, prompt: Any, params: SamplingParams, **options: Any) -> tuple[str, RequestOutput]:

@@ -56,7 +56,9 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def server(model: str, template: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with serve(model, tmp_path_factory.mktemp("logs") / "batch.log", "--chat-template", template) as found:
+    with serve(
+        model, tmp_path_factory.mktemp("logs") / "batch.log", "--chat-template", template, "--deterministic"
+    ) as found:
         yield found
 
 
@@ -81,7 +83,7 @@ def test_a_batch_answers_as_the_server_does(server: Served, model: str, template
     ]
     source.write_text("\n".join(map(json.dumps, lines)))
     command = [sys.executable, "-m", "kvik.cli.main", "batch", model, str(source), str(target)]
-    options = ["--chat-template", template, "--threads", "1", "--max-num-seqs", "1"]
+    options = ["--chat-template", template, "--threads", "1", "--max-num-seqs", "1", "--deterministic"]
     subprocess.run([*command, *options], check=True, timeout=120)
     found = {entry["custom_id"]: entry["response"] for entry in map(json.loads, target.read_text().splitlines())}
     reasons = {}

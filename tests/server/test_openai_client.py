@@ -104,7 +104,7 @@ def test_the_fingerprint_is_that_of_any_other_process_with_the_same_model(
     found = {expected}
     for text in ("{{ 1 }}", "{{ 2 }}"):
         template.write_text(text)
-        for other in (EngineConfig(model, dtype="bfloat16"), EngineConfig(model, chat_template=str(template))):
+        for other in (EngineConfig(model, dtype="float16"), EngineConfig(model, chat_template=str(template))):
             found.add(fingerprint(other, inspect_model(other)))
     assert len(found) == 4
 

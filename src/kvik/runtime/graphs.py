@@ -47,6 +47,7 @@ class GraphPool:
         graph, stream = Graph(), self._stream
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
+            torch.cuda.current_blas_handle()  # type: ignore[no-untyped-call]  # each thread has its own, and none can be made during a capture
             graph.capture_begin(pool=self._handle, capture_error_mode="thread_local")
             try:
                 compute()
