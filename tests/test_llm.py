@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,19 @@ def test_calls_may_interleave(llm: LLM) -> None:
         if len(pieces) == 3:
             assert len(llm.generate("an inner one", GREEDY)[0].token_ids) == 6
     assert "".join(pieces) == alone.text
+    assert idle(llm)
+
+
+def test_calls_from_several_threads_take_turns(llm: LLM) -> None:
+    params = SamplingParams(max_tokens=30, seed=5, ignore_eos=True)
+    texts = [f"of thread {i}" for i in range(6)]
+    alone = [output.text for output in llm.generate(texts, params)]
+
+    def call(text: str) -> str:
+        return "".join(output.delta for output in llm.stream(text, params)) + llm.generate(text, params)[0].text
+
+    with ThreadPoolExecutor(len(texts)) as pool:
+        assert list(pool.map(call, texts)) == [text * 2 for text in alone]
     assert idle(llm)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
@@ -36,7 +37,7 @@ class LLM:
                 print(output.prompt, output.text)
 
     `options` are the fields of EngineConfig. Raises ConfigError, ModelLoadError or CapacityError where it cannot start.
-    Not thread-safe; AsyncLLM serves many callers.
+    Calls from several threads take turns; AsyncLLM computes those of many callers together.
     """
 
     def __init__(self, model: str | EngineConfig, *, tracer: NoTrace = NO_TRACE, **options: Any) -> None:
@@ -44,6 +45,7 @@ class LLM:
         self._mailboxes: dict[str, Mailbox] = {}
         self._news: dict[str, deque[str]] = {}  # of the call of each request: those that something came for
         self._calls = itertools.count()
+        self._lock = threading.RLock()  # of all that is here, and of the engine
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -72,13 +74,14 @@ class LLM:
         prompt. use_tqdm shows a progress bar with prefill and decode tokens per second. Raises RequestError, before
         anything runs, if one of them could never run.
         """
-        ids = self._add(_as_batch(prompts), sampling_params, priority, stream=False)
         finished: dict[str, RequestOutput] = {}
-        with _Progress(self.stats, len(ids), use_tqdm) as progress:
-            for output in self._outputs(ids):
-                if output is not None and output.finished:
-                    finished[output.request_id] = output
-                progress.update(len(finished))
+        with self._lock:
+            ids = self._add(_as_batch(prompts), sampling_params, priority, stream=False)
+            with _Progress(self.stats, len(ids), use_tqdm) as progress:
+                for output in self._outputs(ids):
+                    if output is not None and output.finished:
+                        finished[output.request_id] = output
+                    progress.update(len(finished))
         return [finished[request_id] for request_id in ids]
 
     def stream(self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None) -> Iterator[RequestOutput]:
@@ -87,7 +90,8 @@ class LLM:
         Outputs of several prompts interleave: `output.index` is the prompt's place in the list. Closing the iterator
         aborts what is unfinished.
         """
-        outputs = self._outputs(self._add(_as_batch(prompts), sampling_params, None, stream=True))
+        with self._lock:
+            outputs = self._outputs(self._add(_as_batch(prompts), sampling_params, None, stream=True))
         next(outputs)
         return cast(Iterator[RequestOutput], outputs)
 
@@ -117,7 +121,8 @@ class LLM:
 
     def close(self) -> None:
         """Free the model and the KV cache. May be called twice."""
-        self.llm_engine.close()
+        with self._lock:
+            self.llm_engine.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -171,20 +176,22 @@ class LLM:
         try:
             yield None
             while pending:
-                while news:
+                with self._lock:
+                    if not news:
+                        self._step()
+                        continue
                     request_id = news.popleft()
                     output = self._mailboxes[request_id].take()
-                    if output is not None:
-                        index = pending.pop(request_id) if output.finished else pending[request_id]
-                        yield dataclasses.replace(output, index=index)
-                if pending:
-                    self._step()
+                if output is not None:
+                    index = pending.pop(request_id) if output.finished else pending[request_id]
+                    yield dataclasses.replace(output, index=index)
         finally:
-            for request_id in pending:
-                self.llm_engine.abort(request_id)
-            for request_id in ids:
-                self._mailboxes.pop(request_id, None)
-                self._news.pop(request_id, None)
+            with self._lock:
+                for request_id in pending:
+                    self.llm_engine.abort(request_id)
+                for request_id in ids:
+                    self._mailboxes.pop(request_id, None)
+                    self._news.pop(request_id, None)
 
     def _step(self) -> None:
         try:

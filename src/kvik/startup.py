@@ -138,7 +138,8 @@ def build_engine(
     if tracer is not NO_TRACE and isinstance(model, Decoder):
         model.ops = cast(Ops[Any], TracedCalls(model.ops, tracer))
         model.attention = cast(AttentionBackend, TracedCalls(model.attention, tracer, {"forward": "attention"}))
-    return Engine(Scheduler(settings), UniprocExecutor(runner, tracer), tracer)
+    executor = UniprocExecutor(runner, tracer, info.platform.release)
+    return Engine(Scheduler(settings), executor, tracer)
 
 
 def _kernel_compiler(config: EngineConfig, info: ModelInfo) -> AbstractContextManager[KernelCompiler | None]:

@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,28 @@ def test_a_budget_that_holds_nothing_names_one_that_does(folder: Path) -> None:
     found = re.search(r"gpu_memory_utilization=([0-9.]+)", str(error.value))
     assert found is not None
     LLM(str(folder), device="cuda", gpu_memory_utilization=float(found[1])).close()
+
+
+def test_any_thread_may_call() -> None:
+    params = SamplingParams(max_tokens=40, temperature=0, ignore_eos=True)
+    with LLM("demo", device="cuda") as llm, ThreadPoolExecutor(4) as pool:
+        calls = [pool.submit(llm.generate, ["Once upon", "a time"][: 1 + i % 2], params) for i in range(8)]
+        texts = [call.result()[0].text for call in calls]
+        assert texts == [llm.generate("Once upon", params)[0].text] * 8
+
+
+def test_a_closed_engine_leaves_its_memory_to_others(folder: Path) -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    before, _ = torch.cuda.mem_get_info()
+    tokens = []
+    for _ in range(2):
+        with LLM(str(folder), device="cuda", num_kvcache_blocks=40_000) as llm:
+            tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=9, temperature=0))[0].token_ids)
+            assert torch.cuda.mem_get_info()[0] < before - llm.llm_engine.resolved.memory.kv_cache
+        after, _ = torch.cuda.mem_get_info()
+        assert after > before - (256 << 20)  # the library's handles and compiled kernels stay
+    assert tokens[0] == tokens[1]
 
 
 def test_a_gpu_that_is_not_there_is_named() -> None:

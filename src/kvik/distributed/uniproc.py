@@ -29,8 +29,12 @@ class Runner(Protocol):
 class UniprocExecutor:
     """Starts each plan in `submit`; `collect` hands out the results in order."""
 
-    def __init__(self, runner: Runner, tracer: NoTrace = NO_TRACE) -> None:
+    def __init__(
+        self, runner: Runner, tracer: NoTrace = NO_TRACE, release: Callable[[], object] = lambda: None
+    ) -> None:
+        """`release` is called at the end, when the runner is gone."""
         self._runner: Runner | None = runner
+        self._release = release
         self._tracer = tracer
         self._results: deque[Callable[[], StepResult]] = deque()
 
@@ -54,3 +58,4 @@ class UniprocExecutor:
     def close(self) -> None:
         self._results.clear()
         self._runner = None
+        self._release()

@@ -52,6 +52,9 @@ class Platform(Protocol):
     def available_memory(self) -> int:
         """Bytes that can be allocated now."""
 
+    def release(self) -> None:
+        """Leave memory that this process has freed to others."""
+
     def total_memory(self) -> int:
         """Bytes of memory of the device."""
 
@@ -106,6 +109,9 @@ class CpuPlatform:
     def available_memory(self) -> int:
         return min([psutil.virtual_memory().available, *(left for _, left in memory_limits())])
 
+    def release(self) -> None:
+        pass
+
     def total_memory(self) -> int:
         return min([psutil.virtual_memory().total, *(limit for limit, _ in memory_limits())])
 
@@ -143,7 +149,11 @@ class CudaPlatform:
         return torch.cuda.get_device_name(self.device)
 
     def available_memory(self) -> int:
+        self.release()
         return torch.cuda.mem_get_info(self.device)[0]
+
+    def release(self) -> None:
+        torch.cuda.empty_cache()
 
     def total_memory(self) -> int:
         return torch.cuda.mem_get_info(self.device)[1]
