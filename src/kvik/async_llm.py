@@ -27,22 +27,24 @@ class _Stream:
     """What one caller waits for. The engine thread puts, the caller's event loop takes."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
+        self.loop = loop
         self._lock = threading.Lock()
         self._mailbox = Mailbox()
         self._error: BaseException | None = None
         self._ready = asyncio.Event()
 
-    def put(self, item: RequestOutput | BaseException) -> None:
+    def put(self, output: RequestOutput) -> bool:
+        """Whether the caller has to be woken: it has been, where it has not taken the output before."""
         with self._lock:
-            if isinstance(item, BaseException):
-                self._error = item
-            else:
-                self._mailbox.put(item)
-        try:
-            self._loop.call_soon_threadsafe(self._ready.set)
-        except RuntimeError:  # the caller's loop is closed: nobody waits any more
-            logger.debug("an output came after its event loop was closed")
+            return self._mailbox.put(output)
+
+    def fail(self, error: BaseException) -> None:
+        with self._lock:
+            self._error = error
+        _wake(self.loop, [self])
+
+    def wake(self) -> None:
+        self._ready.set()
 
     async def take(self) -> RequestOutput:
         while True:
@@ -54,6 +56,17 @@ class _Stream:
                 raise error
             await self._ready.wait()
             self._ready.clear()
+
+
+def _wake(loop: asyncio.AbstractEventLoop, streams: Sequence[_Stream]) -> None:
+    def wake() -> None:
+        for stream in streams:
+            stream.wake()
+
+    try:
+        loop.call_soon_threadsafe(wake)
+    except RuntimeError:  # the callers' loop is closed: nobody waits any more
+        logger.debug("an output came after its event loop was closed")
 
 
 class AsyncLLM:
@@ -151,7 +164,7 @@ class AsyncLLM:
                 with contextlib.suppress(Exception):
                     command()
         for stream in self._streams.values():
-            stream.put(error)
+            stream.fail(error)
 
     def _obey(self) -> bool:
         """Run the commands that came, and those that come before there is something else to do; False to stop."""
@@ -168,18 +181,22 @@ class AsyncLLM:
             command()
 
     def _deliver(self, outputs: list[RequestOutput]) -> None:
+        sleeping: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for output in outputs:
             stream = self._streams.get(output.request_id)
             if stream is not None:
-                stream.put(output)
+                if stream.put(output):
+                    sleeping.setdefault(stream.loop, []).append(stream)
                 if output.finished:
                     del self._streams[output.request_id]
+        for loop, streams in sleeping.items():  # at once, as each call from another thread wakes the loop
+            _wake(loop, streams)
 
     def _start(self, request: Request, prompt: Prompt, stream: _Stream) -> None:
         try:
             self.llm_engine.submit(request, prompt)
         except Exception as error:  # noqa: BLE001  whatever it is, its caller must not wait for ever
-            stream.put(error)
+            stream.fail(error)
         else:
             self._streams[request.request_id] = stream
 

@@ -15,12 +15,14 @@ class Mailbox:
     def __init__(self) -> None:
         self._output: RequestOutput | None = None
 
-    def put(self, output: RequestOutput) -> None:
-        """Add an output. Outputs are cumulative, so only the deltas of an unread one have to be kept."""
+    def put(self, output: RequestOutput) -> bool:
+        """Add an output; whether it was empty. Outputs are cumulative: only the deltas of an unread one are kept."""
+        was_empty = self._output is None
         if self._output is not None:
             deltas = tuple(old + new for old, new in zip(self._output.deltas, output.deltas, strict=True))
             output = dataclasses.replace(output, deltas=deltas)
         self._output = output
+        return was_empty
 
     def take(self) -> RequestOutput | None:
         """What came since the last call, or None."""
