@@ -229,9 +229,43 @@ def test_a_sweep_is_a_line_for_each_load_and_a_picture(kvik: Kvik, tmp_path: Pat
 def test_a_picture_without_matplotlib_is_refused_before_the_load(
     kvik: Kvik, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     result = kvik("bench", "serve", "http://127.0.0.1:1", "--plot", tmp_path / "x.png")
     assert result.code == 2 and "pip install 'kvik[plot]'" in result.err
+
+
+@pytest.mark.parametrize("option", ["--json", "--plot"])
+def test_a_file_that_cannot_be_written_is_refused_before_the_load(kvik: Kvik, tmp_path: Path, option: str) -> None:
+    if option == "--plot":
+        pytest.importorskip("matplotlib")
+    (tmp_path / "file").touch()
+    wrong = [(tmp_path, "cannot be written"), (tmp_path / "file" / "r.png", "cannot be written")]
+    if option == "--plot":
+        wrong.append((tmp_path / "r.foo", "kind 'foo'"))
+    behaviour = Behaviour()
+    with fake_openai(behaviour) as url:
+        for path, text in wrong:
+            result = kvik("bench", "serve", url, *SMALL, option, path)
+            assert result.code == 2 and text in result.err, result
+        assert not behaviour.bodies
+        assert kvik("bench", "serve", url, *SMALL, option, tmp_path / "new" / "r.png").code == 0
+    assert (tmp_path / "new" / "r.png").stat().st_size
+
+
+def test_a_result_is_in_the_file_as_soon_as_its_load_is_over(tmp_path: Path) -> None:
+    file = tmp_path / "r.jsonl"
+    with fake_openai(Behaviour(interval=0.05)) as url:
+        argv = ("--sweep", "1,2", "--requests", "2", "--output-tokens", "100", "--warm-up", "0", "--json", file)
+        process = start("bench", "serve", url, *map(str, argv), stdout=-1)
+        try:
+            end = time.monotonic() + PATIENCE
+            while not (file.exists() and file.read_text()) and process.poll() is None and time.monotonic() < end:
+                time.sleep(0.02)
+            assert process.poll() is None  # the second load goes on for five seconds
+        finally:
+            process.kill()
+            process.communicate()
+    assert [json.loads(line)["load"] for line in file.read_text().splitlines()] == ["1 client"]
 
 
 def test_ctrl_c_prints_what_was_measured(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from kvik.cli.bench_measure import Measurement, measure, read_bandwidth, step_by
 from kvik.cli.bench_workloads import NANO, WORKLOADS, BenchRequest, Workload, draw, find_workload
 from kvik.cli.engine import open_engine, render_config
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
+from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options, results_file
 from kvik.errors import ConfigError
 from kvik.settings import Setting
 
@@ -82,7 +82,7 @@ def _parser() -> Parser:
     parser.add_argument("--scale", type=float, default=1.0, metavar="X", help="multiply all lengths by X, at most 1")
     parser.add_argument("--users", type=int, metavar="N", help="latency: callers who each wait for their answer")
     parser.add_argument("--runs", type=int, default=2, metavar="N", help="runs to take the best of")
-    parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the result to a file, as one line")
     return parser
 
 

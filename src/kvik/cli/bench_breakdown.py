@@ -22,7 +22,7 @@ from kvik.cli.bench_phases import Kernel, break_down, phase_bytes
 from kvik.cli.bench_workloads import Workload, draw
 from kvik.cli.engine import open_engine, render_config
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
+from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options, results_file
 from kvik.config import SchedulerConfig
 from kvik.errors import ConfigError, KvikError
 from kvik.sampling_params import SamplingParams
@@ -64,7 +64,7 @@ def _parser() -> Parser:
     parser.add_argument("--batch", type=int, required=True, metavar="N", help="sequences that decode together")
     parser.add_argument("--context", type=int, required=True, metavar="C", help="tokens of each sequence")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, greedy")
-    parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the result to a file, as one line")
     return parser
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import Parser
+from kvik.cli.options import Parser, results_file
 from kvik.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def _parser() -> Parser:
     parser.add_argument("--dtype", default="bfloat16", choices=_DTYPES, help="default: bfloat16")
     parser.add_argument("--tokens", type=int, nargs="+", metavar="N", help="of a step: few decode, many prefill")
     parser.add_argument("--threads", type=int, metavar="N", help="on the CPU; default: what torch takes")
-    parser.add_argument("--json", metavar="FILE", help="append the results to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the results to a file, as one line")
     return parser
 
 

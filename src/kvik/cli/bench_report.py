@@ -167,16 +167,19 @@ def _milliseconds(found: Mapping[str, float] | None) -> str:
     return ", ".join(f"{name} {1e3 * value:,.2f}" for name, value in found.items()) + " ms"
 
 
-def check_plot() -> None:
-    """Raise ConfigError if pictures cannot be drawn here."""
+def check_plot(path: str) -> None:
+    """Raise ConfigError if pictures of that kind cannot be drawn here."""
     try:
-        import matplotlib.figure  # noqa: F401
+        from matplotlib.figure import Figure
     except ImportError as error:
         raise ConfigError(f"--plot needs matplotlib ({error}): pip install 'kvik[plot]'") from error
+    kinds, kind = Figure().canvas.get_supported_filetypes(), Path(path).suffix[1:].lower()
+    if kind and kind not in kinds:
+        raise ConfigError(f"--plot cannot draw a file of the kind {kind!r}; it knows {', '.join(sorted(kinds))}")
 
 
 def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw latency against throughput, one point for each load that completed anything. Raises ConfigError, OSError."""
+    """Draw latency against throughput, one point for each load that completed anything. Raises OSError."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), layout="constrained")
@@ -194,7 +197,5 @@ def plot(records: Sequence[Mapping[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.legend()
     figure.suptitle(f"{records[0]['model']} at {records[0]['url']}{records[0]['path']}")
-    try:
-        figure.savefig(path)
-    except ValueError as error:  # an ending that is no image format
-        raise ConfigError(f"cannot draw {path}: {error}") from error
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

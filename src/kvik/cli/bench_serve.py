@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.options import Parser
+from kvik.cli.options import Parser, results_file
 from kvik.errors import ConfigError, did_you_mean
 
 if TYPE_CHECKING:
@@ -48,10 +48,8 @@ def run(argv: Sequence[str]) -> int:
     from kvik.cli.bench_report import check_plot, plot
 
     if args.plot:
-        check_plot()
+        check_plot(args.plot)
     records, interrupted = uvloop.run(_measure(args, loads, goals))
-    if args.json:
-        _write(args.json, records)
     if args.plot and records:
         plot(records, Path(args.plot))
     if interrupted:
@@ -82,8 +80,12 @@ def _parser() -> Parser:
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of the sampling")
     parser.add_argument("--seed", default="0", metavar="SEED", help="of lengths, arrivals and prompts")
     parser.add_argument("--goodput", metavar="GOALS", help="count requests within goals in ms, as ttft:200,tpot:20")
-    parser.add_argument("--json", metavar="FILE", help="append every load's result to a file, as one line")
-    parser.add_argument("--plot", metavar="FILE", help="draw latency against throughput (needs matplotlib)")
+    parser.add_argument(
+        "--json", type=results_file, metavar="FILE", help="append every load's result to a file, as one line"
+    )
+    parser.add_argument(
+        "--plot", type=results_file, metavar="FILE", help="draw latency against throughput (needs matplotlib)"
+    )
     return parser
 
 
@@ -198,10 +200,13 @@ async def _measure(
     args: argparse.Namespace, loads: Sequence[tuple[Load, Workload]], goals: dict[str, float]
 ) -> tuple[list[dict[str, Any]], bool]:
     """Run the loads, printing each as it ends; their records, and whether Ctrl-C cut them off."""
+    from kvik.cli.bench import append
     from kvik.cli.bench_client import Client
     from kvik.cli.bench_report import render, row
+    from kvik.cli.environment import commit, machine, versions
 
     records: list[dict[str, Any]] = []
+    about = {"machine": machine(), "versions": versions(), "commit": commit()} if args.json else {}
     with contextlib.closing(Client(args.url, args.api_key or os.environ.get(_KEY_VARIABLE), args.timeout)) as client:
         session = _Session(client, await _probe(client, args), args, goals, asyncio.Event())
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, session.stop.set)
@@ -212,6 +217,8 @@ async def _measure(
             if record is not None:
                 records.append(record)
                 print((row if len(loads) > 1 else render)(record), flush=True)
+                if args.json:
+                    append(Path(args.json), {**record, **about})
             if session.stop.is_set():
                 break
     return records, session.stop.is_set()
@@ -266,12 +273,3 @@ def _model_names(answer: Answer) -> list[str]:
         return [str(model["id"]) for model in msgspec.json.decode(answer.body)["data"]]
     except (msgspec.DecodeError, LookupError, TypeError):
         return []
-
-
-def _write(path: str, records: Sequence[dict[str, Any]]) -> None:
-    from kvik.cli.bench import append
-    from kvik.cli.environment import commit, machine, versions
-
-    about = {"machine": machine(), "versions": versions(), "commit": commit()}
-    for record in records:
-        append(Path(path), {**record, **about})

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from kvik.cli.bench import append, footer
 from kvik.cli.engine import open_engine, render_config
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import Parser, add_engine_flags, read_engine_options
+from kvik.cli.options import Parser, add_engine_flags, read_engine_options, results_file
 from kvik.errors import ConfigError, KvikError
 from kvik.sampling_params import SamplingParams
 
@@ -61,7 +61,7 @@ def _parser() -> Parser:
     add_engine_flags(parser, sampling=False)
     parser.add_argument("--cold", action="store_true", help="compile all GPU kernels anew in each start")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="starts to take the best of")
-    parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the result to a file, as one line")
     return parser
 
 

@@ -13,7 +13,15 @@ from kvik.errors import ConfigError, did_you_mean
 from kvik.sampling_params import SamplingParams
 from kvik.settings import ENGINE, SAMPLING, Option, Pair, Setting, Settings, Table, load_settings
 
-__all__ = ["EngineOptions", "Parser", "add_engine_flags", "add_flags", "read_engine_options", "read_flags"]
+__all__ = [
+    "EngineOptions",
+    "Parser",
+    "add_engine_flags",
+    "add_flags",
+    "read_engine_options",
+    "read_flags",
+    "results_file",
+]
 
 _METAVARS = {bool: "", int: "N", float: "X", str: "TEXT", Pair: "ID=BIAS"}
 _LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -43,6 +51,17 @@ class Parser(argparse.ArgumentParser):
             flags = [flag for action in self._actions for flag in action.option_strings]
             self.error(f"unknown argument {wrong!r}{did_you_mean(wrong, flags)}")
         return args
+
+
+def results_file(text: str) -> str:
+    """The `type` of an argument that names a file to write in the end: whether that can be is known before the work."""
+    path = os.path.abspath(text)
+    there = path
+    while not os.path.exists(there):
+        there = os.path.dirname(there)
+    if os.path.isdir(path) or (there != path and not os.path.isdir(there)) or not os.access(there, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} cannot be written, because of {there}; give another file")
+    return text
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvik.cli.bench import append
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import Parser, add_flags, read_engine_options
+from kvik.cli.options import Parser, add_flags, read_engine_options, results_file
 from kvik.errors import ConfigError
 from kvik.log import configure
 from kvik.settings import ENGINE
@@ -82,7 +82,7 @@ def _parser() -> Parser:
         "--batch", type=int, nargs="+", default=_BATCHES, metavar="N",
         help=f"sequences of a decode step, rounded up to what has plans (default: {' '.join(map(str, _BATCHES))})",
     )  # fmt: skip
-    parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the result to a file, as one line")
     parser.add_argument("--config", metavar="FILE", help="YAML or JSON file with options (or set KVIK_CONFIG)")
     parser.add_argument(
         "--log-level", choices=("debug", "info", "warning", "error"), default="warning", help="lines to show on stderr"

@@ -20,7 +20,7 @@ from kvik.cli.bench_measure import measure
 from kvik.cli.bench_workloads import NANO, Workload, draw, find_workload
 from kvik.cli.engine import open_engine, render_config
 from kvik.cli.environment import commit, machine, versions
-from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options
+from kvik.cli.options import EngineOptions, Parser, add_engine_flags, read_engine_options, results_file
 from kvik.cli.schedules import ProbeRequest, Schedule, difference, draw_requests, make_schedules, run_schedule
 from kvik.errors import ConfigError
 from kvik.settings import Setting
@@ -89,7 +89,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--scale", type=float, metavar="X", help="multiply its lengths (default: what the context holds)"
     )
-    parser.add_argument("--json", metavar="FILE", help="append the result to a file, as one line")
+    parser.add_argument("--json", type=results_file, metavar="FILE", help="append the result to a file, as one line")
     return parser
 
 
