@@ -65,6 +65,8 @@ def test_the_first_requests_of_callers_who_begin_at_once_are_shown_apart() -> No
     assert result["ttft_s"] == {"p50": 1.1, "p90": 6.0, "p99": 6.0}
     assert result["later_ttft_s"] == {"p50": 4.0, "p90": 6.0, "p99": 6.0}
     assert summarize(run, {}, callers=4)["later_ttft_s"] is None and "later_ttft_s" not in summarize(run, {})
+    run.answers[0].fail("HTTP 429", "later")  # a first request, whether it fails or not
+    assert summarize(run, {}, callers=2)["later_ttft_s"] == {"p50": 4.0, "p90": 6.0, "p99": 6.0}
 
 
 def test_arrivals_are_poisson_and_the_same_for_a_seed() -> None:
@@ -123,6 +125,29 @@ def test_a_trace_says_when_and_what(kvik: Kvik, tmp_path: Path) -> None:
     first, second = behaviour.bodies[1:]
     assert first["prompt"] == "Once upon" and first["max_tokens"] == 3
     assert len(second["prompt"]) == 7 and second["max_tokens"] == 2
+
+
+def test_the_prompts_of_a_trace_are_new_when_they_are_measured(kvik: Kvik, tmp_path: Path) -> None:
+    trace, behaviour = tmp_path / "trace.jsonl", Behaviour()
+    lines = [{"time": 0, "prompt": text, "output_tokens": 3} for text in ("Once upon a time", [5, 6, 7])]
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    with fake_openai(behaviour) as url:
+        _measure(kvik, tmp_path / "r.jsonl", url, "--trace", trace, "--warm-up", 2)
+    prompts = [body["prompt"] for body in behaviour.bodies[1:]]
+    assert [len(prompt) for prompt in prompts[:2]] == [4, 3] and [5, 6, 7] not in prompts[:2]
+    assert prompts[2:] == ["Once upon a time", [5, 6, 7]]
+
+
+def test_the_time_of_a_load_begins_with_its_first_request(kvik: Kvik, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.jsonl"
+    lines = [{"time": 1.7e9 + wait, "prompt_tokens": 5, "output_tokens": 2} for wait in (0, 0.2)]  # of a clock
+    trace.write_text("\n".join(json.dumps(line) for line in lines))
+    with fake_openai(Behaviour()) as url:
+        result = _measure(kvik, tmp_path / "r.jsonl", url, "--trace", trace)["result"]
+        assert 0.2 <= result["seconds"] < 2.0
+        options = ("--rate", 0.5, "--requests", 1, "--output-tokens", 2, "--warm-up", 0)
+        assert next(planned(_workload(seed="0"), Load("rate", 0.5))).at > 0.5  # is waited for, but does not count
+        assert _measure(kvik, tmp_path / "r.jsonl", url, *options)["result"]["seconds"] < 0.4
 
 
 @pytest.mark.parametrize(
@@ -193,10 +218,16 @@ def test_what_cannot_work_is_found_before_the_load(kvik: Kvik, tmp_path: Path) -
             (("--api-key", "k", "--prompt-tokens", "9..5"), "--prompt-tokens must be N or A..B"),
             (("--api-key", "k", "--rate", "0"), "--rate must be above 0"),
             (("--endpoint", "chat", "--prompts", "ids"), "a chat has no token ids"),
+            (("--endpoint", "chat", "--token-ids", "3..9"), "--token-ids has no effect on prompts of words"),
+            (("--trace", "x.jsonl", "--output-tokens", "9"), "a --trace says how long its requests are"),
+            (("--api-key", "k\nx"), "a line break"),
         ):
             result = kvik("bench", "serve", url, *argv)
             assert result.code == 2 and text in result.err, result
         assert kvik("bench", "serve", url, *SMALL, "--api-key", "k").code == 0
+        assert kvik("bench", "serve", url, *SMALL, "--api-key", "k\n").code == 0  # as files end
+    with fake_openai(Behaviour(faults=["bad json"])) as url:
+        assert "answers, but not as a server of OpenAI's API does" in kvik("bench", "serve", url).err
     with fake_openai(Behaviour(models=())) as url:
         assert "does not list its models" in kvik("bench", "serve", url).err
     with fake_openai(Behaviour(faults=["429"] * 2, spare=1)) as url:

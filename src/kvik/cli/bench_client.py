@@ -47,7 +47,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Event(msgspec.Struct):
-    choices: list[_Choice] = msgspec.field(default_factory=list)
+    choices: list[_Choice] | None = None
     usage: _Usage | None = None
     error: Any = None
 
@@ -160,7 +160,7 @@ class _Connection(asyncio.Protocol):
             self._done = True
             return
         event = _decode_event(data)
-        for choice in event.choices:
+        for choice in event.choices or ():
             if choice.has_text:
                 answer.times.append(self._now)
                 break
@@ -188,7 +188,7 @@ class Client:
     """Connections to one server, kept open and used again."""
 
     def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
-        """Raises ConfigError for a URL that is not one of a server."""
+        """Raises ConfigError for a URL that is not one of a server, or a key that no header can carry."""
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"{url!r} is not the URL of a server; give one such as http://127.0.0.1:8000")
@@ -200,7 +200,10 @@ class Client:
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
         self._root = parts.path.rstrip("/").removesuffix("/v1")
         self._timeout = timeout
-        authorization = f"authorization: Bearer {api_key}\r\n" if api_key else ""
+        key = (api_key or "").strip()
+        if not key.isprintable():
+            raise ConfigError("the API key has a line break or another control character in it")
+        authorization = f"authorization: Bearer {key}\r\n" if key else ""
         self._head = f"host: {parts.netloc.rpartition('@')[2]}\r\nuser-agent: kvik-bench\r\n{authorization}"
         self._idle: list[_Connection] = []
 

@@ -13,7 +13,7 @@ import math
 import random
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import msgspec
 from kvik.cli.bench_client import Answer, Client
 from kvik.errors import ConfigError
 
-__all__ = ["Load", "Planned", "Recipe", "Run", "Workload", "planned", "read_trace", "run_load"]
+__all__ = ["Load", "Planned", "Recipe", "Run", "Workload", "planned", "read_trace", "run_load", "warm_up"]
 
 _TEXT = (
     "the of and to in a is that for it as was with be by on not he his but at are this have from or had an they which "
@@ -102,7 +102,8 @@ class Recipe:
 
 @dataclass(slots=True)
 class Run:
-    """What one load gave: the answers in the order of their ends, wall and own CPU seconds, and what was cut off."""
+    """What one load gave: the answers in the order of their ends, wall and own CPU seconds since the first request, and
+    what was cut off."""
 
     answers: list[Answer] = field(default_factory=list)
     seconds: float = 0.0
@@ -125,10 +126,20 @@ def planned(workload: Workload, load: Load) -> Iterator[Planned]:
         yield Planned(at, rng.randint(*workload.prompt_tokens), rng.randint(*workload.output_tokens))
 
 
+def warm_up(workload: Workload, count: int) -> Workload:
+    """The first `count` requests; the prompts of a trace become random ones, so that no cache knows them later."""
+    return replace(workload, num_requests=count, duration=None, trace=tuple(map(_other_prompt, workload.trace)))
+
+
+def _other_prompt(request: Planned) -> Planned:
+    prompt = request.prompt.split() if isinstance(request.prompt, str) else request.prompt
+    return request if isinstance(prompt, int) else replace(request, prompt=max(1, len(prompt)))
+
+
 def read_trace(path: Path) -> tuple[Planned, ...]:
     """The requests of a JSONL file with `time` (s), `prompt` or `prompt_tokens`, and `output_tokens`, by time.
 
-    Raises ConfigError with the line at fault.
+    The first one's time is the begin, so that times of a clock do as well. Raises ConfigError with the line at fault.
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -137,7 +148,8 @@ def read_trace(path: Path) -> tuple[Planned, ...]:
     found = [_trace_line(path, number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not found:
         raise ConfigError(f"the trace {path} holds no request")
-    return tuple(sorted(found, key=lambda request: request.at))
+    begin = min(request.at for request in found)
+    return tuple(replace(request, at=request.at - begin) for request in sorted(found, key=lambda one: one.at))
 
 
 def _trace_line(path: Path, number: int, line: str) -> Planned:
@@ -167,19 +179,21 @@ async def run_load(
     """
     run = Run()
     requests, rng = planned(workload, load), random.Random(f"{workload.seed}/{salt}")
-    num_open = 0
+    num_open, begin, cpu = 0, 0.0, 0.0
 
     async def send(request: Planned) -> None:
-        nonlocal num_open
+        nonlocal num_open, begin, cpu
+        if not begin:
+            begin, cpu = time.perf_counter(), time.process_time()
         num_open += 1
         run.answers.append(await client.stream(recipe.path, recipe.body(request, rng)))
         num_open -= 1
 
-    begin, cpu = time.perf_counter(), time.process_time()
+    start, start_cpu = time.perf_counter(), time.process_time()
     if load.kind == "clients":
-        work = asyncio.ensure_future(_closed(requests, send, int(load.value), begin, workload.duration))
+        work = asyncio.ensure_future(_closed(requests, send, int(load.value), start, workload.duration))
     else:
-        work = asyncio.ensure_future(_open(requests, send, begin, workload.duration))
+        work = asyncio.ensure_future(_open(requests, send, start, workload.duration))
     stopped = asyncio.ensure_future(stop.wait())
     await asyncio.wait((work, stopped), return_when=asyncio.FIRST_COMPLETED)
     stopped.cancel()
@@ -188,7 +202,7 @@ async def run_load(
     await asyncio.wait((work,))
     if not work.cancelled():
         work.result()
-    run.seconds, run.cpu_seconds = time.perf_counter() - begin, time.process_time() - cpu
+    run.seconds, run.cpu_seconds = time.perf_counter() - (begin or start), time.process_time() - (cpu or start_cpu)
     return run
 
 

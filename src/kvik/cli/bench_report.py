@@ -86,8 +86,8 @@ def summarize(run: Run, goals: Mapping[str, float], callers: int = 0) -> dict[st
         },
     }
     if callers:
-        later = sorted(done, key=lambda answer: answer.start)[callers:]
-        summary["later_ttft_s"] = percentiles([_timing(answer).ttft for answer in later])
+        later = sorted(run.answers, key=lambda answer: answer.start)[callers:]
+        summary["later_ttft_s"] = percentiles([_timing(answer).ttft for answer in later if not answer.error])
     if goals:
         good = sum(timing.meets(goals) for timing in timings)
         ended = len(run.answers)

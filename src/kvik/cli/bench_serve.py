@@ -12,7 +12,7 @@ import random
 import re
 import signal
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +31,7 @@ _DESCRIPTION = """Load a server that speaks OpenAI's API and measure what its us
 The load is --clients callers who each wait for their answer, --rate requests a second (Poisson), a --trace, or a
 --sweep of several loads. Ctrl-C prints what was measured so far."""
 _KEY_VARIABLE = "OPENAI_API_KEY"
+_DEFAULTS = {"prompt_tokens": "128", "output_tokens": "128", "token_ids": "3..5000"}
 _REQUESTS_PER_CLIENT, _OPEN_SECONDS = 8, 30.0
 _NOT_RECORDED = ("api_key", "debug", "url", "json", "plot")
 _INTERRUPTED = 130
@@ -73,10 +74,10 @@ def _parser() -> Parser:
     parser.add_argument("--endpoint", choices=("completions", "chat"), default="completions", help="which API to use")
     parser.add_argument("--model", metavar="NAME", help="default: the first that the server lists")
     parser.add_argument("--api-key", metavar="KEY", help=f"bearer token (or set {_KEY_VARIABLE})")
-    parser.add_argument("--prompt-tokens", default="128", metavar="A..B", help="tokens of a prompt, drawn uniformly")
-    parser.add_argument("--output-tokens", default="128", metavar="A..B", help="tokens to generate, drawn uniformly")
+    parser.add_argument("--prompt-tokens", metavar="A..B", help="tokens of a prompt, drawn uniformly (128)")
+    parser.add_argument("--output-tokens", metavar="A..B", help="tokens to generate, drawn uniformly (128)")
     parser.add_argument("--prompts", choices=("ids", "words"), help="random token ids (not for chat), or random words")
-    parser.add_argument("--token-ids", default="3..5000", metavar="A..B", help="ids that prompts are drawn from")
+    parser.add_argument("--token-ids", metavar="A..B", help="ids that prompts are drawn from (3..5000)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of the sampling")
     parser.add_argument("--seed", default="0", metavar="SEED", help="of lengths, arrivals and prompts")
     parser.add_argument("--goodput", metavar="GOALS", help="count requests within goals in ms, as ttft:200,tpot:20")
@@ -101,6 +102,13 @@ def _loads(args: argparse.Namespace) -> list[tuple[Load, Workload]]:
         raise ConfigError(f"--warm-up must be at least 0, got {args.warm_up}")
     if args.prompts == "ids" and args.endpoint == "chat":
         raise ConfigError("a chat has no token ids: use --prompts words, or --endpoint completions")
+    if args.token_ids and (args.prompts == "words" or args.endpoint == "chat"):
+        raise ConfigError("--token-ids has no effect on prompts of words: leave it out, or use --prompts ids")
+    if args.trace and (args.prompt_tokens or args.output_tokens):
+        raise ConfigError("a --trace says how long its requests are: leave out --prompt-tokens and --output-tokens")
+    for name, value in _DEFAULTS.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     trace = read_trace(Path(args.trace)) if args.trace else ()
     if args.endpoint == "chat" and any(isinstance(request.prompt, list) for request in trace):
         raise ConfigError(f"{args.trace} has prompts of token ids, which a chat cannot have")
@@ -169,14 +177,16 @@ class _Session:
 
         Raises ConfigError if no request of the first load's warm-up succeeds: nor would the others.
         """
-        from kvik.cli.bench_load import Load, run_load
+        from kvik.cli.bench_load import Load, run_load, warm_up
         from kvik.cli.bench_report import summarize
 
         count = self.args.warm_up
         if count:
-            warm_up = replace(workload, num_requests=count, duration=None)
             first = Load("clients", count)
-            answers = (await run_load(self.client, self.recipe, warm_up, first, f"warm-up {index}", self.stop)).answers
+            before = await run_load(
+                self.client, self.recipe, warm_up(workload, count), first, f"warm-up {index}", self.stop
+            )
+            answers = before.answers
             if index == 0 and answers and all(answer.error for answer in answers):
                 why = f"{answers[0].error}: {answers[0].message}"
                 raise ConfigError(f"every request of the warm-up failed, the first with {why}")
@@ -260,7 +270,9 @@ async def _probe(client: Client, args: argparse.Namespace) -> Recipe:
 
 
 def _refuse_hopeless(answer: Answer, url: str) -> None:
-    if answer.error in ("no connection", "timeout", "malformed answer"):
+    if answer.error == "malformed answer":
+        raise ConfigError(f"{url} answers, but not as a server of OpenAI's API does: {answer.message}")
+    if answer.error in ("no connection", "timeout"):
         raise ConfigError(f"cannot reach {url}: {answer.message}; does the server run, and is the URL right?")
     if answer.status in (401, 403):
         raise ConfigError(f"{url} refuses the key (HTTP {answer.status}): give --api-key or set {_KEY_VARIABLE}")
