@@ -250,6 +250,43 @@ def test_markdown_makes_no_html(chromium: Any, url: str) -> None:
     )
 
 
+RENDER = """async (text) => {
+    const { render } = await import("/ui/markdown.js");
+    const node = document.createElement("div");
+    document.getElementById("log").replaceChildren(node);
+    node.className = "body";
+    for (let end = 0; end < text.length; end += 7) render(node, text.slice(0, end));  // as it comes
+    render(node, text);
+    return node.%s;
+}"""
+
+
+def test_markdown_shows_tables_lines_and_links(chromium: Any, url: str) -> None:
+    page = chromium()
+    page.goto(url)
+    table = "Look:\n| A | b |\n|:--|--:|\n| `x` | 1 |\n| p\\|q |\n\nx | y\n--- | ---\n1 | 2 | 3\nEnd"
+    assert page.evaluate(RENDER % "innerHTML", table).replace(' style="text-align: start;"', "") == (
+        '<p>Look:</p><div class="table" tabindex="0"><table><thead><tr><th>A</th><th style="text-align: end;">b</th>'
+        '</tr></thead><tbody><tr><td><code>x</code></td><td style="text-align: end;">1</td></tr><tr><td>p|q</td>'
+        '<td style="text-align: end;"></td></tr></tbody></table></div><div class="table" tabindex="0"><table><thead>'
+        "<tr><th>x</th><th>y</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table></div><p>End</p>"
+    )
+    for text in ("a | b\nc", "a | b\n---", "a | b\n|---|", "- a\n  | b"):
+        assert "<table>" not in page.evaluate(RENDER % "innerHTML", text)
+    assert page.evaluate(RENDER % "innerText", "Roses are red\nViolets are blue") == "Roses are red\nViolets are blue"
+    code = "1. Run\n   ```python\n   def f():\n       pass\n   ```\n2. Done"
+    assert "<code>def f():\n    pass</code>" in page.evaluate(RENDER % "innerHTML", code)
+    code = "- Run\n    ```\n    a\n\n\n    b\n    ```"
+    assert "<code>a\n\n\nb</code>" in page.evaluate(RENDER % "innerHTML", code)
+    for text in ("[a](https://x.org/F_(b))", '[a](https://x.org/F_(b) "title")', "(see https://x.org/F_(b))."):
+        assert 'href="https://x.org/F_(b)"' in page.evaluate(RENDER % "innerHTML", text)
+    right = page.evaluate(RENDER % "firstChild.getBoundingClientRect().right", "مرحبا")
+    text_right = page.evaluate("() => { const r = document.createRange(); r.selectNode(document.querySelector('#log p')"
+                               ".firstChild); return r.getBoundingClientRect().right; }")  # fmt: skip
+    assert right - text_right < 2  # a line that is read from right to left begins at the right
+    assert page.evaluate(RENDER.replace("+= 7", "+= 9000") % "childNodes.length", "- a\n" + "\n" * 20_000 + "b") == 2
+
+
 def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
     page = chromium()
     with serve(tmp_path / "log", "--api-key", "the-key") as locked:

@@ -2,11 +2,12 @@
 
 import { el } from "./common.js";
 
-const FENCE = /^ {0,3}(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
+const FENCE = /^( {0,3})(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
 const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
 const RULE = /^ {0,3}([-*_])(\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])\s+(.*)$/;
+const TABLE = /^\s*\|?(\s*:?-+:?\s*\|)+(\s*:?-+:?\s*)?$/; // the line under the heads of the columns
 const MAX_DEPTH = 6;
 
 /** Show `text` in `container`. Blocks whose source did not change keep their nodes, so that streaming is cheap. */
@@ -33,13 +34,22 @@ function split(lines) {
     const line = lines[i];
     const fence = FENCE.exec(line);
     if (fence) {
-      add("code", null, { language: fence[2], open: fence[2] });
-      for (i++; i < lines.length && !lines[i].trim().startsWith(fence[1]); i++) last.lines.push(lines[i]);
+      const [, indent, mark, language] = fence;
+      add("code", null, { language, open: language });
+      const outdent = (text) => text.slice(Math.min(indent.length, /^ */.exec(text)[0].length));
+      for (i++; i < lines.length && !lines[i].trim().startsWith(mark); i++) last.lines.push(outdent(lines[i]));
+      last = null;
+    } else if (startsTable(line, lines[i + 1]) && !(last?.kind === "list" && /^\s/.test(line))) {
+      add("table", line);
+      for (i++; i < lines.length && lines[i].includes("|"); i++) last.lines.push(lines[i]);
+      i--;
       last = null;
     } else if (!line.trim()) {
-      const next = lines.slice(i + 1).find((other) => other.trim()) ?? "";
-      if (last?.kind === "list" && (ITEM.test(next) || /^\s{2,}/.test(next))) last.lines.push("");
-      else last = null;
+      const begin = i;
+      while (i + 1 < lines.length && !lines[i + 1].trim()) i++;
+      const next = lines[i + 1] ?? "";
+      if (last?.kind !== "list" || !(ITEM.test(next) || /^\s{2,}/.test(next))) last = null;
+      else for (let blank = begin; blank <= i; blank++) last.lines.push("");
     } else if (RULE.test(line)) {
       add("rule", line);
       last = null;
@@ -65,10 +75,20 @@ function startsOther(first, line) {
   return item && item[1].length <= indent.length + 1 && /\d/.test(mark) !== /\d/.test(item[2]);
 }
 
+/** The cells of a line of a table. */
+function cells(line) {
+  const inner = line.trim().replace(/^\|/, "").replace(/(?<!\\)\|$/, "");
+  return inner.split(/(?<!\\)\|/).map((cell) => cell.replaceAll("\\|", "|").trim());
+}
+
+const startsTable = (line, next = "") =>
+  line.includes("|") && TABLE.test(next) && cells(line).length === cells(next).length;
+
 function build(block, depth) {
   const text = block.lines.join("\n");
   if (block.kind === "code") return code(text, block.language);
   if (block.kind === "rule") return el("hr");
+  if (block.kind === "table") return table(block.lines);
   if (block.kind === "heading") {
     const [, marks, title] = HEADING.exec(text);
     return el(`h${Math.min(6, marks.length + 2)}`, {}, ...inline(title)); // the page has its own h1 and h2
@@ -98,6 +118,20 @@ function list(lines, depth) {
   return el(ordered ? "ol" : "ul", ordered ? { start: parseInt(mark, 10) } : {}, ...nodes);
 }
 
+function table([heads, marks, ...lines]) {
+  const sides = cells(marks).map((mark) => (mark.endsWith(":") ? (mark.startsWith(":") ? "center" : "end") : "start"));
+  const row = (line, name) => {
+    const found = cells(line);
+    return el("tr", {}, ...sides.map((side, i) => {
+      const cell = el(name, {}, ...inline(found[i] ?? ""));
+      cell.style.textAlign = side;
+      return cell;
+    }));
+  };
+  const body = el("tbody", {}, ...lines.map((line) => row(line, "td")));
+  return el("div", { className: "table", tabIndex: 0 }, el("table", {}, el("thead", {}, row(heads, "th")), body));
+}
+
 function code(text, language) {
   const copy = el("button", { type: "button", className: "quiet" }, "Copy");
   copy.addEventListener("click", async () => {
@@ -116,8 +150,8 @@ const INLINE = new RegExp(
     /\*\*(?=\S)([^\n]*?\S)\*\*/, // 4 bold
     /\*(?=[^\s*])([^\n*]*[^\s*])\*/, // 5 italic
     /(?<![\p{L}\p{N}])_(?=[^\s_])([^\n_]*[^\s_])_(?![\p{L}\p{N}])/, // 6 italic
-    /\[([^\]\n]+)\]\(([^()\s]+)\)/, // 7, 8 link
-    /(https?:\/\/[^\s<>"'`)\]]+[^\s<>"'`)\].,;:!?])/, // 9 bare link
+    /\[([^\]\n]+)\]\(((?:[^()\s]|\([^()\s]*\))+)(?:\s+"[^"\n]*")?\)/, // 7, 8 link, with or without a title
+    /(https?:\/\/(?:[^\s<>"'`()\]]|\([^\s<>"'`()\]]*\))+(?<![.,;:!?]))/, // 9 bare link
   ].map((part) => part.source).join("|"),
   "gu",
 );
