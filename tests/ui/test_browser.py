@@ -7,36 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from chat_page import ANSWER, STATS, ask, done, greedy_chat, set_parameter, slow_down
 from ui_server import serve
 
 pytestmark = pytest.mark.slow
-
-ANSWER = "article.assistant"
-STATS = f"{ANSWER} .stats"
-
-
-def ask(page: Any, text: str) -> None:
-    page.fill("#prompt", text)
-    page.keyboard.press("Enter")
-
-
-def done(page: Any) -> None:
-    page.wait_for_selector("#stop", state="hidden")
-    page.wait_for_selector(f"{ANSWER}:last-of-type .stats:has-text('prompt tokens')")
-
-
-def set_parameter(page: Any, name: str, value: str) -> None:
-    if page.locator("#settings").is_hidden():
-        page.click("#show-settings")
-    page.fill(f"#params [name={name}]", value)
-
-
-def greedy_chat(chromium: Any, url: str) -> Any:
-    """A page on which no answer ends early by chance."""
-    page = chromium()
-    page.goto(url)
-    set_parameter(page, "temperature", "0")
-    return page
 
 
 def test_a_chat_streams_and_outlives_a_reload(chromium: Any, url: str) -> None:
@@ -105,17 +79,7 @@ def test_a_speed_is_shown_where_it_can_be_told(chromium: Any, url: str, pause_ms
 
 def test_stop_keeps_what_came(chromium: Any, url: str) -> None:
     page = greedy_chat(chromium, url)
-    page.evaluate("""() => {  // a slow engine: the demo model could be done before the click
-        const real = fetch;
-        window.fetch = async (path, options) => {
-            const answer = await real(path, options);
-            if (!path.includes("chat")) return answer;
-            const slow = new TransformStream({
-                async transform(part, out) { await new Promise((go) => setTimeout(go, 300)); out.enqueue(part); },
-            });
-            return new Response(answer.body.pipeThrough(slow), { headers: answer.headers });
-        };
-    }""")
+    slow_down(page)
     ask(page, "Tell me a long story.")
     page.wait_for_selector(f"{ANSWER} .body p")
     page.click("#stop")

@@ -1,6 +1,6 @@
 // The chat page: conversations in localStorage, answers from /v1/chat/completions as they are generated.
 
-import { byId, el, events, keyDialog, load, request, save, themeButton } from "./common.js";
+import { byId, copyButton, el, events, keyDialog, load, request, save, themeButton } from "./common.js";
 import { render } from "./markdown.js";
 
 const log = byId("log");
@@ -15,15 +15,25 @@ let model = null;
 let answering = null; // {controller, message, chat} while an answer comes
 let afterKey = () => {};
 
+function newId() {
+  return Date.now().toString(36) + Math.random().toString(36).slice(2, 6);
+}
+
 function blank() {
-  return { id: Date.now().toString(36) + Math.random().toString(36).slice(2, 6), messages: [] };
+  return { id: newId(), messages: [] };
 }
 
 function store() {
   chats = [chat, ...chats.filter((one) => one !== chat && one.messages.length)].slice(0, MAX_CHATS);
   save("chat", chat.id);
-  if (!save("chats", chats.filter((one) => one.messages.length))) say("This browser's storage is full: older chats may be lost.");
+  keep(chat);
   showChats();
+}
+
+/** Write all conversations down, after a change of this one. */
+function keep(changed) {
+  changed.at = Date.now();
+  byId("unsaved").hidden = save("chats", chats.filter((one) => one.messages.length));
 }
 
 const say = (text) => (byId("status").textContent = text);
@@ -103,13 +113,14 @@ function tools(message, node) {
   }
   for (const warning of message.warnings ?? []) parts.push(el("p", { className: "note" }, `Server: ${warning}`));
   parts.push(button(message.error ? "Try again" : "Regenerate", () => regenerate(message)));
-  if (message.content) parts.push(button("Copy", () => navigator.clipboard?.writeText(message.content)));
+  if (message.content) parts.push(copyButton(message.content));
   parts.push(speed(message));
   return parts;
 }
 
 /** Tokens, speed, and why the answer ended. */
-function speed({ usage, seconds, first, tokens, finish }) {
+function speed(message) {
+  const { usage, seconds, first, tokens, finish, error } = message;
   const parts = [];
   const count = usage?.completion_tokens ?? tokens;
   if (usage) {
@@ -121,6 +132,7 @@ function speed({ usage, seconds, first, tokens, finish }) {
   if (first) parts.push(`first after ${first < 1 ? `${Math.round(first * 1000)} ms` : `${first.toFixed(1)} s`}`);
   if (finish === "length") parts.push("ended at the token limit");
   if (finish === "stopped") parts.push("stopped by you");
+  if (!finish && !error && message !== answering?.message) parts.push("not complete: its page was closed");
   return el("span", { className: "stats" }, parts.join(" · "));
 }
 
@@ -189,10 +201,16 @@ function edit(message, node) {
   const field = el("textarea", { value: message.content, rows: 3, "aria-label": "Edit your message" });
   const cancel = el("button", { type: "button" }, "Cancel");
   const form = el("form", { className: "edit" }, field, el("div", {}, cancel, el("button", { className: "primary" }, "Send again")));
-  const back = () => form.replaceWith(node);
+  const back = () => {
+    form.replaceWith(node);
+    node.querySelector("footer button").focus();
+  };
   cancel.addEventListener("click", back);
   form.addEventListener("keydown", (event) => {
-    if (event.key === "Escape") back();
+    if (event.key === "Escape") {
+      event.preventDefault(); // it means the form, not the answer that is being written
+      back();
+    }
     if (event.key === "Enter" && !event.shiftKey && !event.isComposing && event.target === field) {
       event.preventDefault();
       form.requestSubmit();
@@ -219,17 +237,24 @@ function stop() {
 function requestBody() {
   const fields = Object.fromEntries(new FormData(params));
   const body = { model: model ?? undefined, stream: true, stream_options: { include_usage: true } };
-  for (const [name, value] of Object.entries(fields)) {
-    if (name !== "system" && value !== "") body[name] = Number(value);
+  for (const { name, type, value, validity, labels } of params.elements) {
+    if (type !== "number") continue;
+    if (validity.badInput || Math.abs(value) > Number.MAX_SAFE_INTEGER) {
+      throw new Error(`${labels[0].textContent.trim()} (under ⚙) must be a number of at most ${Number.MAX_SAFE_INTEGER}.`);
+    }
+    if (value !== "") body[name] = Number(value);
   }
-  const kept = chat.messages.slice(chat.from).filter((message) => message.content);
-  const told = kept.map(({ role, content }) => ({ role, content }));
+  const told = [];
+  for (const { role, content } of chat.messages.slice(chat.from).filter((message) => message.content)) {
+    const last = told.at(-1);
+    if (last?.role === role) last.content += `\n\n${content}`; // no answer came between; many templates want turns
+    else told.push({ role, content });
+  }
   body.messages = fields.system.trim() ? [{ role: "system", content: fields.system.trim() }, ...told] : told;
   return body;
 }
 
 async function answer() {
-  const body = requestBody();
   const message = { role: "assistant", content: "", tokens: 0 };
   const mine = (answering = { controller: new AbortController(), message });
   const home = chat;
@@ -239,7 +264,7 @@ async function answer() {
   store();
   say("The answer is being written.");
   try {
-    await stream(body, message, mine);
+    await stream(requestBody(), message, mine);
     say("The answer is complete.");
   } catch (error) {
     if (error.name === "AbortError") {
@@ -251,6 +276,7 @@ async function answer() {
       message.full = error.code === "context_length_exceeded" && !rangeOverflow;
       say(error.message);
       if (error.status === 401) askKey(() => regenerate(message));
+      if (error.status === 0 || error.status === 404) connect(); // is it there, and with another model?
     }
   }
   if (answering === mine) {
@@ -260,7 +286,7 @@ async function answer() {
   const follow = nearBottom();
   message.show?.();
   if (follow && home === chat) bottom();
-  if (chats.includes(home)) save("chats", chats);
+  if (chats.includes(home)) keep(home);
 }
 
 async function stream(body, message, mine) {
@@ -312,16 +338,21 @@ function panel(id, on) {
 }
 
 const askForKey = keyDialog(byId("key"), () => {
+  const next = afterKey;
+  afterKey = () => {};
   connect();
-  afterKey();
+  next();
 });
 function askKey(next) {
   afterKey = next;
   askForKey();
 }
 
+let retry = 0;
+
 /** Learn the model's name and context. */
 async function connect() {
+  clearTimeout(retry);
   try {
     const [first] = (await (await request("v1/models")).json()).data;
     model = first.id;
@@ -334,8 +365,8 @@ async function connect() {
   } catch (error) {
     byId("model").textContent = error.status === 401 ? "locked" : "offline";
     say(error.message);
-    if (error.status === 401) askKey(() => {});
-    else setTimeout(connect, 5000);
+    if (error.status === 401) askForKey();
+    else retry = setTimeout(connect, 5000);
   }
 }
 
@@ -381,10 +412,17 @@ params.addEventListener("reset", () => save("params", {}));
 params.addEventListener("submit", (event) => event.preventDefault());
 addEventListener("storage", (event) => {
   if (event.key !== "kvik.chats") return;
-  // What another tab stored, but for the conversation that is open here.
-  const theirs = load("chats", []).filter((one) => one.id !== chat.id);
-  chats = chat.messages.length ? [chat, ...theirs] : theirs;
-  showChats();
+  // What another tab stored. Where it went on with the conversation that is open here, so does this one, unless it is in
+  // the middle of something: then there are two from now on.
+  const stored = load("chats", []);
+  const twin = stored.find((one) => one.id === chat.id);
+  const newer = twin && twin.at > (chat.at ?? 0);
+  if (newer && (answering || log.querySelector(".edit"))) chat.id = newId();
+  else if (newer) chat = twin;
+  const others = stored.filter((one) => one.id !== chat.id);
+  chats = chat.messages.length ? [chat, ...others] : others;
+  if (chat === twin) show();
+  else showChats();
 });
 addEventListener("pagehide", () => answering && store());
 

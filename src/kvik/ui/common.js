@@ -13,6 +13,17 @@ export function el(name, props = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
+/** A button that copies a text, and says whether it did: pages that came over plain HTTP from elsewhere may not. */
+export function copyButton(text) {
+  const button = el("button", { type: "button", className: "quiet" }, "Copy");
+  button.addEventListener("click", async () => {
+    const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
+    button.textContent = copied ? "Copied" : "Select and copy";
+    setTimeout(() => (button.textContent = "Copy"), 1500);
+  });
+  return button;
+}
+
 /** A value of this browser's storage; storage may be full, forbidden, or hold nonsense. */
 export function load(name, fallback, storage = () => localStorage) {
   try {

@@ -1,6 +1,6 @@
 // A small subset of markdown, made into nodes. Text only ever becomes text nodes: there is no way to write HTML.
 
-import { el } from "./common.js";
+import { copyButton, el } from "./common.js";
 
 const FENCE = /^( {0,3})(```+|~~~+)\s*([\w+#.-]*)[^`]*$/;
 const HEADING = /^(#{1,6})\s+(.*?)\s*#*$/;
@@ -133,13 +133,7 @@ function table([heads, marks, ...lines]) {
 }
 
 function code(text, language) {
-  const copy = el("button", { type: "button", className: "quiet" }, "Copy");
-  copy.addEventListener("click", async () => {
-    const copied = await navigator.clipboard?.writeText(text).then(() => true, () => false);
-    copy.textContent = copied ? "Copied" : "Select and copy";
-    setTimeout(() => (copy.textContent = "Copy"), 1500);
-  });
-  const head = el("div", { className: "code-head" }, el("span", {}, language || "code"), copy);
+  const head = el("div", { className: "code-head" }, el("span", {}, language || "code"), copyButton(text));
   return el("div", { className: "code" }, head, el("pre", { tabIndex: 0 }, el("code", {}, text)));
 }
 
