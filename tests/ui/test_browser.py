@@ -262,66 +262,6 @@ def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
             page.wait_for_selector("#model:has-text('demo')" if path == "/" else "#state[data-state=live]")
 
 
-def busy_inspector(chromium: Any, url: str) -> Any:
-    """The inspector, and an engine at work."""
-    page = chromium()
-    page.goto(f"{url}/inspector")
-    page.wait_for_selector("#state[data-state=live]")
-    page.click("#demo")
-    page.wait_for_selector("#batch li")
-    return page
-
-
-def test_the_inspector_shows_the_engine(chromium: Any, url: str) -> None:
-    page = busy_inspector(chromium, url)
-    page.wait_for_selector("#use:text-matches('[1-9]')")
-    page.wait_for_selector("#waterfall .prefill")
-    page.wait_for_selector("#map-note:text-matches('[1-9][0-9]* shared')")
-    page.click("#pause")
-    page.focus("#slider")
-    page.keyboard.press("Home")
-    first = page.inner_text("#shown")
-    page.wait_for_timeout(500)
-    assert first.startswith("step ") and page.inner_text("#shown") == first
-    page.keyboard.press("ArrowRight")
-    assert page.inner_text("#shown") != first
-    page.click("#pause")
-    page.wait_for_selector("#running:text-is('0 / 0')", timeout=120_000)
-    page.wait_for_selector("#map-note:has-text(': 0 in use, 0 shared, 0 held')")
-    page.locator("#waterfall button").first.click()
-    assert page.get_attribute("#waterfall button", "aria-pressed") == "true"
-    assert page.complaints == []
-
-
-def test_a_paused_inspector_shows_one_moment(chromium: Any, url: str) -> None:
-    page = busy_inspector(chromium, url)
-    page.wait_for_selector("#slider[max='299']")
-    page.click("#pause")
-    numbers = ["speed", "use", "running", "step-time", "hits", "hits-note"]
-    ids = [*numbers, "shown", "map-note", "batch-title", "waiting-title"]
-    texts = "(ids) => Object.fromEntries(ids.map((id) => [id, document.getElementById(id).textContent]))"
-    seen = []
-    for key in ("Home", "End", *["ArrowLeft"] * 10):
-        page.focus("#slider")
-        page.keyboard.press(key)
-        page.wait_for_timeout(300)  # the numbers are written five times a second
-        now = page.evaluate(texts, ids)
-        blocks, used = map(int, re.findall(r"(\d+) (?:blocks|in use)", now["map-note"]))
-        assert float(now["use"].rstrip(" %")) == pytest.approx(100 * used / blocks, abs=0.51)
-        counts = [re.search(r"\((\d+)\)", now[title]) for title in ("batch-title", "waiting-title")]
-        assert now["running"] == " / ".join(found[1] if found else "0" for found in counts)
-        assert now["step-time"] in now["shown"]
-        seen.append(now)
-    assert seen[0] != seen[1]
-    page.keyboard.press("Home")
-    page.wait_for_timeout(2000)  # the engine goes on
-    assert page.evaluate(texts, ids) == seen[0]
-    page.click("#pause")
-    page.wait_for_selector("#running:text-is('0 / 0')", timeout=120_000)
-    page.wait_for_selector("#speed:text-is('0')")
-    assert page.complaints == []
-
-
 @pytest.mark.parametrize("path", ["/", "/inspector"])
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_a_phone_needs_no_sideways_scrolling(chromium: Any, url: str, path: str, theme: str) -> None:

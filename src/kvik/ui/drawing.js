@@ -2,11 +2,16 @@
 
 import { CACHED, FREED, HELD, OWNED } from "./replay.js";
 
+const MAX_HUES = 100_000; // more than blocks have owners
 const hues = new Map();
+let numHues = 0;
 
 /** The colour of a request; neighbours in time differ by the golden angle. */
 export function color(key, alpha = 1) {
-  if (!hues.has(key)) hues.set(key, ((hues.size * 137.508 + 250) % 360).toFixed(1));
+  if (!hues.has(key)) {
+    hues.set(key, ((numHues++ * 137.508 + 250) % 360).toFixed(1));
+    if (hues.size > MAX_HUES) hues.delete(hues.keys().next().value);
+  }
   return `oklch(${document.documentElement.dataset.theme === "dark" ? 0.74 : 0.64} 0.13 ${hues.get(key)} / ${alpha})`;
 }
 

@@ -31,6 +31,8 @@ function take(record) {
     clock = record.at - Date.now() / 1000;
     player = new Player(record);
     journal.snapshot(record);
+  } else if (player && record.step > (player.live.step?.step ?? player.begun) + 1) {
+    listen(); // the server dropped steps, since they were not read fast enough: begin anew
   } else if (player && !(record.step <= player.begun)) {
     player.add(record);
     const generated = journal.add(record);
@@ -55,6 +57,7 @@ async function listen() {
       const answer = await request("debug/events", { signal: mine.signal });
       tell("live", "connected");
       for await (const record of events(answer)) {
+        if (mine.signal.aborted) return;
         pause = 0.5;
         take(record);
       }
@@ -385,12 +388,13 @@ async function demo() {
 }
 
 byId("demo").addEventListener("click", demo);
-document.addEventListener("visibilitychange", () => {
+function wakeOrSleep() {
   if (document.hidden) {
     connection?.abort(); // nobody looks: the engine need not tell
     tell("wait", "asleep");
   } else listen();
-});
+}
+document.addEventListener("visibilitychange", wakeOrSleep);
 addEventListener("resize", () => (dirty = true));
 themeButton(byId("theme"), () => {
   dirty = true;
@@ -404,4 +408,4 @@ setInterval(() => {
   showMapNote();
 }, SAMPLE_MS);
 requestAnimationFrame(frame);
-listen();
+wakeOrSleep();

@@ -152,26 +152,46 @@ export class Player {
   }
 }
 
+const MAX_REQUESTS = 2000;
+
 /** What happened to each request, over more time than the steps are kept. */
 export class Journal {
   constructor(length = 60) {
-    this.length = length;
+    this.length = length; // requests that have ended and are kept
+    this.at = 0; // of the last record
     this.all = new Map(); // key -> request
     this.rows = new Map(); // row -> request
+    this.company = 0;
     this.prompts = 0;
     this.cached = 0;
   }
 
   snapshot(record) {
     this.rows.clear();
-    for (const one of this.all.values()) one.end ??= one.spans.at(-1)?.to ?? one.begin;
-    for (const [row, id, index, prompt, , cached] of record.sequences) this.#join(record.at, row, id, index, prompt, cached);
+    const there = new Set(record.waiting.map(([id]) => `${id}/0`));
+    for (const [, id, index] of record.sequences) there.add(`${id}/${index}`);
+    for (const one of this.all.values()) {
+      if (one.end) continue;
+      one.unseen = true; // since the last record
+      if (there.has(one.key)) continue;
+      if (one.began === null) one.spans.push({ kind: "queued", from: one.begin, to: this.at });
+      one.end = one.spans.at(-1)?.to ?? one.begin;
+    }
+    for (const [row, id, index, prompt, tokens, cached] of record.sequences) {
+      this.#join(record.at, row, id, index, prompt, cached);
+      const one = this.rows.get(row);
+      one.length = tokens;
+      if (one.unseen) one.tokens = tokens - prompt;
+    }
     this.#wait(record);
+    this.at = record.at;
   }
 
   /** Note a record. Returns the number of tokens that were generated in it. */
   add(record) {
     let generated = 0;
+    this.at = record.at;
+    this.company = this.rows.size; // of those that wait, until this record
     for (const [row, why] of record.left) this.#leave(record.at, row, why);
     if (record.type !== "step") return generated;
     for (const [row, id, index, prompt, cached] of record.joined) {
@@ -189,13 +209,14 @@ export class Journal {
       if (!one) continue;
       one.chunks++;
       one.spans.push({ kind: "prefill", from: record.at, to: end, tokens, start });
-      if (start + tokens >= one.prompt) generated++, one.tokens++, (one.first ??= end);
+      if (start + tokens >= one.length) generated++, one.tokens++, one.length++, (one.first ??= end);
     }
     for (const row of record.decode) {
       const one = this.rows.get(row);
       if (!one) continue;
       generated++;
       one.tokens++;
+      one.length++;
       one.first ??= end;
       const last = one.spans.at(-1);
       if (last?.kind === "decode") (last.to = end), last.tokens++;
@@ -225,14 +246,12 @@ export class Journal {
 
   #open(key, fields) {
     const one = {
-      key, cached: 0, tokens: 0, chunks: 0, preemptions: 0, spans: [], mixed: { steps: 0, seconds: 0 },
+      key, unseen: false, length: fields.prompt, cached: 0, tokens: 0, chunks: 0, preemptions: 0, spans: [], mixed: { steps: 0, seconds: 0 },
       pure: { steps: 0, seconds: 0 }, began: null, first: null, end: null, company: 0, ...fields,
     };
     this.all.set(key, one);
-    if (this.all.size > this.length) {
-      const oldest = [...this.all.values()].find((other) => other.end) ?? this.all.values().next().value;
-      this.all.delete(oldest.key);
-    }
+    const ended = [...this.all.values()].filter((other) => other.end);
+    if (ended.length > this.length || this.all.size > MAX_REQUESTS) this.all.delete((ended[0] ?? [...this.all.values()][0]).key);
     return one;
   }
 
@@ -243,12 +262,12 @@ export class Journal {
     if (one.began === null) {
       one.began = at;
       one.cached = cached;
-      one.company = this.rows.size;
+      one.company = this.company;
       if (at - one.begin > 0.0005) one.spans.push({ kind: "queued", from: one.begin, to: at });
     } else if (one.left) {
       one.spans.push({ kind: "preempted", from: one.left, to: at });
     }
-    one.left = null;
+    one.left = one.end = null;
     this.rows.set(row, one);
   }
 
@@ -275,6 +294,8 @@ export function spansOf(one, now) {
 export function verdict(one, now) {
   const sum = (kind) => spansOf(one, now).filter((span) => span.kind === kind).reduce((all, { from, to }) => all + to - from, 0);
   const total = (one.end ?? Math.max(now, one.spans.at(-1)?.to ?? now)) - one.begin;
+  const unseen = one.unseen ? ["a part of it was not seen"] : [];
+  if (one.began === null && one.end && one.unseen) return `queued for ${time(total)} · its rest was not seen`;
   if (one.began === null && one.end) return `given up after ${time(total)} in the queue`;
   if (one.began === null) return `waiting for ${time(total)}: no free place or not enough free blocks`;
   const { mixed, pure } = one;
@@ -283,12 +304,12 @@ export function verdict(one, now) {
   const [queued, prefill, decode, preempted] = ["queued", "prefill", "decode", "preempted"].map(sum);
   const cached = one.cached ? `, ${one.cached} from the cache` : "";
   const causes = [
-    [queued, `queued ${time(queued)} while ${one.company} others ran`],
+    [queued, `queued ${time(queued)} while ${one.company} other${one.company === 1 ? "" : "s"} ran`],
     [prefill, `prefill ${time(prefill)}: ${one.prompt} prompt tokens in ${one.chunks} chunk${one.chunks === 1 ? "" : "s"}${cached}`],
     [decode - lost, `decode ${time(decode)}: ${one.tokens} tokens${one.tokens > 1 ? `, ${time(decode / (one.tokens - 1 || 1))} each` : ""}`],
     [lost, `${time(lost)} lost to prefills of others in ${mixed.steps} steps`],
     [preempted, `preempted ${one.preemptions}×, ${time(preempted)}: the KV cache was full`],
   ];
   const told = causes.filter(([seconds]) => seconds > total * 0.02).sort((a, b) => b[0] - a[0]).map(([, text]) => text);
-  return `${time(total)}${one.end ? "" : " so far"} · ${told.join(" · ")}`;
+  return [`${time(total)}${one.end ? "" : " so far"}`, ...told, ...unseen].join(" · ");
 }
