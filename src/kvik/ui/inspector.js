@@ -270,7 +270,13 @@ const line = (key, name, doing, bar = null) =>
 
 const requestRows = new Map(); // key -> {item, button, track, why}
 
-const latest = () => [...journal.all.values()].slice(-SHOWN_REQUESTS);
+/** The latest that have begun; those that still wait follow while there is room. */
+function latest() {
+  const all = [...journal.all.values()];
+  const waits = (one) => one.began === null && !one.end;
+  const begun = all.filter((one) => !waits(one)).slice(-SHOWN_REQUESTS);
+  return [...begun, ...all.filter(waits)].slice(0, SHOWN_REQUESTS);
+}
 
 function showRequests() {
   const shown = frozen?.requests ?? latest();
