@@ -100,7 +100,9 @@ def test_windows() -> None:
     assert upper == (None,) * 21 + (4096,) * 7
     default = {name: value for name, value in R1_DISTILL_QWEN_1_5B.items() if name != "sliding_window"}
     assert build_spec({**default, "use_sliding_window": True}).windows == upper, "transformers has 4096 then"
-    kinds = ["full_attention", "sliding_attention"] * 14
+    kinds = ["full_attention", "sliding_attention"] * 16
+    assert build_spec({**MISTRAL_7B, "layer_types": kinds}).windows == (None, 4096) * 16, "as transformers' Ministral"
+    kinds = kinds[:28]
     explicit = build_spec({**R1_DISTILL_QWEN_1_5B, "use_sliding_window": True, "layer_types": kinds}).windows
     assert explicit == (None, 4096) * 14
 
@@ -141,6 +143,15 @@ def test_context_len_follows_the_scaling() -> None:
         ({**QWEN3_0_6B, "vocab_size": "many"}, "'vocab_size' must be a positive integer, got 'many'"),
         ({**QWEN3_0_6B, "head_dim": "16"}, "'head_dim' must be a positive integer, got '16'"),
         ({**QWEN3_0_6B, "use_sliding_window": True, "sliding_window": -8}, "'sliding_window' must be a positive"),
+        ({**MISTRAL_7B, "sliding_window": 0}, "'sliding_window' must be a positive integer, got 0"),
+        ({**MISTRAL_7B, "sliding_window": "4096"}, "'sliding_window' must be a positive integer, got '4096'"),
+        (
+            {**LLAMA1_7B, "layer_types": ["sliding_attention"] * 32},
+            "sliding attention, which LlamaForCausalLM does not",
+        ),
+        ({**QWEN3_0_6B, "layer_types": 5}, "'layer_types' must be a list, got 5"),
+        ({**QWEN3_0_6B, "tie_word_embeddings": "false"}, "'tie_word_embeddings' must be true or false, got 'false'"),
+        ({**LLAMA1_7B, "attention_bias": "no"}, "'attention_bias' must be true or false, got 'no'"),
         ({**QWEN3_0_6B, "max_window_layers": None}, "'max_window_layers' must be an integer"),
         ({**QWEN3_0_6B, "layer_types": [["full_attention"]] * 28}, "is not supported"),
         ({**QWEN3_0_6B, "rms_norm_eps": None}, "'rms_norm_eps' must be a number between 0 and 1, got None"),

@@ -6,7 +6,7 @@ is the one decoder made from it; `spec_from_config` reads what all architectures
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from kvik.errors import ModelLoadError
 from kvik.layers.rope import RopeSpec, rope_from_config
 
-__all__ = ["DecoderSpec", "positive_int", "sliding_windows", "spec_from_config"]
+__all__ = ["DecoderSpec", "flag", "layer_windows", "positive_int", "sliding_windows", "spec_from_config"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +138,7 @@ def spec_from_config(
         max_position_embeddings=positive_int(config, "max_position_embeddings", 2048),
         rope=rope_from_config(config, head_dim),
         windows=windows if windows is not None else (None,) * num_layers,
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        tie_word_embeddings=flag(config, "tie_word_embeddings"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
@@ -155,19 +155,34 @@ def _epsilon(config: Mapping[str, Any]) -> float:
 
 def sliding_windows(config: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Per-layer windows of the Qwen family: `use_sliding_window`, then `layer_types` or `max_window_layers`."""
-    num_layers = positive_int(config, "num_hidden_layers")
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None  # transformers' default
-    window = None if window is None else positive_int({"sliding_window": window}, "sliding_window")
+    first = config.get("max_window_layers", 28)
+    if not isinstance(first, int):
+        raise ModelLoadError(f"config.json: 'max_window_layers' must be an integer, got {first!r}")
+    slides = (i >= first for i in range(positive_int(config, "num_hidden_layers")))
+    window = config.get("sliding_window", 4096) if flag(config, "use_sliding_window") else None  # transformers' default
+    return layer_windows(config, window, slides)
+
+
+def layer_windows(config: Mapping[str, Any], window: Any, slides: Iterable[bool]) -> tuple[int | None, ...]:
+    """Per layer the `window`, checked, or None: for the layers that `layer_types` says, or else those that slide."""
     kinds = config.get("layer_types")
-    if kinds is None:
-        first = config.get("max_window_layers", 28)
-        if not isinstance(first, int):
-            raise ModelLoadError(f"config.json: 'max_window_layers' must be an integer, got {first!r}")
-        return tuple(window if i >= first else None for i in range(num_layers))
-    unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
-    if unknown:
-        raise ModelLoadError(f"layer type {unknown[0]!r} is not supported; Kvik has full and sliding attention")
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    if kinds is not None:
+        if not isinstance(kinds, list):
+            raise ModelLoadError(f"config.json: 'layer_types' must be a list, got {kinds!r}")
+        unknown = [kind for kind in kinds if kind not in ("full_attention", "sliding_attention")]
+        if unknown:
+            raise ModelLoadError(f"layer type {unknown[0]!r} is not supported; Kvik has full and sliding attention")
+        slides = (kind == "sliding_attention" for kind in kinds)
+    checked = None if window is None else positive_int({"sliding_window": window}, "sliding_window")
+    return tuple(checked if slide else None for slide in slides)
+
+
+def flag(config: Mapping[str, Any], key: str) -> bool:
+    """`config[key]`, or False when it is absent or null. Raises ModelLoadError for anything but true or false."""
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ModelLoadError(f"config.json: {key!r} must be true or false, got {value!r}")
+    return bool(value)
 
 
 def positive_int(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
