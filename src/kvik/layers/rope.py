@@ -157,6 +157,8 @@ def rope_from_config(config: Mapping[str, Any], head_dim: int) -> RopeSpec:
 def _scaled(kind: str, head_dim: int, theta: float, params: Mapping[str, Any], config: Mapping[str, Any]) -> RopeSpec:
     max_len = int(_positive(config, "max_position_embeddings", kind, 2048))
     if kind == "default":
+        if (factor := _positive(params, "factor", kind, 1.0)) != 1:
+            raise ModelLoadError(f"RoPE is scaled by factor {factor:g} but says no kind that scales: add 'rope_type'")
         return RopeSpec(kind, head_dim, theta)
     if kind in ("linear", "dynamic"):
         return RopeSpec(kind, head_dim, theta, factor=_positive(params, "factor", kind), original_len=max_len)
@@ -184,13 +186,13 @@ def _scaled(kind: str, head_dim: int, theta: float, params: Mapping[str, Any], c
 
 def _yarn_attention_factor(params: Mapping[str, Any], factor: float) -> float:
     if params.get("attention_factor") is not None:
-        return float(params["attention_factor"])
+        return _positive(params, "attention_factor", "yarn")
 
     def mscale(weight: float) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
     if params.get("mscale") and params.get("mscale_all_dim"):
-        return mscale(params["mscale"]) / mscale(params["mscale_all_dim"])
+        return mscale(_positive(params, "mscale", "yarn")) / mscale(_positive(params, "mscale_all_dim", "yarn"))
     return mscale(1.0)
 
 
@@ -201,6 +203,6 @@ def _positive(params: Mapping[str, Any], key: str, kind: str, default: float | N
         if default is None:
             raise ModelLoadError(f"RoPE kind {kind!r} needs {key!r}, which config.json does not give")
         return default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
         raise ModelLoadError(f"RoPE parameter {key!r} must be a positive number, got {value!r}")
     return float(value)
