@@ -1,4 +1,4 @@
-"""What the machine has: the memory limits of containers."""
+"""What the machine has, the memory limits of containers, and what is planned for it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ import psutil
 import pytest
 import torch
 
-from kvik.errors import ConfigError
+from kvik.config import EngineConfig
+from kvik.errors import CapacityError, ConfigError
+from kvik.models.registry import build_spec
+from kvik.resolve import resolve
 from kvik.runtime import platform
-from kvik.runtime.platform import CpuPlatform, memory_limits
+from kvik.runtime.platform import CpuPlatform, CudaPlatform, memory_limits
 
 
 def write(folder: Path, limit: str, used: int, spare: int, *, names: tuple[str, str, str]) -> None:
@@ -61,3 +64,53 @@ def test_a_forked_process_does_not_wait_for_threads_that_it_has_not(monkeypatch:
             cpu.start(1)
     finally:
         torch.set_num_threads(before)
+
+
+class Gpu(CudaPlatform):
+    """A GPU as a plan sees it, of 24 GB."""
+
+    name = "a GPU"
+
+    def available_memory(self) -> int:
+        return 23_500_000_000
+
+    def total_memory(self) -> int:
+        return 24_000_000_000
+
+
+LLAMA_8B = {
+    "architectures": ["LlamaForCausalLM"], "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "rms_norm_eps": 1e-5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("positions", [131_072, 1 << 22])
+def test_an_automatic_context_is_as_long_as_the_plan_for_it_allows(positions: int) -> None:
+    """What attention and tables take grows with the context, and took all that was left for the KV cache."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    spec = build_spec({**LLAMA_8B, "max_position_embeddings": positions})
+    plan = resolve(EngineConfig("a"), spec, torch.bfloat16, Gpu())
+    length = plan.scheduler.max_model_len
+    assert length > 4096 and plan.memory.kv_tokens >= length and plan.memory.fits
+    assert f"max_model_len lowered from {positions} to {length}" in plan.notes[-1]
+    longest = resolve(EngineConfig("a", max_model_len=length), spec, torch.bfloat16, Gpu())
+    assert longest.memory == plan.memory
+    with pytest.raises(CapacityError, match=f"or max_model_len={length}, or"):
+        resolve(EngineConfig("a", max_model_len=length + 2), spec, torch.bfloat16, Gpu())
+
+
+def test_a_pool_that_was_asked_for_decides_how_long_an_automatic_context_is() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    spec = build_spec({**LLAMA_8B, "max_position_embeddings": 1 << 22})
+    for asked in ({"num_kvcache_blocks": 20}, {"kv_cache_memory": 20 * 64 * 131_072}):
+        plan = resolve(EngineConfig("a", **asked), spec, torch.bfloat16, Gpu())
+        assert (plan.scheduler.num_blocks, plan.scheduler.max_model_len) == (20, 20 * 64)
+    with pytest.raises(CapacityError, match="num_kvcache_blocks 20000 needs"):
+        resolve(EngineConfig("a", num_kvcache_blocks=20_000), spec, torch.bfloat16, Gpu())
+
+
+def test_a_model_that_is_too_large_says_what_even_a_short_context_takes() -> None:
+    pytest.importorskip("triton", reason="triton is not installed")
+    spec = build_spec({**LLAMA_8B, "num_hidden_layers": 64, "max_position_embeddings": 131_072})
+    with pytest.raises(CapacityError, match=r"(?s)a context of 256 tokens .* a smaller max_num_batched_tokens or"):
+        resolve(EngineConfig("a"), spec, torch.bfloat16, Gpu())

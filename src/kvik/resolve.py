@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -42,12 +43,9 @@ class ResolvedConfig:
 
 
 def resolve(
-    config: EngineConfig,
-    spec: DecoderSpec,
-    checkpoint_dtype: torch.dtype,
-    platform: Platform,
+    config: EngineConfig, spec: DecoderSpec, checkpoint_dtype: torch.dtype, platform: Platform,
     stored: StoredQuantization | None = None,
-) -> ResolvedConfig:
+) -> ResolvedConfig:  # fmt: skip
     """Decide every automatic setting; `stored` is how the model's folder is quantised.
 
     Raises ConfigError for a contradiction, CapacityError for what does not fit.
@@ -59,30 +57,33 @@ def resolve(
     graphs, kv_dtype = _graphs(config, spec, kernels, notes), _kv_dtype(config, dtype, kernels)
     weight_format, head_format = _formats(config, dtype, stored)
     num_seqs, budget_tokens = _batch(config, platform)
-    wanted_len = _wanted_context(config, spec)
     weights = _weight_bytes(spec, dtype, kernels, weight_format, head_format, stored, notes)
-    sizes = num_seqs, budget_tokens, wanted_len, block_size
-    activations = platform.reserved_memory + _activation_bytes(config, spec, dtype, kernels, graphs, sizes)
     budget = min(platform.available_memory(), int(platform.total_memory() * config.gpu_memory_utilization))
-    kv_bytes_per_token = spec.kv_bytes_per_token(kv_dtype)
-    block_bytes = block_size * kv_bytes_per_token
-    fitting = max(0, budget - weights - activations) // block_bytes
-    useful = num_seqs * -(-wanted_len // block_size) * (_KEPT if config.enable_prefix_caching else 1)
-    num_blocks = _num_blocks(config, platform, fitting, block_bytes, useful)
-    memory = MemoryPlan(
-        device_name=platform.name,
-        total=platform.total_memory(),
-        budget=budget,
-        weights=weights,
-        activations=activations,
-        num_blocks=num_blocks,
-        block_size=block_size,
-        kv_bytes_per_token=kv_bytes_per_token,
-    )
-    max_model_len = _context(config, wanted_len, memory, platform, notes)
+    block_bytes = block_size * spec.kv_bytes_per_token(kv_dtype)
+
+    def plan(context: int) -> MemoryPlan:
+        """Where the memory goes if sequences may have so many tokens."""
+        sizes = num_seqs, budget_tokens, context, block_size
+        activations = platform.reserved_memory + _activation_bytes(config, spec, dtype, kernels, graphs, sizes)
+        fitting = max(0, budget - weights - activations) // block_bytes
+        useful = num_seqs * -(-context // block_size) * (_KEPT if config.enable_prefix_caching else 1)
+        return MemoryPlan(
+            device_name=platform.name,
+            total=platform.total_memory(),
+            budget=budget,
+            weights=weights,
+            activations=activations,
+            num_blocks=_num_blocks(config, platform, fitting, block_bytes, useful),
+            block_size=block_size,
+            kv_bytes_per_token=spec.kv_bytes_per_token(kv_dtype),
+        )
+
+    asked_tokens = None if (asked := _asked_blocks(config, block_bytes)) is None else asked * block_size
+    max_model_len = _context(config, _wanted_context(config, spec), asked_tokens, plan, platform, notes)
+    memory = plan(max_model_len)
     scheduler = SchedulerConfig(
         block_size=block_size,
-        num_blocks=num_blocks,
+        num_blocks=memory.num_blocks,
         max_num_seqs=num_seqs,
         max_num_batched_tokens=budget_tokens,
         max_model_len=max_model_len,
@@ -249,44 +250,77 @@ def _wanted_context(config: EngineConfig, spec: DecoderSpec) -> int:
     return config.max_model_len or spec.context_len
 
 
+def _asked_blocks(config: EngineConfig, block_bytes: int) -> int | None:
+    """Blocks of the KV pool that the user asked for."""
+    if config.num_kvcache_blocks is not None or config.kv_cache_memory is None:
+        return config.num_kvcache_blocks
+    return config.kv_cache_memory // block_bytes
+
+
 def _num_blocks(config: EngineConfig, platform: Platform, fitting: int, block_bytes: int, useful: int) -> int:
     """Blocks of the KV pool: as asked for, else the platform's share of what fits, and never more than is useful."""
-    if config.num_kvcache_blocks is not None:
-        if config.num_kvcache_blocks > fitting:
-            raise CapacityError(
-                f"num_kvcache_blocks {config.num_kvcache_blocks} needs {gib(config.num_kvcache_blocks * block_bytes)};"
-                f" {fitting} blocks ({gib(fitting * block_bytes)}) fit beside weights and activations"
-            )
-        return config.num_kvcache_blocks
-    if config.kv_cache_memory is not None:
-        asked = config.kv_cache_memory // block_bytes
-        if not 1 <= asked <= fitting:
-            raise CapacityError(
-                f"kv_cache_memory {gib(config.kv_cache_memory)} is {asked} blocks of {gib(block_bytes)}; from 1 to"
-                f" {fitting} ({gib(fitting * block_bytes)}) fit beside weights and activations"
-            )
-        return asked
-    return min(int(fitting * platform.kv_share), useful)
-
-
-def _context(config: EngineConfig, wanted: int, memory: MemoryPlan, platform: Platform, notes: list[str]) -> int:
-    """The longest context that the pool can hold: an automatic one is lowered with a note, an explicit one refused."""
-    if memory.kv_tokens >= wanted - 1:  # the last token's key is of no use to anybody
-        return wanted
-    shortfall = (
-        f"a context of {wanted} tokens needs {gib(wanted * memory.kv_bytes_per_token)} of KV cache and"
-        f" {gib(memory.kv_cache)} ({memory.kv_tokens} tokens) are planned:\n{memory.render()}"
-    )
-    if config.max_model_len is not None or memory.kv_tokens < min(wanted, MIN_AUTO_CONTEXT):
-        fix = (
-            f"max_model_len={memory.kv_tokens}" if memory.kv_tokens >= MIN_AUTO_CONTEXT else "a smaller model or dtype"
+    asked = _asked_blocks(config, block_bytes)
+    if asked is None:
+        return min(int(fitting * platform.kv_share), useful)
+    if config.num_kvcache_blocks is not None and asked > fitting:
+        raise CapacityError(
+            f"num_kvcache_blocks {asked} needs {gib(asked * block_bytes)};"
+            f" {fitting} blocks ({gib(fitting * block_bytes)}) fit beside weights and activations"
         )
-        if config.num_kvcache_blocks is None and config.kv_cache_memory is None:
-            kv_bytes = (wanted + memory.block_size) * memory.kv_bytes_per_token / platform.kv_share
-            needed = memory.weights + memory.activations + kv_bytes
-            share = math.ceil(1000 * needed / memory.total) / 1000
-            if config.gpu_memory_utilization < share <= 1 and needed <= platform.available_memory():
-                fix = f"gpu_memory_utilization={share:g}, which holds it, or {fix}"
-        raise CapacityError(f"{shortfall}\nuse {fix}, or raise kv_cache_memory if memory is free")
-    notes.append(f"max_model_len lowered from {wanted} to {memory.kv_tokens}: that is what the KV cache holds")
-    return memory.kv_tokens
+    if config.kv_cache_memory is not None and not 1 <= asked <= fitting:
+        raise CapacityError(
+            f"kv_cache_memory {gib(config.kv_cache_memory)} is {asked} blocks of {gib(block_bytes)}; from 1 to"
+            f" {fitting} ({gib(fitting * block_bytes)}) fit beside weights and activations"
+        )
+    return asked
+
+
+def _context(
+    config: EngineConfig, wanted: int, asked_tokens: int | None, plan: Callable[[int], MemoryPlan], platform: Platform,
+    notes: list[str],
+) -> int:  # fmt: skip
+    """The longest context that the pool can hold: an automatic one is lowered with a note, an explicit one refused.
+
+    A shorter one leaves more for the pool, since some activations are as long as it is.
+    """
+    automatic = config.max_model_len is None
+    if automatic and asked_tokens is not None and 0 < asked_tokens < wanted - 1:
+        longest = asked_tokens
+    else:
+        memory = plan(wanted)
+        if memory.kv_tokens >= wanted - 1:  # the last token's key is of no use to anybody
+            return wanted
+        longest = _longest(wanted, memory.block_size, plan)
+    if automatic and longest >= min(wanted, MIN_AUTO_CONTEXT):
+        notes.append(f"max_model_len lowered from {wanted} to {longest}: that is what the KV cache holds")
+        return longest
+    needed = min(wanted, MIN_AUTO_CONTEXT) if automatic else wanted
+    raise CapacityError(_shortfall(config, needed, longest, plan(needed), platform))
+
+
+def _longest(below: int, block_size: int, plan: Callable[[int], MemoryPlan]) -> int:
+    """The longest context, in whole blocks, whose plan holds it; that of `below` does not."""
+    low, high = 0, -(-below // block_size)
+    while high - low > 1:
+        blocks = (low + high) // 2
+        fits = plan(blocks * block_size).num_blocks >= blocks
+        low, high = (blocks, high) if fits else (low, blocks)
+    return low * block_size
+
+
+def _shortfall(config: EngineConfig, needed: int, longest: int, memory: MemoryPlan, platform: Platform) -> str:
+    """What is missing for a context of `needed` tokens, and what to change."""
+    fix = "a smaller model or dtype, or a smaller max_num_batched_tokens or max_num_seqs"
+    if longest >= MIN_AUTO_CONTEXT:
+        fix = f"max_model_len={longest}"
+    if config.num_kvcache_blocks is None and config.kv_cache_memory is None:
+        kv_bytes = (needed + memory.block_size) * memory.kv_bytes_per_token / platform.kv_share
+        total = memory.weights + memory.activations + kv_bytes
+        share = math.ceil(1000 * total / memory.total) / 1000
+        if config.gpu_memory_utilization < share <= 1 and total <= platform.available_memory():
+            fix = f"gpu_memory_utilization={share:g}, which holds it, or {fix}"
+    return (
+        f"a context of {needed} tokens needs {gib(needed * memory.kv_bytes_per_token)} of KV cache and"
+        f" {gib(memory.kv_cache)} ({memory.kv_tokens} tokens) are planned:\n{memory.render()}\n"
+        f"use {fix}, or raise kv_cache_memory if memory is free"
+    )
