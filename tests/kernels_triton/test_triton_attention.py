@@ -21,6 +21,8 @@ from kvik.kernels.api import KVLayer
 from kvik.kernels.triton.attention_plan import plan_attention
 from kvik.kernels.triton.attention_tile import AttentionTiles, attention_tiles
 from kvik.kernels.triton.features import Features
+from kvik.ops import PagedBatch
+from kvik.ops.gpu import GpuOperators
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
 SMALL = AttentionTiles(
@@ -301,3 +303,16 @@ def test_the_work_list_begins_with_the_longest_chunks(device: torch.device) -> N
         (1, 0), (5, 0), (3, 0), (3, 1), (3, 2), (6, 0), (6, 1), (6, 2), (4, 0), (2, 0), (0, 0)
     ]  # fmt: skip
     assert [item[2:] for item in items] == [[item[0], lens[item[0]]] for item in items] and counts[1] == 0
+
+
+def test_operators_on_one_batch_have_tiles_for_each_type(device: torch.device) -> None:
+    """Those of 16 bits take more shared memory than there is if elements have 32."""
+    batch, operators = PagedBatch([3], [3], torch.zeros(1, 1, dtype=torch.int32, device=device)), GpuOperators(device)
+    for dtype in (torch.bfloat16, torch.float32):
+        q = torch.randn(3, 2, 128).to(dtype).to(device)
+        kv = KVLayer(*(torch.randn(1, 1, 16, 128).to(dtype).to(device) for _ in "kv"))
+        got = operators.attention(q, kv, batch, 0.1, None)
+        want = ReferenceAttention().forward(q, kv, batch.step, scale=0.1, window=None)
+        torch.testing.assert_close(got, want, rtol=0, atol=TOLERANCE[dtype])
+    found = {backend.limits.itemsize for backend in batch.backends.values() if isinstance(backend, TritonAttention)}
+    assert found == {2, 4}

@@ -65,7 +65,7 @@ class PagedBatch:
             starts,
             tuple(seq_lens),
         )
-        self.backends: dict[tuple[int, int, int], AttentionBackend] = {}
+        self.backends: dict[tuple[int, int, int, torch.dtype], AttentionBackend] = {}
 
     @classmethod
     def in_order(cls, num_seqs: int, num_queries: int, num_keys: int, device: torch.device) -> PagedBatch:

@@ -35,8 +35,8 @@ class Batch(Protocol):
     """What implementations see of a `kvik.ops.PagedBatch`."""
 
     step: ForwardBatch
-    backends: dict[tuple[int, int, int], AttentionBackend]
-    """What a device made for this batch, by (query heads, key/value heads, head size)."""
+    backends: dict[tuple[int, int, int, torch.dtype], AttentionBackend]
+    """What a device made for this batch, by (query heads, key/value heads, head size, type)."""
 
 
 class Operators(Ops[Any], Protocol):

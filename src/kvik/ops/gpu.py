@@ -37,9 +37,10 @@ class GpuOperators(TritonOps):
 
     def attention(self, q: Tensor, kv: KVLayer, batch: Batch, scale: float, window: int | None) -> Tensor:
         heads = (q.shape[1], kv.k.shape[1], kv.k.shape[3])
-        backend = batch.backends.get(heads)
+        key = (*heads, q.dtype)
+        backend = batch.backends.get(key)
         if backend is None:
-            backend = batch.backends[heads] = _attention(heads, q.dtype, batch.step)
+            backend = batch.backends[key] = _attention(heads, q.dtype, batch.step)
         return backend.forward(q, kv, batch.step, scale=scale, window=window)
 
     def sample(self, logits: Tensor, params: SamplingParams, seed: int, position: int) -> Tensor:
