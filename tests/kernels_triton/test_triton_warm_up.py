@@ -24,6 +24,7 @@ from test_triton_runner import cpu_runner, gpu_runner, run, settings, tokens
 from kvik.config import SchedulerConfig
 from kvik.kernels.triton.compile_only import has_nvidia_driver
 from kvik.runtime.gpu_runner import GpuRunner
+from kvik.runtime.graphs import GraphPool
 from kvik.runtime.kernel_compiler import CompileJob, KernelCompiler
 from kvik.runtime.mixed_step import graph_size, graph_sizes
 from kvik.runtime.warm_up import warm_up, warm_up_plans
@@ -166,6 +167,21 @@ def test_an_engine_finds_all_its_kernels_compiled(device: torch.device, tmp_path
     found = json.loads(file.read_text())["kernels"]
     assert found["start"]["compiled"] == [] and found["start"]["loaded"] > 30
     assert found["first_request"] == {"compiled": [], "loaded": 0}
+
+
+def test_a_pool_without_memory_is_full_and_other_errors_are_not_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(error: Exception) -> GraphPool:
+        def capture(pool: GraphPool, compute: object) -> None:
+            raise error
+
+        monkeypatch.setattr(GraphPool, "capture", capture)
+        return GraphPool()
+
+    for error in (torch.OutOfMemoryError("CUDA out of memory."), torch.AcceleratorError("CUDA error: out of memory")):
+        pool = fail(error)
+        assert pool.try_capture(lambda: None) is None and pool.full
+    with pytest.raises(torch.AcceleratorError, match="illegal"):
+        fail(torch.AcceleratorError("CUDA error: an illegal memory access")).try_capture(lambda: None)
 
 
 def test_graphs_of_steps_with_prompts_pad_little_where_it_costs() -> None:

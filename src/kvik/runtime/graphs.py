@@ -27,12 +27,17 @@ class GraphPool:
         self.full = False
 
     def try_capture(self, compute: Callable[[], object]) -> Graph | None:
-        """`capture`, or None without memory for it; then the pool is `full`, and nothing is captured any more."""
+        """`capture`, or None without memory for it; then the pool is `full`, and nothing is captured any more.
+
+        Memory of tensors is torch's; that of the graph itself is the driver's, whose errors are AcceleratorErrors.
+        """
         if self.full:
             return None
         try:
             return self.capture(compute)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, torch.AcceleratorError) as error:
+            if "out of memory" not in str(error):
+                raise
             logger.warning("no more CUDA graphs are captured, and steps that have none are slower: %s", error)
             self.full = True
             return None
