@@ -41,6 +41,13 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
         assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] != ""
 
 
+def test_gpus_with_less_shared_memory_launch_what_it_holds() -> None:
+    program = Path(__file__).parent / "small_shared_memory.py"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+
+
 def test_gluon_is_imported_only_for_kernels_that_are_written_in_it() -> None:
     """Kvik runs with versions of Triton that have none, or another one."""
     modules = "kvik.kernels.triton.ops, kvik.attention.triton, kvik.runtime.tune, kvik.runtime.kernel_compiler"

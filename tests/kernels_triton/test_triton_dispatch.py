@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -17,6 +18,8 @@ from kvik.errors import ConfigError
 from kvik.kernels.triton import dispatch
 from kvik.kernels.triton.candidates import decoder_cases
 from kvik.kernels.triton.dispatch import BUCKETS, Case, Plan, Rule, Table, cache_path, load_table, save_measured
+from kvik.kernels.triton.features import Features
+from kvik.kernels.triton.ops import TritonOps
 
 GPU = "NVIDIA H200"
 TOKENS = (1, 2, 3, 4, 5, 8, 16, 17, 64, 65, 256, 10_000)
@@ -75,6 +78,28 @@ def test_what_decides_the_bits_of_a_deterministic_plan_does_not_depend_on_the_nu
         assert len({plan.block_k for plan in plans}) == 1 or {plan.split_k for plan in plans} == {1}
         # wgmma, whose sums do not depend on the tile, needs 64 weight rows; else the tile is the same for all
         assert len(plans) == 1 or min(plan.block_n for plan in plans) >= 64
+
+
+def test_a_pipeline_is_as_deep_as_shared_memory_allows() -> None:
+    plan = Plan(path="skinny", block_n=64, block_k=256, block_t=16, num_stages=6, tma=True)
+    step = (64 + 16) * 256 * 2
+    for tma, depth in ((False, 3), (True, 2)):  # TMA copies to shared memory alone
+        assert plan.fitting(99 << 10, step, tma=tma) == dataclasses.replace(plan, num_stages=depth)
+    assert plan.fitting(1, step, tma=False).num_stages == 1
+    assert plan.fitting(227 << 10, step, tma=False) == plan
+    assert [
+        Features.of_capability(c).shared_bytes >> 10 for c in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0))
+    ] == [163, 99, 99, 227, 227, 99]
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_plan_of_an_h200_is_made_smaller(deterministic: bool, tmp_path: Path) -> None:
+    features = Features.of_capability((9, 0))
+    table = load_table(GPU, tmp_path)
+    ops = TritonOps(torch.device("cpu"), table=table, deterministic=deterministic, features=features)
+    for case in cases():
+        plan = ops._plan(case.op, case.num_tokens, case.n, case.k, torch.bfloat16)
+        assert plan == table.plan(case, deterministic=deterministic, hopper=features.hopper)
 
 
 def test_buckets() -> None:

@@ -20,6 +20,7 @@ from kvik.kernels.triton.attention_decode import decode_attention
 from kvik.kernels.triton.attention_plan import ITEM_SIZE, plan_attention
 from kvik.kernels.triton.attention_prefill import prefill_attention, tile_queries
 from kvik.kernels.triton.attention_tile import HOPPER_TOKENS, TIERS, AttentionTiles, attention_tiles, fits_hopper
+from kvik.kernels.triton.features import NO_FEATURES
 
 __all__ = ["AttentionLimits", "TritonAttention"]
 
@@ -58,8 +59,9 @@ class TritonAttention:
         pdl: bool = False,
         tma: bool = False,
         hopper: bool = False,
+        shared_bytes: int = NO_FEATURES.shared_bytes,
     ) -> None:
-        self.limits, self._pdl, self._tma = limits, pdl, tma
+        self.limits, self._pdl, self._tma, self._shared_bytes = limits, pdl, tma, shared_bytes
         self._fixed = tiles or (self._tuned(1, True) if deterministic else None)
         self._group = limits.num_heads // limits.num_kv_heads
         self._hopper = hopper and fits_hopper(self._group, limits.head_dim, limits.itemsize, limits.block_size)
@@ -94,8 +96,9 @@ class TritonAttention:
     def _tuned(self, num_seqs: int, deterministic: bool, hopper: bool = False) -> AttentionTiles:
         limits = self.limits
         return attention_tiles(
-            limits.head_dim, num_seqs, itemsize=limits.itemsize, deterministic=deterministic, hopper=hopper
-        )
+            limits.head_dim, num_seqs, itemsize=limits.itemsize, deterministic=deterministic, hopper=hopper,
+            shared_bytes=self._shared_bytes,
+        )  # fmt: skip
 
     def prepare(self, batch: ForwardBatch, *, any_mix: bool = False) -> None:
         """Build the work lists of a step, before the model computes it. `forward` does it for a batch that it has not

@@ -72,4 +72,5 @@ def _attention(heads: tuple[int, int, int], dtype: torch.dtype, step: ForwardBat
         *heads, max_num_seqs=step.num_seqs, max_num_tokens=step.query_starts_host[-1],
         max_context_tokens=sum(step.seq_lens_host), itemsize=dtype.itemsize,
     )  # fmt: skip
-    return TritonAttention(limits, step.query_starts.device)
+    device = step.query_starts.device
+    return TritonAttention(limits, device, shared_bytes=Features.of(device).shared_bytes)

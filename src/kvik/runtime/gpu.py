@@ -40,8 +40,10 @@ def gpu_attention(
     )  # fmt: skip
     if backend == "flashinfer":
         return FlashInferAttention(limits, device)
-    pdl, hopper = Features.of(device) if features is None else features
-    return TritonAttention(limits, device, deterministic=deterministic, pdl=pdl, tma=pdl, hopper=hopper)
+    pdl, hopper, shared_bytes = Features.of(device) if features is None else features
+    return TritonAttention(
+        limits, device, deterministic=deterministic, pdl=pdl, tma=pdl, hopper=hopper, shared_bytes=shared_bytes
+    )
 
 
 def build_gpu_runner(

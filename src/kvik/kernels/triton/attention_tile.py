@@ -19,6 +19,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kvik.kernels.triton.features import NO_FEATURES
+
 __all__ = [
     "HOPPER_TOKENS",
     "TIERS",
@@ -65,8 +67,9 @@ class AttentionTiles:
 
 
 def attention_tiles(
-    head_dim: int, num_seqs: int = 256, *, itemsize: int = 2, deterministic: bool = False, hopper: bool = False
-) -> AttentionTiles:
+    head_dim: int, num_seqs: int = 256, *, itemsize: int = 2, deterministic: bool = False, hopper: bool = False,
+    shared_bytes: int = NO_FEATURES.shared_bytes,
+) -> AttentionTiles:  # fmt: skip
     """The configuration for heads of `head_dim` elements of `itemsize` bytes and a step of `num_seqs` sequences.
 
     `deterministic` has one for all steps, and gives a query the same bits from either kernel: both add up chunk by
@@ -74,10 +77,11 @@ def attention_tiles(
     order of a row's sum. `hopper`: on such a GPU, and where `fits_hopper`.
     """
     width = head_dim * itemsize  # bytes
+    huge = 512 if shared_bytes > 160 << 10 else 256
     if deterministic:
-        return _EXACT_HUGE if width > 512 else _EXACT_LARGE if width > 256 else _EXACT
+        return _EXACT_HUGE if width > huge else _EXACT_LARGE if width > 256 else _EXACT
     if width > 256 or itemsize > 2:
-        return _HUGE if width > 512 else _LARGE
+        return _HUGE if width > huge else _LARGE
     if head_dim & (head_dim - 1):
         return _PADDED
     tiles = next((tiles for most, tiles in _FEW if num_seqs <= most), _MANY)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,6 +57,12 @@ class Plan:
     num_stages: int = 3  # skinny, hopper: depth of the software pipeline
     prefetch: int = 0  # skinny: steps of the weight asked for before the predecessor has ended
     tma: bool = False  # skinny: the tensor memory accelerator copies the tiles, where there is one
+
+    def fitting(self, shared_bytes: int, step_bytes: int, *, tma: bool) -> Plan:
+        """This plan with no deeper a pipeline than a GPU's shared memory holds, of steps of so many bytes: each in a
+        buffer, but for the one that registers hold where no TMA copies it. No result depends on the depth."""
+        depth = max(1, shared_bytes // step_bytes + (not (tma and self.tma)))
+        return self if self.path != "skinny" or depth >= self.num_stages else replace(self, num_stages=depth)
 
     def __post_init__(self) -> None:
         if self.path not in _PATHS:

@@ -17,6 +17,8 @@ class Features(NamedTuple):
     tiles: Hopper and newer."""
     hopper: bool
     """Kernels in Hopper's own instructions, which no later GPU has, can run there."""
+    shared_bytes: int = 227 << 10
+    """Shared memory that one program may have: of GPUs from Ampere on, those of data centres have the most."""
 
     @classmethod
     def of(cls, device: torch.device) -> Features:
@@ -26,7 +28,9 @@ class Features(NamedTuple):
     @classmethod
     def of_capability(cls, capability: tuple[int, int]) -> Features:
         """Those of GPUs of a compute capability."""
-        return cls(pdl=capability >= (9, 0), hopper=capability[0] == 9 and knows_gluon())
+        major, minor = capability
+        shared = {8: 99 if minor in (6, 9) else 163, 12: 99}.get(major, 227)  # KiB, from CUDA's table of capabilities
+        return cls(capability >= (9, 0), major == 9 and knows_gluon(), shared << 10)
 
 
 NO_FEATURES = Features(pdl=False, hopper=False)

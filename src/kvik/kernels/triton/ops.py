@@ -60,7 +60,7 @@ class TritonOps:
     ) -> None:  # fmt: skip
         self._table = table or load_table(torch.cuda.get_device_name(device) if device.type == "cuda" else device.type)
         self._deterministic, self._defer = deterministic, defer
-        self._pdl, self._hopper = Features.of(device) if features is None else features
+        self._pdl, self._hopper, self._shared_bytes = Features.of(device) if features is None else features
         # What the table said, because asking it takes longer than some kernels run.
         self._plans: dict[tuple[str, int, int, int, torch.dtype], Plan] = {}
         self._row_plans: dict[tuple[str, int, int, torch.dtype], RowPlan] = {}
@@ -176,7 +176,10 @@ class TritonOps:
             case = Case(op, m, n, k, str(dtype).removeprefix("torch."))
             # What TMA can address; and gates and ups lie in turns of 8 rows.
             hopper = self._hopper and dtype.itemsize == 2 and n % 8 == k % 8 == 0
-            plan = self._plans[key] = self._table.plan(case, deterministic=self._deterministic, hopper=hopper)
+            plan = self._table.plan(case, deterministic=self._deterministic, hopper=hopper)
+            rows = plan.block_n * (2 if op == "norm_linear_swiglu" else 1) + plan.block_t
+            step_bytes = rows * plan.block_k * dtype.itemsize
+            plan = self._plans[key] = plan.fitting(self._shared_bytes, step_bytes, tma=self._pdl)
         return plan
 
     def _project(
