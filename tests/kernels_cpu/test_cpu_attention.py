@@ -132,6 +132,16 @@ def test_long_contexts_are_split_and_merged() -> None:
             check([20000], [1], (2, 1, 16), kind, ISAS[-1], window)
 
 
+def test_more_chunks_in_a_step_than_a_range_of_items_counts() -> None:
+    num_seqs, length, block_size = 16400, 16384, 64  # 64 chunks each: more than 2^20
+    kv = KVLayer.zeros((length // block_size, 1, block_size, 2), torch.float32, torch.device("cpu"))
+    kv.v[..., 0], kv.v[..., 1] = 1.0, torch.arange(float(block_size))
+    tables = torch.arange(length // block_size).expand(num_seqs, -1)
+    starts, lens = torch.arange(num_seqs + 1), torch.full((num_seqs,), length)
+    got = NativeOps(pool()).attention(torch.zeros(num_seqs, 1, 2), kv, starts, lens, tables, scale=1.0, window=None)
+    torch.testing.assert_close(got, torch.tensor([1.0, (block_size - 1) / 2]).expand(num_seqs, 1, 2))
+
+
 def test_large_scores_keep_their_precision() -> None:
     q, kv, batch = case([300, 200], [300, 1], (4, 2, 64), "bf16")
     got = native(q * 8, kv, batch, NativeOps(pool()), 1.0, None)

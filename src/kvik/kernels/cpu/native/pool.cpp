@@ -237,10 +237,11 @@ bool Pool::next_stage() {
       num_items_ = int((op.width + (1 << 17) - 1) >> 17);
       break;
     default:
-      rows_per_item_ = 1 + job_.rows / kMaxItems;
-      num_items_ = (job_.rows + rows_per_item_ - 1) / rows_per_item_;
+      num_items_ = job_.rows;
   }
-  if (num_items_ >= kMaxItems) std::abort();  // the caller bounds blocks and panels
+  num_units_ = num_items_;
+  units_per_item_ = 1 + num_units_ / kMaxItems;
+  num_items_ = (num_units_ + units_per_item_ - 1) / units_per_item_;
   return true;
 }
 
@@ -309,26 +310,27 @@ int Pool::plan_attention(const KvikOp& op) {
 }
 
 void Pool::execute(int item, Scratch& scratch) {
+  int unit = item * units_per_item_, end = num_units_ - unit < units_per_item_ ? num_units_ : unit + units_per_item_;
+  for (; unit < end; ++unit) execute_unit(unit, scratch);
+}
+
+void Pool::execute_unit(int unit, Scratch& scratch) {
   const KvikOp& op = *job_.op;
-  auto rows_of = [&](auto kernel) {
-    int first = item * rows_per_item_, end = first + rows_per_item_;
-    for (int row = first; row < end && row < job_.rows; ++row) kernel(job_, row, scratch);
-  };
   switch (op.code) {
-    case KVIK_EMBED: return rows_of(kernels_.embed);
+    case KVIK_EMBED: return kernels_.embed(job_, unit, scratch);
     case KVIK_NORM:
-    case KVIK_GATHER_NORM: return rows_of(kernels_.norm);
+    case KVIK_GATHER_NORM: return kernels_.norm(job_, unit, scratch);
     case KVIK_LINEAR:
-      return job_.stage == 0 ? kernels_.linear_prepare(job_, item, scratch) : kernels_.linear_gemm(job_, item, scratch);
-    case KVIK_ROPE_STORE: return rows_of(kernels_.rope_store);
-    case KVIK_ATTENTION: return kernels_.attention(job_, item, scratch);
-    case KVIK_ARGMAX: return rows_of(kernels_.argmax);
-    case KVIK_PACK: return pack_panel(op, item);
-    case KVIK_PACK_QUANTIZED: return pack_panel_quantized(op, item);
-    case KVIK_UNPACK: return unpack_panel(op, item);
-    case KVIK_UNPACK_QUANTIZED: return unpack_panel_quantized(op, item);
+      return job_.stage == 0 ? kernels_.linear_prepare(job_, unit, scratch) : kernels_.linear_gemm(job_, unit, scratch);
+    case KVIK_ROPE_STORE: return kernels_.rope_store(job_, unit, scratch);
+    case KVIK_ATTENTION: return kernels_.attention(job_, unit, scratch);
+    case KVIK_ARGMAX: return kernels_.argmax(job_, unit, scratch);
+    case KVIK_PACK: return pack_panel(op, unit);
+    case KVIK_PACK_QUANTIZED: return pack_panel_quantized(op, unit);
+    case KVIK_UNPACK: return unpack_panel(op, unit);
+    case KVIK_UNPACK_QUANTIZED: return unpack_panel_quantized(op, unit);
     case KVIK_READ: {
-      int64_t begin = int64_t{item} << 17, left = op.width - begin;
+      int64_t begin = int64_t{unit} << 17, left = op.width - begin;
       return kernels_.read(static_cast<const uint8_t*>(op.x) + begin, left < (1 << 17) ? left : (1 << 17));
     }
     case KVIK_PEAK: return kernels_.peak(op.type, op.width, scratch);

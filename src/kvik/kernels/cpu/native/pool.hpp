@@ -43,6 +43,7 @@ class Pool {
   void work(int worker);        // take and do items until the run ends (caller) or for ever (others)
   int take(uint64_t phase, int worker);
   void execute(int item, Scratch& scratch);
+  void execute_unit(int unit, Scratch& scratch);
   void advance(Scratch& scratch);  // only by the worker that finished a stage (or starts the run)
   bool next_stage();
   int plan_prepare(const KvikOp& op);
@@ -68,7 +69,8 @@ class Pool {
 
   // Owned by whoever advances; stable while a stage's items are being done.
   const KvikOp* ops_ = nullptr;
-  int num_ops_ = 0, op_index_ = -1, num_items_ = 0, num_stages_ = 0, rows_per_item_ = 1;
+  int num_ops_ = 0, op_index_ = -1, num_items_ = 0, num_stages_ = 0;
+  int num_units_ = 0, units_per_item_ = 1;  // what kernels count; an item is more than one where a range would overflow
   Job job_;
   Scratch activations_, partials_;
   std::vector<SequencePlan> sequences_;
