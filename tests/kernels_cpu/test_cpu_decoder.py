@@ -302,6 +302,25 @@ def test_many_pools_come_and_go() -> None:
         NativePool(-1)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_threads_that_the_system_does_not_give_are_an_error() -> None:
+    code = """
+import resource, psutil
+from kvik.errors import CapacityError
+from kvik.kernels.cpu.native import NativePool
+limit = psutil.Process().memory_info().vms + (1 << 30)
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    NativePool(4000)
+except CapacityError as error:
+    print(error)
+NativePool(2).close()
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "does not let this process start 4000 threads" in run.stdout, run.stderr
+    assert run.returncode == 0
+
+
 @pytest.mark.parametrize(
     ("isa", "outcome"), [("generic", "generic"), ("avx3", "did you mean 'avx2'"), ("", "".join(ISAS[-1:]))]
 )

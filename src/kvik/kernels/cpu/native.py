@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 from torch import Tensor
 
-from kvik.errors import ConfigError, did_you_mean
+from kvik.errors import CapacityError, ConfigError, did_you_mean
 
 __all__ = [
     "OP_CODES",
@@ -147,7 +147,13 @@ class NativeLibrary:
 
     def create_pool(self, threads: int, isa: str, cores: Sequence[int] | None, spin_ns: int) -> int:
         array = None if cores is None else (ctypes.c_int32 * threads)(*cores)
-        return int(self._lib.kvik_pool_create(threads, self.isa_names.index(isa), array, spin_ns))
+        pool = self._lib.kvik_pool_create(threads, self.isa_names.index(isa), array, spin_ns)
+        if pool is None:
+            raise CapacityError(
+                f"the system does not let this process start {threads} threads; use fewer (--threads), or raise its"
+                " limits (ulimit -u and -v, pids.max of its control group)"
+            )
+        return int(pool)
 
     def destroy_pool(self, pool: int) -> None:
         self._lib.kvik_pool_destroy(pool)

@@ -98,7 +98,11 @@ int32_t kvik_linear_layout(KvikLinear* w) {
 }
 
 void* kvik_pool_create(int32_t threads, int32_t isa, const int32_t* cores, int64_t spin_ns) {
-  return new kvik::Pool(threads, isa, cores, spin_ns);
+  try {
+    return new kvik::Pool(threads, isa, cores, spin_ns);
+  } catch (const std::exception&) {
+    return nullptr;
+  }
 }
 void kvik_pool_destroy(void* pool) { delete static_cast<kvik::Pool*>(pool); }
 void kvik_run(void* pool, const KvikOp* ops, int32_t num_ops, const KvikStep* step) {

@@ -85,6 +85,7 @@ const char* kvik_isa_name(int32_t level);   // null past the last level
 int32_t kvik_linear_layout(KvikLinear* linear);  // fills panels, blocks, words, panel_bytes; 0 when it cannot be packed
 
 // A pool of `threads` workers, the caller being the first. cores[i] is the CPU of worker i; null leaves threads unpinned.
+// Returns null where the system does not give that many threads.
 void* kvik_pool_create(int32_t threads, int32_t isa, const int32_t* cores, int64_t spin_ns);
 void kvik_pool_destroy(void* pool);
 void kvik_run(void* pool, const KvikOp* ops, int32_t num_ops, const KvikStep* step);

@@ -62,22 +62,30 @@ Pool::Pool(int threads, int isa, const int32_t* cores, int64_t spin_ns)
   if (cores) cores_.assign(cores, cores + threads_);
   ranges_.reset(new Range[threads_]);
   workers_.reset(new Worker[threads_]);
-  for (int w = 1; w < threads_; ++w) {
-    workers_[w].thread = std::thread([this, w] {
-      pin(w);
-      workers_[w].placement.attach();
-      work(w);
-    });
+  try {
+    for (int w = 1; w < threads_; ++w) {
+      workers_[w].thread = std::thread([this, w] {
+        pin(w);
+        workers_[w].placement.attach();
+        work(w);
+      });
+    }
+  } catch (...) {
+    end_threads();
+    throw;
   }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { end_threads(); }
+
+void Pool::end_threads() {
   {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
     stop_.store(true);
   }
   sleep_.notify_all();
-  for (int w = 1; w < threads_; ++w) workers_[w].thread.join();
+  for (int w = 1; w < threads_; ++w)
+    if (workers_[w].thread.joinable()) workers_[w].thread.join();
 }
 
 void Pool::pin(int worker) const {

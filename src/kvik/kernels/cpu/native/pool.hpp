@@ -24,7 +24,7 @@ namespace kvik {
 
 class Pool {
  public:
-  Pool(int threads, int isa, const int32_t* cores, int64_t spin_ns);
+  Pool(int threads, int isa, const int32_t* cores, int64_t spin_ns);  // throws where the system has no more threads
   ~Pool();
   void run(const KvikOp* ops, int num_ops, const KvikStep* step);
   void profile(double* seconds);
@@ -40,6 +40,7 @@ class Pool {
     std::atomic<bool> waits{true};  // it holds nothing that others wait for
   };
 
+  void end_threads();
   void work(int worker);        // take and do items until the run ends (caller) or for ever (others)
   int take(uint64_t phase, int worker);
   void execute(int item, Scratch& scratch);
