@@ -183,6 +183,14 @@ def extra(state: dict[str, Tensor]) -> None:
     state["model.layers.0.extra_scale"] = torch.zeros(1)
 
 
+def broken_scale(state: dict[str, Tensor]) -> None:
+    state[f"{Q_PROJ}_scale"].view(-1)[3] = float("nan")
+
+
+def endless_scale(state: dict[str, Tensor]) -> None:
+    state[f"{Q_PROJ}_scale"].view(-1)[3] = float("inf")
+
+
 @pytest.mark.parametrize("fmt", ["int8", "int4"])
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -192,6 +200,8 @@ def extra(state: dict[str, Tensor]) -> None:
         (short_scale, r"1 misshaped: model.layers.1.self_attn.q_proj.weight_scale \(expected"),
         (plain_weight, r"q_proj.weight in .* is float32: Kvik loads u?int8 there"),
         (extra, r"1 unexpected: model.layers.0.extra_scale"),
+        (broken_scale, r"model.layers.1.self_attn.q_proj.weight_scale holds NaN or infinity"),
+        (endless_scale, r"model.layers.1.self_attn.q_proj.weight_scale holds NaN or infinity"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -36,7 +36,7 @@ from kvik.models.weights import (
     parameter_shapes,
     random_fill,
 )
-from kvik.quantization.formats import StoredQuantization
+from kvik.quantization.formats import SCALE_SUFFIX, StoredQuantization
 from kvik.quantization.loading import (
     PackQuantized,
     build_quantized_weights,
@@ -120,7 +120,7 @@ def load_weights(
         def fill(views: Mapping[str, Tensor]) -> None:
             for name, view in views.items():
                 read_values(checkpoint, name, view)
-                if finite:
+                if finite or name.endswith(SCALE_SUFFIX):  # which kernels would make finite
                     check_finite(name, view)
                 bar.update()
 
@@ -190,9 +190,9 @@ def build_weights(
 
 
 def check_finite(name: str, weight: Tensor) -> None:
-    """Raise ModelLoadError for NaN or infinity in a weight that is to be rounded, which might hide them."""
+    """Raise ModelLoadError for NaN or infinity where they might be hidden: in a weight to be rounded, or in a scale."""
     if not weight.sum(dtype=torch.float32).isfinite():
-        raise ModelLoadError(f"{name} holds NaN or infinity, so it cannot be quantised; download the checkpoint again")
+        raise ModelLoadError(f"{name} holds NaN or infinity, as no quantised weight can; download or make it again")
 
 
 def open_checkpoint(
