@@ -210,6 +210,15 @@ def test_garbage_and_truncated_bin(model: Path) -> None:
         fails(model, "or corrupt", "pt")
 
 
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(("old", "new"), [(b"model.norm", b"\xffodel.norm"), (b"q\x01", b"hc")])
+def test_a_bin_with_other_bytes(model: Path, old: bytes, new: bytes, zipped: bool) -> None:
+    torch.save(load_file_of_ones(), model / "pytorch_model.bin", _use_new_zipfile_serialization=zipped)
+    whole = (model / "pytorch_model.bin").read_bytes()
+    (model / "pytorch_model.bin").write_bytes(whole.replace(old, new))
+    fails(model, "or corrupt", "pt")
+
+
 def load_file_of_ones() -> dict[str, Tensor]:
     return {"model.norm.weight": torch.ones(64, 64)}
 

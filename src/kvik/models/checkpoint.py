@@ -16,10 +16,10 @@ from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
-from kvik.errors import ModelLoadError
+from kvik.errors import KvikError, ModelLoadError
 from kvik.models.hub import unreadable
 
 __all__ = ["Checkpoint", "TensorInfo", "find_checkpoint"]
@@ -144,7 +144,9 @@ def _readable(file: Path) -> Iterator[None]:
         raise ModelLoadError(f"{file} {hint}") from error
     except PermissionError as error:
         raise unreadable(file, error) from error
-    except (SafetensorError, EOFError, OSError, RuntimeError) as error:
+    except (KvikError, MemoryError):
+        raise
+    except Exception as error:  # a damaged pickle makes torch raise almost anything
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         size = f"{file.stat().st_size} bytes"
         raise ModelLoadError(f"{file} ({size}) is truncated or corrupt ({reason}); download it again") from error
