@@ -24,6 +24,7 @@ from engine_runs import options_for
 from kvik import LLM, ModelLoadError
 from kvik.cli.main import main
 from kvik.kernels.cpu import native
+from kvik.quantization.writer import staged
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,27 @@ def test_places_that_are_refused(
     assert message in capsys.readouterr().err
     assert left_in(clean) == before
     assert (clean / "notes" / "diary.txt").is_file()
+
+
+def test_a_mount_point_is_refused_before_the_work(
+    tiny: Path, clean: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (clean / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == clean / "out")
+    assert main(["quantize", str(tiny), str(clean / "out"), "--quantization", "int8"]) == 2
+    assert f"out is a mount point, which nothing can take the place of; choose {clean / 'out' / 'model'}" in (
+        capsys.readouterr().err
+    )
+
+
+def test_two_that_make_the_same_folder_leave_each_other_alone(clean: Path) -> None:
+    with staged(clean / "out") as first:
+        (first / "config.json").write_text("first")
+        with staged(clean / "out") as second:  # with the same process id, as in two containers
+            (second / "config.json").write_text("second")
+        assert (clean / "out" / "config.json").read_text() == "second"
+    assert (clean / "out" / "config.json").read_text() == "first"
+    assert left_in(clean) == {"out"}
 
 
 @pytest.mark.parametrize(

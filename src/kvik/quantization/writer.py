@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ def check_out(out: Path, model: Path, *, force: bool) -> None:
         return
     if out.is_symlink() or not out.is_dir():
         raise ConfigError(f"{out} exists and is not a folder; choose another name")
+    if os.path.ismount(out):
+        raise ConfigError(f"{out} is a mount point, which nothing can take the place of; choose {out / 'model'}, say")
     if not any(out.iterdir()):
         return
     if not force:
@@ -53,17 +56,17 @@ def check_out(out: Path, model: Path, *, force: bool) -> None:
 @contextmanager
 def staged(out: Path) -> Iterator[Path]:
     """A new folder that takes the place of `out` at the end, and is removed if anything is raised."""
-    staging = out.with_name(f".{out.name}.{os.getpid()}.partial")
-    old = out.with_name(f".{out.name}.{os.getpid()}.old")
+    own = secrets.token_hex(4)  # and not the process id, which others have in containers of their own
+    staging, old = (out.with_name(f".{out.name}.{own}.{kind}") for kind in ("partial", "old"))
+    staging.mkdir()
     try:
-        staging.mkdir()
         yield staging
-        if out.exists():
-            out.rename(old)
         try:
+            if out.exists():
+                out.rename(old)
             staging.rename(out)
         except BaseException:
-            if old.exists():
+            if old.exists() and not out.exists():
                 old.rename(out)
             raise
     finally:
