@@ -12,8 +12,9 @@ namespace kvik {
 #if defined(__linux__)
 
 void Placement::attach() {
-  thread_ = pid_t(syscall(SYS_gettid));
-  if (pthread_getcpuclockid(pthread_self(), &clock_) != 0) thread_ = 0;
+  clockid_t clock;
+  thread_ = pthread_getcpuclockid(pthread_self(), &clock) == 0 ? pid_t(syscall(SYS_gettid)) : 0;
+  if (thread_ != 0) clock_ = clock;
   state_.store(kFree, std::memory_order_release);
 }
 

@@ -35,8 +35,8 @@ class Placement {
  private:
 #if defined(__linux__)
   enum State { kDetached, kFree, kPulling, kPulled };
-  pid_t thread_ = 0;
-  clockid_t clock_ = 0;
+  std::atomic<pid_t> thread_{0};  // and the clock may be read while the next caller attaches
+  std::atomic<clockid_t> clock_{0};
   cpu_set_t allowed_{};  // valid while it is pulled
   std::atomic<int> state_{kDetached};
 #endif
