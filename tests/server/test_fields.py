@@ -142,6 +142,27 @@ def test_refused_fields_are_named(http: httpx.Client, name: str, field: str) -> 
     assert field not in BODIES[name]["properties"]
 
 
+@pytest.mark.parametrize(
+    ("name", "fields", "refused"),
+    [
+        ("completions", {"n": 2, "best_of": 2}, None), ("completions", {"best_of": 1}, None),
+        ("completions", {"n": 2, "best_of": 1}, "best_of"), ("completions", {"best_of": 2}, "best_of"),
+        ("completions", {"best_of": True}, "best_of"), ("generate", {"n": 2, "best_of": 2}, None),
+        ("chat", {"functions": [], "function_call": "none", "modalities": ["text"]}, None),
+        ("chat", {"function_call": "auto"}, "function_call"),
+        ("responses", {"top_logprobs": 0, "truncation": "disabled", "include": []}, None),
+        ("responses", {"top_logprobs": 1}, "top_logprobs"),
+    ],
+)  # fmt: skip
+def test_refused_fields_may_ask_for_what_happens_anyway(
+    http: httpx.Client, name: str, fields: dict[str, Any], refused: str | None
+) -> None:
+    answer = http.post(REFUSING[name], json={**LEAST.get(name, TEXT), **fields})
+    body = answer.json()
+    assert (body.get("error") or {}).get("param") == refused and answer.status_code == (400 if refused else 200), body
+    assert "warnings" not in body
+
+
 def test_tools_reach_the_template_or_are_refused(http: httpx.Client) -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}]
     shown = http.post(PATHS["chat"], json={**CHAT, "tools": tools, "tool_choice": "auto"}).json()

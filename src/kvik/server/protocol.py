@@ -31,7 +31,7 @@ __all__ = [
 REFUSED: Mapping[str, str] = MappingProxyType(
     {
         "audio": "this server generates text only",
-        "best_of": "use n and choose yourself",
+        "best_of": "all n completions are given; use n, and choose yourself",
         "chat_template": "templates come from the operator (--chat-template), not from requests",
         "function_call": "use tools, which the chat template shows to the model",
         "functions": "use tools, which the chat template shows to the model",
@@ -157,7 +157,8 @@ def check_limits(params: SamplingParams, num_prompts: int, config: ServerConfig)
 def refuse(body: Body, *, chat: bool) -> None:
     """Raise RequestError for a field of REFUSED; drop one that asks for what happens anyway."""
     neutral: dict[str, Any] = {
-        "best_of": 1, "suffix": "", "modalities": ["text"], "tools": [], "use_beam_search": False,
+        "best_of": body.fields.get("n", 1), "functions": [], "function_call": "none", "suffix": "",
+        "modalities": ["text"], "tools": [], "use_beam_search": False,
     }  # fmt: skip
     if not chat:
         neutral["tool_choice"] = "none"

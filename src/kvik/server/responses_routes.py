@@ -52,7 +52,7 @@ _REFUSED: Mapping[str, str] = MappingProxyType(
     }
 )
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = MappingProxyType(
-    {"background": (False,), "include": ([],), "truncation": ("disabled",)}
+    {"background": (False,), "include": ([],), "top_logprobs": (0,), "truncation": ("disabled",)}
 )
 
 
