@@ -353,7 +353,9 @@ class LegacyLogprobs:
         }
 
     def _top(self, item: TokenLogprobs) -> dict[str, float]:
-        return {_legacy_token(token_id, self._tokenizer): _finite(logprob) for token_id, logprob in item.top}
+        """The likeliest tokens, and the token itself where it is none of them, as OpenAI gives it."""
+        items = dict((*item.top, (item.token_id, item.logprob)))
+        return {_legacy_token(token_id, self._tokenizer): _finite(logprob) for token_id, logprob in items.items()}
 
     def _offset(self, token_id: int) -> int:
         offset = self._length

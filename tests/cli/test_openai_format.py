@@ -14,6 +14,7 @@ from kvik.sampling_params import SamplingParams
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BASE = SamplingParams(top_k=5, temperature=0.7)
+COLUMNS = ("tokens", "token_logprobs", "top_logprobs")
 
 
 def completion(**body: Any) -> OpenAIRequest:
@@ -126,7 +127,18 @@ def test_completion_response(engine: LLMEngine) -> None:
     assert {len(column) for column in logprobs.values()} == {18}
     assert logprobs["tokens"][:2] == ["Once", " upon"] and logprobs["text_offset"][:3] == [0, 4, 9]
     assert logprobs["token_logprobs"][0] is None and logprobs["top_logprobs"][0] is None
-    assert all(len(top) == 2 for top in logprobs["top_logprobs"][1:])
+    for token, logprob, top in zip(*(logprobs[name][1:] for name in COLUMNS), strict=True):
+        assert top[token] == logprob and len(top) == (2 if logprob >= sorted(top.values())[-2] else 3)
+
+
+def test_the_token_itself_is_among_the_likeliest_of_a_completion(engine: LLMEngine) -> None:
+    """As OpenAI has it, so that there may be one more than was asked for; a chat has it beside them."""
+    options = {"seed": 1, "ignore_eos": True, "max_tokens": 8}
+    (choice,) = answer(engine, completion(prompt="Once upon", logprobs=0, **options))["choices"]
+    tokens, values, tops = (choice["logprobs"][name] for name in COLUMNS)
+    assert tops == [{token: value} for token, value in zip(tokens, values, strict=True)]
+    (choice,) = answer(engine, chat(logprobs=True, **options))["choices"]
+    assert [item["top_logprobs"] for item in choice["logprobs"]["content"]] == [[]] * 8
 
 
 def test_chat_response(engine: LLMEngine) -> None:
