@@ -85,6 +85,19 @@ def test_completions_stream_equals_whole(client: OpenAI, echo: bool) -> None:
         assert choice.text.startswith(options["prompt"][choice.index // 2]) == echo  # type: ignore[index]
 
 
+@pytest.mark.parametrize("chat", [True, False])
+def test_every_chunk_counts_the_whole_prompt(client: OpenAI, chat: bool) -> None:
+    options: dict[str, Any] = {"model": "tiny", "max_tokens": 4, "seed": 3, "n": 2}
+    options["messages" if chat else "prompt"] = CHAT if chat else ["Once upon", "the quick brown fox"]
+    create: Any = client.chat.completions.create if chat else client.completions.create
+    whole = create(**options).usage
+    usage = {"continuous_usage_stats": True, "include_usage": True}
+    stream = list(create(**options, stream=True, stream_options=usage))
+    assert {chunk.usage.prompt_tokens for chunk in stream} == {whole.prompt_tokens}
+    counts = [chunk.usage.completion_tokens for chunk in stream]
+    assert counts == sorted(counts) and counts[-1] == whole.completion_tokens and (counts[0] == 0) == chat
+
+
 def test_completions_defaults_and_ids(client: OpenAI) -> None:
     answer = client.completions.create(model="tiny", prompt=[5, 6, 7], temperature=0, extra_body={"ignore_eos": True})
     assert answer.usage is not None and (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 16)

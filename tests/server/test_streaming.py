@@ -32,7 +32,7 @@ def stream(text: str, *, chat: bool, **fields: Any) -> list[dict[str, Any]]:
     prompt = {"messages": [{"role": "user", "content": "x"}]} if chat else {"prompt": "x"}
     body = {**prompt, "stream": True, "n": 2, **fields}
     served = parse(body, chat=chat, base=SamplingParams(), overrides={}, model=ModelSyntax(), strict=False)
-    chunks = Chunks(served, "id", 1, 'na"me', "print", TOKENIZER)
+    chunks = Chunks(served, "id", 1, 'na"me', "print", TOKENIZER, [1])
     request = Request(request_id="r", prompt_token_ids=(5,), params=served.request.params, seed=1)
     processor = OutputProcessor(TOKENIZER)
     processor.add(request)

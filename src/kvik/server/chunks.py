@@ -8,11 +8,11 @@ the last chunk of the choice.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from kvik.openai_format import LegacyLogprobs, chat_logprob, usage_body
-from kvik.outputs import CompletionOutput
+from kvik.outputs import CompletionOutput, Usage
 from kvik.server.call_readers import Arguments
 from kvik.server.protocol import ServedRequest
 from kvik.server.reply_parser import Content, ReplyParser, ToolCall
@@ -46,7 +46,14 @@ class Chunks:
     """Makes the events of one stream."""
 
     def __init__(
-        self, served: ServedRequest, reply_id: str, created: int, model: str, fingerprint: str, tokenizer: Tokenizer
+        self,
+        served: ServedRequest,
+        reply_id: str,
+        created: int,
+        model: str,
+        fingerprint: str,
+        tokenizer: Tokenizer,
+        prompt_lengths: Sequence[int],
     ) -> None:
         self._served = served
         self._tokenizer = tokenizer
@@ -54,6 +61,7 @@ class Chunks:
         params = served.request.params
         self._n = params.n
         self._requests: dict[int, OpenRequest] = {}
+        self._usages = [Usage(prompt_tokens=length, completion_tokens=0) for length in prompt_lengths]
         self._warnings: dict[str, Any] = {"warnings": list(served.warnings)} if served.warnings else {}
         # Whether chunks that say nothing of an end differ in their text only.
         self._same_frame = not (served.continuous_usage or served.return_token_ids or params.logprobs is not None)
@@ -189,4 +197,6 @@ class Chunks:
     def _usage(self) -> dict[str, Any]:
         reasons = self._syntax is not None and self._syntax.field is not None
         num_reasoning = sum(choice.num_reasoning for choice in self._choices) if reasons else None
-        return usage_body([request.usage for request in self._requests.values()], num_reasoning)
+        for place, request in self._requests.items():
+            self._usages[place] = request.usage
+        return usage_body(self._usages, num_reasoning)

@@ -51,6 +51,7 @@ class Generation:
         self._pushed_at = 0.0
         self._error: ApiError | None = None
         self._num_left = len(requests)
+        self.prompt_lengths = tuple(len(request.prompt_token_ids) for request in requests)
         self.unfinished = set(self._places)
         self.timer: asyncio.TimerHandle | None = None
 

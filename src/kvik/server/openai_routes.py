@@ -67,7 +67,8 @@ async def _complete(http: Request, *, chat: bool) -> Response:
         names=served.request.names,
     )
     if served.request.stream:
-        chunks = Chunks(served, reply_id, int(time.time()), model, service.ready.fingerprint, frontend.tokenizer)
+        head = (reply_id, int(time.time()), model, service.ready.fingerprint)
+        chunks = Chunks(served, *head, frontend.tokenizer, generation.prompt_lengths)
         interval = service.config.stream_interval
         writer = http.scope.get("extensions", {}).get(WRITER)
         if writer is not None and not interval and len(prompts) == served.request.params.n == 1:
