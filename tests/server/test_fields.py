@@ -15,6 +15,7 @@ from kvik.server.openapi import BODIES, NO_EFFECT
 from kvik.server.protocol import IGNORED, REFUSED
 
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Hello there"}], "seed": 7, "max_tokens": 24}
+MESSAGES = {"messages": CHAT["messages"]}
 TEXT: dict[str, Any] = {"prompt": "Hello there", "seed": 7, "max_tokens": 24}
 PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -204,6 +205,21 @@ def test_unknown_fields(http: httpx.Client, strict: httpx.Client) -> None:
 def test_a_text_or_a_conversation_is_tokenised(http: httpx.Client, fields: dict[str, Any]) -> None:
     answer = http.post("/tokenize", json=fields)
     assert answer.status_code == 400 and "one of the two" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "warning"),
+    [
+        ({**MESSAGES, "add_special_tokens": False}, "add_special_tokens has no effect beside messages"),
+        ({"prompt": "x", "add_generation_prompt": True}, "add_generation_prompt has no effect beside a prompt"),
+    ],
+)
+def test_fields_of_a_text_mean_nothing_to_a_conversation(
+    http: httpx.Client, strict: httpx.Client, fields: dict[str, Any], warning: str
+) -> None:
+    """They are known, so that nobody is told to write the same name."""
+    assert http.post("/tokenize", json=fields).json()["warnings"] == [warning]
+    assert strict.post("/tokenize", json=fields).json()["warnings"] == [warning]
 
 
 def test_many_unknown_fields_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,10 +72,10 @@ class Body:
         """Remove and return the fields of these names that are there, unchecked."""
         return {name: self.fields.pop(name) for name in names if name in self.fields}
 
-    def ignore(self, names: Iterable[str]) -> None:
+    def ignore(self, names: Iterable[str], where: str = "on this server") -> None:
         """Take fields that have no effect here, and say so."""
         for name in self.take_all(names):
-            self.warnings.append(f"{name} has no effect on this server")
+            self.warnings.append(f"{name} has no effect {where}")
 
     def refuse(self, reasons: Mapping[str, str]) -> None:
         """Raise RequestError for a field that asks for what this server does not do."""

@@ -30,9 +30,11 @@ async def tokenize(request: Request) -> Response:
     if (text is None) == ("messages" not in body.fields):
         raise RequestError("give a text as prompt, or a conversation as messages: one of the two", "prompt")
     if text is None:
+        body.ignore(("add_special_tokens",), "beside messages")
         prompt = await _render(service, body, request)
         ids = list(prompt.token_ids)
     else:
+        body.ignore(BODIES["apply_template"]["properties"], "beside a prompt")
         special = body.take("add_special_tokens", bool, True)
         ids = await service.run(lambda: frontend.tokenizer.encode(text, special), len(text))
     warnings = body.finish(BODIES["tokenize"]["properties"], strict=service.config.strict)
