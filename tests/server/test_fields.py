@@ -256,6 +256,28 @@ def test_items_that_are_none(http: httpx.Client, items: list[Any]) -> None:
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "input"
 
 
+NESTED = {"type": "function", "function": {"name": "f"}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "words"),
+    [
+        ({"input": []}, "input", "input is empty"),
+        ({"input": [{"content": "x"}], "instructions": "Be brief"}, "input", "input[0].role"),
+        ({"input": [{"role": "user"}], "instructions": "Be brief"}, "input", "input[0].content"),
+        ({"input": [{"role": "user", "content": 5}]}, "input", "input[0].content"),
+        ({"input": "x", "tools": [NESTED]}, "tools", 'tools[0] must be {"type": "function", "name": ...}'),
+        ({"input": "x", "tools": [{"type": "function"}]}, "tools", '"name": ...'),
+    ],
+)
+def test_errors_of_responses_speak_of_their_own_fields(
+    http: httpx.Client, fields: dict[str, Any], param: str, words: str
+) -> None:
+    answer = http.post("/v1/responses", json=fields)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["param"] == param and words in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("field", "value", "more"),
     [

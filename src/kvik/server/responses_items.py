@@ -31,6 +31,8 @@ def messages_of(given: Any, instructions: str | None) -> list[dict[str, Any]]:
         if not isinstance(kind, str) or kind not in _READERS:
             raise RequestError(f"input[{place}] is no item of {', '.join(_READERS)}; others are not supported", "input")
         _join(messages, _READERS[kind](item, f"input[{place}]"))
+    if not messages:
+        raise RequestError("input is empty; give at least one item", "input")
     return messages
 
 
@@ -51,7 +53,9 @@ def _message(item: dict[str, Any], where: str) -> dict[str, Any]:
     content = item.get("content")
     if isinstance(content, list):
         content = [{"type": "text", "text": _text(part, f"{where}.content")} for part in content]
-    return {"role": item.get("role"), "content": content}
+    elif not isinstance(content, str):
+        raise RequestError(f"{where}.content must be a text or a list of parts of text", "input")
+    return {"role": _string(item, "role", where), "content": content}
 
 
 def _text(part: Any, where: str) -> str:
@@ -103,6 +107,8 @@ def chat_tools(tools: list[Any]) -> list[dict[str, Any]]:
     for place, tool in enumerate(tools):
         if not isinstance(tool, dict) or tool.get("type") != "function":
             raise RequestError(f"tools[{place}] is not a function; this server runs no tools of its own", "tools")
+        if not isinstance(tool.get("name"), str):
+            raise RequestError(f'tools[{place}] must be {{"type": "function", "name": ...}}', "tools")
         function = {name: value for name, value in tool.items() if name != "type"}
         found.append({"type": "function", "function": function})
     return found

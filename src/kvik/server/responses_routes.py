@@ -150,7 +150,8 @@ async def responses(request: Request) -> Response:
     }
     response_id, frontend = f"resp_{uuid.uuid4().hex}", service.frontend
     options = {"tools": tools.shown, "chat_template_kwargs": variables}
-    prompt = await service.run(lambda: frontend.render_chat(messages, **options), len(await request.body()))
+    with blaming({"messages": "input"}):
+        prompt = await service.run(lambda: frontend.render_chat(messages, **options), len(await request.body()))
     syntax = syntax.after(prompt.text, params)
     params = syntax.params_of(params, frontend.tokenizer)
     names["structured_outputs"] = syntax.cause or "text"
