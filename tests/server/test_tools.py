@@ -15,7 +15,7 @@ from scripted_server import Scripted, scripted_server
 
 from kvik.server.reply_parser import ReplyParser
 from kvik.server.reply_syntax import ModelSyntax
-from kvik.server.responses_items import OutputItems
+from kvik.server.responses_items import OutputItems, messages_of
 from kvik.server.tool_formats import TOOL_FORMATS
 from kvik.server_config import ServerConfig
 from kvik.structured.grammars import available
@@ -313,6 +313,15 @@ def test_what_the_server_said_can_be_sent_back(qwen: Scripted) -> None:
         response = client.responses.create(model="tiny", input=items, tools=flat)  # type: ignore[call-overload]
     count = len(qwen.tokenizer.encode(prompt, add_special_tokens=False))
     assert response.usage.input_tokens == count
+
+
+def test_no_item_of_reasoning_is_lost() -> None:
+    thoughts = [{"type": "reasoning", "summary": [{"type": "summary_text", "text": text}]} for text in ("Hm.", "Ah.")]
+    call = {"type": "function_call", "call_id": "call_1", "name": "now", "arguments": "{}"}
+    (message,) = messages_of([*thoughts, call], None)
+    assert message["reasoning_content"] == "Hm.\nAh." and len(message["tool_calls"]) == 1
+    (message,) = messages_of([*thoughts, {"role": "assistant", "content": "Yes"}], None)
+    assert (message["reasoning_content"], message["content"]) == ("Hm.\nAh.", "Yes")
 
 
 def test_responses_have_items_of_reasoning_text_and_calls(qwen: Scripted) -> None:

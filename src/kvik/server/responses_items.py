@@ -44,7 +44,8 @@ def _join(messages: list[dict[str, Any]], new: dict[str, Any]) -> None:
             last.setdefault("tool_calls", []).extend(new["tool_calls"])
             return
         if last["content"] == "" and last.keys() == _REASONING_ONLY:
-            last.update(new)
+            thoughts = (last["reasoning_content"], new.get("reasoning_content"))
+            last.update(new, reasoning_content="\n".join(filter(None, thoughts)))
             return
     messages.append(new)
 
