@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from openai import OpenAI
@@ -147,6 +148,24 @@ def test_responses_stream(client: OpenAI) -> None:
     text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
     final = events[-1]
     assert final.type == "response.incomplete" and final.response.output_text == text
+
+
+@pytest.mark.parametrize("what", ["retrieve", "delete", "cancel", "input_items.list"])
+def test_stored_responses_are_told_not_to_be_there(client: OpenAI, what: str) -> None:
+    responses = client.responses
+    call = responses.input_items.list if "." in what else getattr(responses, what)
+    with pytest.raises(openai.NotFoundError, match="keeps no responses") as missing:
+        call("resp_1")
+    assert missing.value.code == "response_not_found"
+
+
+@pytest.mark.parametrize("path", ["/chat/completions", "/v1/chat/completions/", "/v1/chat/completion"])
+def test_a_path_that_is_not_there_is_told_the_nearest(client: OpenAI, served: Served, path: str) -> None:
+    answer = httpx.post(served.url + path, json={})
+    assert answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
+    assert "'/v1/chat/completions'" in answer.json()["error"]["message"]
+    with pytest.raises(openai.NotFoundError, match="did you mean '/v1/chat/completions'"):
+        OpenAI(base_url=served.url, api_key="x").chat.completions.create(model="tiny", messages=CHAT)  # type: ignore[arg-type]
 
 
 def test_error_classes(client: OpenAI, served: Served, guarded: Served) -> None:

@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp
 
 from kvik import __version__
-from kvik.errors import KvikError
+from kvik.errors import KvikError, did_you_mean
 from kvik.server import embeddings_routes, openai_routes, ops_routes, plain_routes, responses_routes, text_routes
 from kvik.server.errors import ApiError, to_api_error
 from kvik.server.gate import PUBLIC, Gate
@@ -90,7 +90,9 @@ def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405 of the router."""
     assert isinstance(error, HTTPException)
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
-    message = f"{request.method} {request.url.path}: {error.detail}"
+    path, app = request.url.path, request.app
+    near = did_you_mean(path, app.openapi()["paths"]) if error.status_code == HTTPStatus.NOT_FOUND else ""
+    message = f"{request.method} {path}: {error.detail}{near}"
     reply = error_reply(ApiError(error.status_code, message, code=code))
     reply.headers.update(error.headers or {})
     return reply

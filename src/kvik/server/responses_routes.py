@@ -24,7 +24,7 @@ from kvik.outputs import FinishReason, RequestOutput
 from kvik.sampling_params import StructuredOutputsParams
 from kvik.server.body import Body, read_json
 from kvik.server.engine_client import Generation
-from kvik.server.errors import ApiError, failure_of
+from kvik.server.errors import ApiError, failure_of, not_found
 from kvik.server.openapi import BODIES, operation
 from kvik.server.protocol import IGNORED, effort_variables, refuse, refuse_both, take_syntax, take_tools
 from kvik.server.replies import json_reply
@@ -169,6 +169,14 @@ async def responses(request: Request) -> Response:
         patience=service.config.slow_client_timeout,
         on_error=lambda error: events.make("response.failed", response=answer.response("failed", error=error)),
     )
+
+
+@router.get("/v1/responses/{response_id:path}", response_model=None, include_in_schema=False)
+@router.delete("/v1/responses/{response_id:path}", response_model=None, include_in_schema=False)
+@router.post("/v1/responses/{response_id}/cancel", response_model=None, include_in_schema=False)
+async def stored(response_id: str) -> Response:
+    """A response of earlier."""
+    raise not_found(f"there is no response {show(response_id)} here: {_STATE}", "response_not_found")
 
 
 def _refuse(body: Body) -> None:
