@@ -191,6 +191,11 @@ class StructuredOutputsParams:
         """The name of the field that was given."""
         return self._given[0]
 
+    @property
+    def is_json(self) -> bool:
+        """Whether the text has to be JSON."""
+        return self.kind in ("json", "json_object")
+
 
 def _structured(value: Any) -> StructuredOutputsParams:
     name = "structured_outputs"

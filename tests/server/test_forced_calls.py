@@ -114,6 +114,30 @@ def test_responses_are_forced_too(forced: Served) -> None:
         check([(item.name, item.arguments)], {"add"})
 
 
+def test_a_model_that_may_call_calls_or_answers_in_json(forced: Served) -> None:
+    """What agents with a type of output ask for: calls, and JSON in the end."""
+    schema = {"type": "object", "properties": {"yes": {"type": "boolean"}}, "required": ["yes"], **KINDS}
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    options: dict[str, Any] = {"model": "tiny", "messages": USER, "tools": TOOLS[:2], "response_format": form, "n": 16}
+    options.update(parallel_tool_calls=False, seed=1, max_tokens=300, temperature=2, logit_bias={"0": 3})
+    with OpenAI(base_url=f"{forced.url}/v1", api_key="none", max_retries=0, timeout=60) as client:
+        choices = client.chat.completions.create(**options).choices
+    for choice in choices:
+        if choice.finish_reason == "tool_calls":
+            check(calls_of(choice.message.model_dump()), {"add", "wetter_größe"})
+        else:
+            assert choice.finish_reason == "stop"
+            jsonschema_rs.validator_for(schema).validate(json.loads(choice.message.content or ""))
+    assert {choice.finish_reason for choice in choices} == {"stop", "tool_calls"}
+
+
+def test_other_texts_than_json_leave_no_room_for_calls(forced: Served) -> None:
+    body = {"messages": USER, "tools": TOOLS, "structured_outputs": {"choice": ["yes", "no"]}}
+    answer = httpx.post(f"{forced.url}/v1/chat/completions", json=body).json()
+    assert answer["choices"][0]["message"]["content"] in ("yes", "no")
+    assert "tools cannot be called: choice says what the text has to be" in answer["warnings"]
+
+
 @pytest.mark.parametrize("special", [False, True], ids=["plain mark", "special mark"])
 def test_a_model_thinks_before_it_does_what_it_must(tmp_path: Path, special: bool) -> None:
     folder = make_tiny(tmp_path / "tiny")

@@ -1,4 +1,4 @@
-"""Calls that a request insists on: which functions its `tool_choice` names, and the grammar of calls of them.
+"""Calls in grammars: which functions a request insists on by its `tool_choice`, and what calls of functions look like.
 
 The grammar is that of the model's own format, so that what the model writes is what it has learnt to write and what the
 parser of answers reads. Names and brackets are fixed to the byte; arguments follow the schema of their function.
@@ -15,7 +15,7 @@ from kvik.fields import show
 from kvik.sampling_params import MAX_STRUCTURE, StructuredOutputsParams
 from kvik.server.forced_markup import MarkupArguments, literal, plain_name
 from kvik.server.tool_formats import ToolFormat
-from kvik.structured.grammars import json_rule
+from kvik.structured.grammars import answer_rule, json_rule
 from kvik.text.tokenizer import Tokenizer
 
 __all__ = ["call_grammar", "chosen_functions"]
@@ -48,11 +48,19 @@ def chosen_functions(choice: Any, functions: Sequence[dict[str, Any]]) -> list[d
 
 
 def call_grammar(
-    form: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, many: bool
+    form: ToolFormat,
+    functions: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    many: bool,
+    answer: StructuredOutputsParams | None = None,
 ) -> StructuredOutputsParams:
-    """One call of one of the functions, or with `many` one after the other. Raises RequestError for wrong schemas."""
+    """One call of one of the functions, or with `many` one after the other; or the JSON of `answer`, if it is given.
+
+    Raises RequestError for wrong schemas.
+    """
     rules, size = dict[str, None](), 0
-    for rule in _rules(form, functions, tokenizer, many=many):
+    for rule in _rules(form, functions, tokenizer, many=many, answer=answer):
         if rule not in rules:
             rules[rule], size = None, size + len(rule) + 1
         if size > MAX_STRUCTURE + 1:  # told at once: a few tools can make a hundred million
@@ -61,11 +69,20 @@ def call_grammar(
 
 
 def _rules(
-    form: ToolFormat, functions: Sequence[Mapping[str, Any]], tokenizer: Tokenizer, *, many: bool
+    form: ToolFormat,
+    functions: Sequence[Mapping[str, Any]],
+    tokenizer: Tokenizer,
+    *,
+    many: bool,
+    answer: StructuredOutputsParams | None,
 ) -> Iterator[str]:
     opening, between, closing = (_literal(text, form, tokenizer) for text in form.layout)
     calls = f"call ({between} call)*" if many else "call"
-    yield f"start: {opening} {calls} {closing}"
+    if answer is None:
+        yield f"start: {opening} {calls} {closing}"
+    else:
+        yield f"start: json_answer | {opening} {calls} {closing}"
+        yield f"json_answer: {answer_rule(answer)}"
     yield "call: " + " | ".join(f"call_{i}" for i in range(len(functions)))
     for i, function in enumerate(functions):
         name, schema = function["name"], _schema(function)

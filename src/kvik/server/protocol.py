@@ -128,6 +128,9 @@ def parse(
     if syntax is not None and syntax.cause:
         refuse_both(syntax, request.names.get("structured_outputs"))
         request = dataclasses.replace(request, names={**request.names, "structured_outputs": syntax.cause})
+    structure = request.params.structured_outputs
+    if syntax is not None and syntax.tools is not None and structure is not None and not structure.is_json:
+        body.warnings.append(f"tools cannot be called: {structure.kind} says what the text has to be")
     if stream_options and not request.stream:
         raise RequestError("stream_options needs stream: true", "stream_options")
     warnings = body.finish(known, strict=strict)

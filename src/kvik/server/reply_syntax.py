@@ -71,6 +71,10 @@ class ReplySyntax:
         if self.forced:
             assert self.tools is not None
             structure = call_grammar(self.tools, self.forced, tokenizer, many=self.max_calls is None)
+        elif self.tools is not None and structure is not None and structure.is_json:
+            offered = [{"name": name, "parameters": schema} for name, schema in self.schemas.items()]
+            calls = call_grammar(self.tools, offered, tokenizer, many=self.max_calls is None, answer=structure)
+            structure = dataclasses.replace(calls, reasoning=structure.reasoning)
         if structure is not None and structure.reasoning is None:
             structure = dataclasses.replace(structure, reasoning=self.thoughts)
         hidden = any(tokenizer.backend.token_to_id(mark) in tokenizer.special_token_ids for mark in self._marks)

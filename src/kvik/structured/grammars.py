@@ -24,7 +24,7 @@ import numpy as np
 from kvik.errors import RequestError
 from kvik.sampling_params import StructuredOutputsParams
 
-__all__ = ["THINK", "Grammars", "Matcher", "TokenBytes", "available", "json_rule"]
+__all__ = ["THINK", "Grammars", "Matcher", "TokenBytes", "answer_rule", "available", "json_rule"]
 
 THINK = ("<think>", "</think>")
 """What stands around reasoning."""
@@ -226,7 +226,7 @@ def _source(wanted: StructuredOutputsParams, thoughts: Mapping[str, str]) -> str
             return answer + _FREE
         answer = f"%lark {{{answer}\n}}"
     else:
-        answer = json_rule({"type": "object"} if wanted.json is None else json.loads(wanted.json))
+        answer = answer_rule(wanted)
     return (f"start: {answer}" if before is None else f"answer: {answer}\n{before}") + _FREE
 
 
@@ -240,6 +240,11 @@ def _thoughts(special: Mapping[bytes, int]) -> dict[str, str]:
     ]
     first = {"opened": "thoughts", "possible": f"({opening or json.dumps(THINK[0])} thoughts)?"}
     return {kind: "\n".join([f"start: {before} answer", *rules]) for kind, before in first.items()}
+
+
+def answer_rule(wanted: StructuredOutputsParams) -> str:
+    """`json_rule` of what has to be JSON."""
+    return json_rule({"type": "object"} if wanted.json is None else json.loads(wanted.json))
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
