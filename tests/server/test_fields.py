@@ -174,6 +174,12 @@ def test_tools_reach_the_template_or_are_refused(http: httpx.Client) -> None:
         assert refused.status_code == 400 and refused.json()["error"]["param"] == "tool_choice"
 
 
+@pytest.mark.parametrize("kind", ["custom", "web_search", 5, None])
+def test_tools_of_other_types_are_refused(http: httpx.Client, kind: Any) -> None:
+    error = http.post(PATHS["chat"], json={**CHAT, "tools": [{**NESTED, "type": kind}]}).json()["error"]
+    assert error["param"] == "tools" and '{"type": "function"' in error["message"]
+
+
 def test_template_variables(http: httpx.Client) -> None:
     body = http.post(PATHS["chat"], json={**CHAT, "reasoning_effort": "low"}).json()
     assert any("reasoning_effort" in warning for warning in body["warnings"])

@@ -229,7 +229,8 @@ def check_tools(tools: list[Any]) -> None:
         raise RequestError(f"there are {len(tools)} tools; a request may have at most {MAX_TOOLS}", "tools")
     places: dict[str, int] = {}
     for place, tool in enumerate(tools):
-        function = tool.get("function") if isinstance(tool, dict) else None
+        is_function = isinstance(tool, dict) and tool.get("type", "function") == "function"
+        function = tool.get("function") if is_function else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             raise RequestError(f'tools[{place}] must be {{"type": "function", "function": {{"name": ...}}}}', "tools")
         first = places.setdefault(function["name"], place)
