@@ -290,6 +290,7 @@ def test_errors_of_responses_speak_of_their_own_fields(
         ("n", 5, {}),
         ("stop", ["x"] * 65, {}),
         ("stop", "y" * 1025, {}),
+        ("bad_words", ["x"] * 1025, {}),
         ("logit_bias", {"1": 1, "2": 1, "3": 1, "4": 1}, {}),
         ("logit_bias", {"384": 1}, {}),
         ("top_logprobs", 21, {"logprobs": True}),

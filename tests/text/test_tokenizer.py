@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tokenizer_builders import BUILDERS, CORPUS, TEXTS, byte_fallback, byte_leve
 from tokenizers import processors
 
 from kvik.errors import ModelLoadError, RequestError
+from kvik.models.hub import resolve_model
 from kvik.text.tokenizer import Tokenizer, load_tokenizer
 
 LLAMA = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -279,3 +282,22 @@ def test_fast_tokenizers_need_neither_torch_nor_transformers(tmp_path: Path) -> 
     )
     source = Path(__file__).parents[2] / "src"
     subprocess.run([sys.executable, "-c", code, str(folder)], check=True, env={"PYTHONPATH": str(source)}, timeout=60)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised() -> None:
+    tokenizer, done = load_tokenizer(resolve_model("demo")), threading.Event()
+    text = " ".join(f"the old king {i}" for i in range(60_000))
+
+    def work() -> None:
+        tokenizer.encode(text)
+        done.set()
+
+    threading.Thread(target=work).start()
+    begin = last = time.perf_counter()
+    worst = 0.0
+    while not done.is_set():
+        time.sleep(0.001)
+        now = time.perf_counter()
+        worst, last = max(worst, now - last), now
+    assert worst < (last - begin) / 2
+    assert tokenizer.encode(text) == tokenizer.backend.encode(text).ids

@@ -57,6 +57,9 @@ IGNORED = (
 )  # fmt: skip
 """Accepted for the sake of clients that always send them, and reported in `warnings`."""
 
+MAX_BAD_WORDS = 1024
+"""Every token of every sequence is compared with all of them, and a step is everybody's."""
+
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 _BOTH = ("cache_salt", "priority", "return_token_ids", "stream_options")
 OWN_FIELDS: Mapping[bool, tuple[str, ...]] = MappingProxyType(
@@ -154,6 +157,10 @@ def check_limits(params: SamplingParams, num_prompts: int, config: ServerConfig)
         raise RequestError(
             f"logit_bias has {len(params.logit_bias)} entries; this server allows at most {config.max_logit_bias}",
             "logit_bias",
+        )
+    if len(params.bad_words) > MAX_BAD_WORDS:
+        raise RequestError(
+            f"bad_words has {len(params.bad_words)} strings; this server allows at most {MAX_BAD_WORDS}", "bad_words"
         )
 
 

@@ -183,7 +183,7 @@ class Service:
             made = [self.frontend.make_request(prompt, params, request_id=next(ids), **options) for prompt in prompts]
             return made if pooling is None else [dataclasses.replace(request, pooling=pooling) for request in made]
 
-        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str))
+        size = sum(len(prompt) for prompt in prompts if isinstance(prompt, str)) + sum(map(len, params.bad_words))
         with blaming(names):
             requests = await self.run(make, size if params.structured_outputs is None else max(size, INLINE_SIZE))
             return self.client.open(

@@ -25,6 +25,9 @@ from kvik.text.tokenizer_files import TokenizerFiles
 
 __all__ = ["Tokenizer", "has_tokenizer", "load_tokenizer"]
 
+_LONG = 4096
+"""Characters from which on a text is tokenised as a batch of one: only that lets other threads run meanwhile."""
+
 _OLD_FILES = ("tokenizer.model", "spiece.model", "tiktoken.model", "tekken.json", "vocab.json", "vocab.txt")
 
 
@@ -104,9 +107,13 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`. Raises RequestError for text that cannot be UTF-8 (a lone surrogate)."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) < _LONG:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            else:
+                (encoding,) = self.backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except TypeError as error:
             raise _bad_text(text) from error
+        ids: list[int] = encoding.ids
         return self._one_bos(text, ids) if add_special_tokens else ids
 
     def _one_bos(self, text: str, ids: list[int]) -> list[int]:
