@@ -157,6 +157,32 @@ def test_http_process_killed(model: str, tmp_path: Path) -> None:
         wait_until(lambda: gone(children["engine"]), 5)
 
 
+def test_a_dead_http_process_ends_the_streams_of_others_with_an_error(big_model: str, tmp_path: Path) -> None:
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--api-processes", "2") as served:
+        streams = started(served, 4)
+        served.children["http"][0].kill()
+        assert served.process.wait(20) != 0
+        for stream in streams:
+            stream.join(10)
+            broken = "broken" in stream.events[-1]  # which one the kernel gives a connection to, nobody knows
+            assert broken or "another HTTP process ended" in stream.events[-1]["error"]["message"]
+        assert "supervisor is gone" not in served.log.read_text()
+
+
+def test_a_signal_to_every_process_drains(big_model: str, tmp_path: Path) -> None:
+    """As systemd sends it."""
+    with serve(big_model, tmp_path / "log", *slow_flags(big_model)) as served:
+        streams = started(served, max_tokens=300)
+        for processes in served.children.values():
+            for process in processes:
+                process.send_signal(signal.SIGTERM)
+        served.process.send_signal(signal.SIGTERM)
+        assert served.process.wait(40) == 0
+        for stream in streams:
+            stream.join(5)
+            assert stream.done and stream.events[-1]["choices"][0]["finish_reason"] == "length"
+
+
 def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
     with serve(big_model, tmp_path / "log", *slow_flags(big_model)) as served:
         children = served.children

@@ -10,7 +10,6 @@ import importlib.util
 import json
 import logging
 import shutil
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -23,7 +22,16 @@ from kvik.log import configure, logger
 from kvik.server.app import make_app
 from kvik.server.errors import unavailable
 from kvik.server.metrics import Metrics
-from kvik.server.process import DRAIN, PARENT_GONE, ChildSettings, announce, read_settings, watch_parent
+from kvik.server.process import (
+    DRAIN,
+    ENGINE_ENDED,
+    HTTP_ENDED,
+    PARENT_GONE,
+    ChildSettings,
+    announce,
+    read_settings,
+    watch_parent,
+)
 from kvik.server.service import Service
 
 __all__ = ["HttpProcess", "main"]
@@ -31,6 +39,11 @@ __all__ = ["HttpProcess", "main"]
 CHECK_INTERVAL = 0.25
 LAST_WORDS = 2.0
 """Seconds that streams get to send their last event before connections are closed."""
+_ENDS = {
+    PARENT_GONE: "the supervisor is gone",
+    ENGINE_ENDED: "the engine process ended",
+    HTTP_ENDED: "another HTTP process ended",
+}
 
 
 class HttpProcess:
@@ -82,7 +95,7 @@ class HttpProcess:
             self.drain()
         else:
             self._orphaned = word == PARENT_GONE
-            self._give_up("the supervisor is gone" if self._orphaned else "the engine process ended")
+            self._give_up(_ENDS[word])
 
     def drain(self) -> None:
         """Take no more requests, let the open ones finish, then end. Asked again, end them."""
@@ -122,8 +135,6 @@ class HttpProcess:
         assert ready is not None
         while not self._server.started:
             await asyncio.sleep(0.01)
-        if sys.platform != "win32":
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self.drain)
         facts = {"context": ready.scheduler.max_model_len, "device": ready.device, "ledger": ready.ledger}
         announce(json.dumps({**facts, "dtype": ready.dtype, "num_seqs": ready.scheduler.max_num_seqs}))
         while self.service.client.silence < self._settings.server.engine_timeout:

@@ -1,8 +1,9 @@
 """What the supervisor and its children tell each other: settings and words down stdin, one line up stdout.
 
 The first line on stdin is a `ChildSettings` as JSON. Later lines are words: "drain" asks for a graceful end, "engine"
-says that the engine process ended. The end of the pipe means that the supervisor is gone, however it went: a child then
-ends as well. On Linux the kernel also kills the engine process when its parent dies, should it hang in native code.
+says that the engine process ended, "http" that another HTTP process did. The end of the pipe means that the supervisor
+is gone, however it went: a child then ends as well. On Linux the kernel also kills the engine process when its parent
+dies, should it hang in native code.
 """
 
 from __future__ import annotations
@@ -22,10 +23,13 @@ import msgspec
 from kvik.config import EngineConfig
 from kvik.server_config import ServerConfig
 
-__all__ = ["DRAIN", "ENGINE_ENDED", "PARENT_GONE", "ChildSettings", "announce", "read_settings", "watch_parent"]
+__all__ = [
+    "DRAIN", "ENGINE_ENDED", "HTTP_ENDED", "PARENT_GONE", "ChildSettings", "announce", "read_settings", "watch_parent",
+]  # fmt: skip
 
 DRAIN = "drain"
 ENGINE_ENDED = "engine"
+HTTP_ENDED = "http"
 PARENT_GONE = "parent"
 _PR_SET_PDEATHSIG = 1
 _STDIN = 0

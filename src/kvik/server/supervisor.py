@@ -30,7 +30,7 @@ import msgspec
 
 from kvik.errors import ConfigError
 from kvik.log import logger
-from kvik.server.process import DRAIN, ENGINE_ENDED, ChildSettings
+from kvik.server.process import DRAIN, ENGINE_ENDED, HTTP_ENDED, ChildSettings
 from kvik.server_config import ServerConfig
 
 __all__ = ["Supervisor", "bind", "check_tls"]
@@ -163,15 +163,16 @@ class Supervisor:
             environ = dict(os.environ)
             if len(self._sockets) > 1:
                 environ["PROMETHEUS_MULTIPROC_DIR"] = str(folder)  # so that their metrics are added up
-            engine = _Child("kvik.server.engine_process", settings, dict(os.environ))
-            https = [
-                _Child(
-                    "kvik.server.http_process",
-                    msgspec.structs.replace(settings, socket_fd=listener.fileno(), index=index),
-                    environ,
-                )
-                for index, listener in enumerate(self._sockets)
-            ]
+            with _signals_held():
+                engine = _Child("kvik.server.engine_process", settings, dict(os.environ))
+                https = [
+                    _Child(
+                        "kvik.server.http_process",
+                        msgspec.structs.replace(settings, socket_fd=listener.fileno(), index=index),
+                        environ,
+                    )
+                    for index, listener in enumerate(self._sockets)
+                ]
             for listener in self._sockets:
                 listener.close()
             try:
@@ -192,6 +193,7 @@ class Supervisor:
             failed = [child for child in https if child.code is not None]
             if failed:
                 logger.error("the %s (pid %d) ended with code %s", failed[0].name, failed[0].pid, failed[0].code)
+                self._end_streams(https, HTTP_ENDED)
                 return failed[0].code or 1
             time.sleep(POLL)
         for times, patience in ((1, self._settings.server.drain_timeout), (2, 0.0)):
@@ -215,12 +217,16 @@ class Supervisor:
         code = engine.code or 0
         if code != 2:
             logger.error("the engine process (pid %d) ended with code %d", engine.pid, code)
+        self._end_streams(https, ENGINE_ENDED)
+        return 2 if code == 2 else 1
+
+    def _end_streams(self, https: list[_Child], word: str) -> None:
+        """Let open streams end with an error, which says what `word` does."""
         for child in https:
-            child.tell(ENGINE_ENDED)
+            child.tell(word)
         end = time.monotonic() + GRACE
         for child in https:
             child.wait(end - time.monotonic())
-        return 2 if code == 2 else 1
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         """The first signal asks for an end when open requests have ended, the second one for an end at once."""
@@ -235,6 +241,17 @@ def _folder() -> Iterator[Path]:
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait. Processes that are started meanwhile never get one: it is this process that ends them, in order,
+    although who stops a service may send the signal to every process of it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
