@@ -11,6 +11,7 @@ import ssl
 import subprocess
 import sys
 import threading
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -140,6 +141,25 @@ def test_heads_are_bounded(served: Served) -> None:
         assert b" 200 " in connection.recv(200)
 
 
+def connect(app: Any, talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> None:
+    """Serve `app` behind the protocol while `talk` has a connection to it."""
+    protocol = pytest.importorskip("kvik.server.http_protocol", reason="httptools is not installed").BoundedProtocol
+
+    async def main() -> None:
+        config = uvicorn.Config(app, port=0, http=protocol, lifespan="off", timeout_keep_alive=60, log_level="error")
+        server = uvicorn.Server(config)
+        serving = asyncio.create_task(server.serve())
+        while not server.started:
+            await asyncio.sleep(0.01)
+        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+        await talk(reader, writer)
+        writer.close()
+        server.should_exit = True
+        await serving
+
+    asyncio.run(main())
+
+
 @pytest.mark.parametrize("case", ["an empty line", "a body that nobody reads"])
 def test_connections_without_a_request_end(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     http_protocol = pytest.importorskip("kvik.server.http_protocol", reason="httptools is not installed")
@@ -150,15 +170,7 @@ def test_connections_without_a_request_end(case: str, monkeypatch: pytest.Monkey
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": b"ok"})
 
-    async def main() -> None:
-        config = uvicorn.Config(
-            app, port=0, http=http_protocol.BoundedProtocol, lifespan="off", timeout_keep_alive=60, log_level="error"
-        )
-        server = uvicorn.Server(config)
-        serving = asyncio.create_task(server.serve())
-        while not server.started:
-            await asyncio.sleep(0.01)
-        reader, writer = await asyncio.open_connection(*server.servers[0].sockets[0].getsockname())
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         body = 1000 if case == "a body that nobody reads" else 0
         writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % body)
         assert b"200" in await reader.readline()
@@ -174,16 +186,52 @@ def test_connections_without_a_request_end(case: str, monkeypatch: pytest.Monkey
         assert 0.2 < asyncio.get_running_loop().time() - begin < 5
         if dripping is not None:
             dripping.cancel()
-        writer.close()
-        server.should_exit = True
-        await serving
 
     async def drip(writer: asyncio.StreamWriter) -> None:
         while True:
             writer.write(b"x")
             await asyncio.sleep(0.05)
 
-    asyncio.run(main())
+    connect(app, talk)
+
+
+def test_an_empty_line_behind_a_request_does_not_end_its_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some clients send one after a body."""
+    http_protocol = pytest.importorskip("kvik.server.http_protocol", reason="httptools is not installed")
+    monkeypatch.setattr(http_protocol, "HEAD_TIMEOUT", 0.2)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(1)
+        await send({"type": "http.response.body", "body": b"the end"})
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\n\r\n{}")
+        await asyncio.sleep(0.1)
+        writer.write(b"\r\n")
+        assert b"the end" in await asyncio.wait_for(reader.read(), 10)
+
+    connect(app, talk)
+
+
+def test_a_client_that_leaves_ends_all_its_requests() -> None:
+    left: list[str] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(scope["path"])
+
+    async def talk(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for path in (b"/first", b"/second"):
+            writer.write(b"GET " + path + b" HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.sleep(0.1)
+        writer.close()
+        for _ in range(100):
+            await asyncio.sleep(0.02)
+        assert left == ["/first"]  # the second one had not begun
+
+    connect(app, talk)
 
 
 def test_a_body_says_what_it_is(served: Served) -> None:

@@ -8,6 +8,7 @@ than everything else that happens to a token here.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -18,6 +19,8 @@ __all__ = ["HEAD_TIMEOUT", "MAX_HEAD_BYTES", "BodyWriter", "BoundedProtocol"]
 
 MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT = 30.0
+MAX_PIPELINED = 16
+"""Requests that are read before the answers to earlier ones are out; reading on is how an end is noticed."""
 
 
 class BodyWriter:
@@ -51,6 +54,7 @@ class BoundedProtocol(HttpToolsProtocol):
         self._head_bytes = 0
         self._in_head = True
         self._head_timer: asyncio.TimerHandle | None = None
+        self._cycles: deque[RequestResponseCycle] = deque()  # not answered yet; the first one is under way
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -59,6 +63,9 @@ class BoundedProtocol(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
         super().connection_lost(exc)
+        for cycle in self._cycles:  # uvicorn tells the newest one alone
+            cycle.disconnected = True
+            cycle.message_event.set()
 
     def data_received(self, data: bytes) -> None:
         if self._in_head:
@@ -79,6 +86,9 @@ class BoundedProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         if self.cycle is not None and self.cycle.scope is self.scope:
             self.scope["extensions"] = {WRITER: BodyWriter(self.cycle)}  # type: ignore[dict-item]
+            self._cycles.append(self.cycle)
+            if 0 < len(self.pipeline) < MAX_PIPELINED:
+                self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -87,6 +97,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_response_complete(self) -> None:
         """The response is out; a client that still sends the body that nobody reads has as long as for a head."""
+        self._cycles.popleft()
         if not self.pipeline and self.cycle is not None and self.cycle.more_body:
             self._start_timer()
         super().on_response_complete()
@@ -101,5 +112,8 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def _give_up(self) -> None:
-        if not self.transport.is_closing():
+        self._head_timer = None
+        if self._cycles:  # what is under way goes on, whatever has begun behind it
+            self._start_timer()
+        elif not self.transport.is_closing():
             self.transport.close()
