@@ -234,6 +234,21 @@ def test_a_client_that_leaves_ends_all_its_requests() -> None:
     connect(app, talk)
 
 
+@pytest.mark.parametrize("name", ["upgrade", "Upgrade"])
+def test_an_offer_of_http2_is_declined(served: Served, name: str) -> None:
+    """The client of Java's library makes one with its first request."""
+    parts, body = urlsplit(served.url), b'{"prompt": "x"}'
+    head = f"POST /tokenize HTTP/1.1\r\nConnection: Upgrade, HTTP2-Settings\r\nContent-Length: {len(body)}\r\n"
+    head += f"HTTP2-Settings: AAEAAEAAAAIAAAAB\r\n{name}: h2c\r\nHost: x\r\nContent-Type: application/json\r\n\r\n"
+    with socket.create_connection((parts.hostname, parts.port or 0), timeout=20) as connection:
+        for _ in range(2):
+            connection.sendall(head.encode() + body)
+            answer = connection.recv(4000)
+            while b"}" not in answer:
+                answer += connection.recv(4000)
+            assert answer.startswith(b"HTTP/1.1 200")
+
+
 def test_a_body_says_what_it_is(served: Served) -> None:
     """Without a type a page of another site could send one, unasked (a "simple" request)."""
     for headers in ({}, {"content-type": "text/plain"}):

@@ -8,6 +8,7 @@ than everything else that happens to a token here.
 from __future__ import annotations
 
 import asyncio
+import re
 from collections import deque
 from typing import Any
 
@@ -21,6 +22,9 @@ MAX_HEAD_BYTES = 64 * 1024
 HEAD_TIMEOUT = 30.0
 MAX_PIPELINED = 16
 """Requests that are read before the answers to earlier ones are out; reading on is how an end is noticed."""
+
+_UPGRADE = re.compile(rb"\r\nupgrade(?=:[ \t]*h2c[ \t]*\r\n)", re.IGNORECASE)
+"""An offer to go on in HTTP/2, which Java's client makes; the parser would take the body for something else's."""
 
 
 class BodyWriter:
@@ -71,6 +75,9 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._in_head:
             self._head_bytes += len(data)
             self._start_timer()  # for an empty line, too, with which no message begins
+            if b"h2c" in data:
+                head, end, rest = data.partition(b"\r\n\r\n")
+                data = _UPGRADE.sub(b"\r\nx-upgrade", head + end) + rest
         super().data_received(data)
         if self._in_head and self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
             self.send_400_response(f"The head of the request is larger than {MAX_HEAD_BYTES} bytes.")
