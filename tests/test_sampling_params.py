@@ -180,6 +180,11 @@ def test_texts_refuse_empty_strings_and_anything_that_is_no_string(name: str, va
     _refuse(**{name: value})
 
 
+@pytest.mark.parametrize("name", ["stop", "bad_words"])
+def test_texts_refuse_half_a_surrogate_pair_which_no_text_can_hold(name: str) -> None:
+    assert "half a surrogate pair" in str(_refuse(**{name: ["a", "b\ud83d"]}))
+
+
 def test_more_stop_strings_than_allowed_are_refused_with_both_numbers() -> None:
     texts = [str(i) for i in range(MAX_STOP_STRINGS + 1)]
     assert len(SamplingParams(stop=texts[:-1]).stop) == MAX_STOP_STRINGS

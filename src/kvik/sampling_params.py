@@ -40,6 +40,8 @@ def _texts(name: str) -> Callable[[Any], tuple[str, ...]]:
             raise RequestError(f"{name} must be non-empty strings, got {show(value)}", name)
         if name == "stop" and len(items) > MAX_STOP_STRINGS:
             raise RequestError(f"stop has {len(items)} strings; at most {MAX_STOP_STRINGS} are allowed", name)
+        for item in items:
+            _check_utf8(name, item)
         longest = max(map(len, items), default=0)
         if longest > MAX_STOP_LENGTH:
             raise RequestError(
@@ -123,13 +125,17 @@ def _short(name: str, limit: int) -> Callable[[Any], str]:
             raise RequestError(f"{name} must be a non-empty string, got {show(value)}", name)
         if len(value) > limit:
             raise RequestError(f"{name} has {len(value)} characters; at most {limit} are allowed", name)
-        try:
-            value.encode()
-        except UnicodeEncodeError:
-            raise RequestError(f"{name} holds half a surrogate pair, which no UTF-8 can hold", name) from None
+        _check_utf8(name, value)
         return value
 
     return parse
+
+
+def _check_utf8(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{name} holds half a surrogate pair, which no UTF-8 can hold", name) from None
 
 
 def _choice(value: Any) -> tuple[str, ...]:
@@ -143,6 +149,7 @@ def _choice(value: Any) -> tuple[str, ...]:
             f" {MAX_STRUCTURE} are allowed",
             "choice",
         )
+    _check_utf8("choice", "".join(items))
     return items
 
 

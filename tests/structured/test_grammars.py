@@ -135,6 +135,7 @@ LIMITS: list[tuple[dict[str, Any], str]] = [
     ({"regex": ""}, "non-empty"),
     ({"regex": "\ud800"}, "surrogate"),
     ({"choice": []}, "non-empty"),
+    ({"choice": ["a", "b\ud800"]}, "surrogate"),
     ({"choice": ["a", ""]}, "non-empty"),
     ({"choice": "yes"}, "list"),
     ({"choice": ["a"] * 1025}, "1024"),
