@@ -87,6 +87,15 @@ def test_gbnf_is_translated(grammars: Grammars) -> None:
     assert allowed(matcher) == {ord(","), *EOS}
 
 
+def test_a_schema_may_have_options_of_the_library(grammars: Grammars) -> None:
+    numbers = {"oneOf": [{"const": 1}, {"type": "integer", "minimum": 1, "maximum": 2}]}
+    matcher = grammars.matcher(wanted(json={**numbers, "x-guidance": {"coerce_one_of": True}}), ())
+    assert allowed(matcher) == {ord("1"), ord("2")}
+    items = {"type": "array", "items": {"type": "null"}}
+    matcher = grammars.matcher(wanted(json={**items, "x-guidance": {"whitespace_flexible": False}}), tuple(b"["))
+    assert allowed(matcher) == {ord("n"), ord("]")}
+
+
 def test_white_space_in_json_ends(grammars: Grammars) -> None:
     for space in (b" ", b"\n" + b" " * 32):
         matcher = grammars.matcher(wanted(json={"type": "array"}), tuple(b"[" + space))
@@ -99,6 +108,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"json": {"$ref": "https://example.com/schema"}}, "does not fetch"),
     ({"json": {"$ref": "#/$defs/missing"}}, "missing"),
     ({"json": {"type": "array", "uniqueItems": True}}, "uniqueItems"),
+    ({"json": {"oneOf": [{"type": "integer"}, {"type": "number"}]}}, '"x-guidance": {"coerce_one_of": true}'),
+    ({"json": {"x-guidance": {"spaces": 1}}}, "unknown field `spaces`"),
+    ({"json": {"x-guidance": 1}}, "integer `1`"),
     ({"regex": "(a"}, "unclosed"),
     ({"regex": r"(a)\1"}, "backreference"),
     ({"regex": "(?=a)b"}, "look"),

@@ -49,6 +49,7 @@ _FREE = '\n%llguidance {"no_forcing": true}'
 """Where the next bytes are certain, the model still chooses which tokens spell them."""
 
 _WRAPPED = re.compile(r"^at 1\(8\): (?:failed to compile JSON schema: )?")
+_ONE_OF = ("Enable 'coerce_one_of' option", 'Use anyOf, or "x-guidance": {"coerce_one_of": true} in the schema,')
 _EXCERPT = re.compile(r"\n\s*\d+ \|.*|<state>|<non-verbose/>")
 
 
@@ -248,8 +249,11 @@ def answer_rule(wanted: StructuredOutputsParams) -> str:
 
 
 def json_rule(schema: Mapping[str, Any]) -> str:
-    """JSON after a schema, as the right side of a rule in Lark's syntax."""
-    return "%json " + json.dumps({**schema, "x-guidance": {"whitespace_pattern": _JSON_SPACE}})
+    """JSON after a schema, as the right side of a rule in Lark's syntax. Its own options for the library are kept."""
+    options = schema.get("x-guidance", {})
+    if isinstance(options, Mapping) and not options.keys() & {"whitespace_pattern", "whitespace_flexible"}:
+        options = {**options, "whitespace_pattern": _JSON_SPACE}
+    return "%json " + json.dumps({**schema, "x-guidance": options})
 
 
 def _lark(grammar: str) -> str:
@@ -279,5 +283,5 @@ def _message(text: str) -> str:
     """The library's words in one line, without its excerpts of the grammar and the parser's state."""
     if text.startswith("NoExtension"):
         return "there is no text that it allows"
-    words = " ".join(_EXCERPT.split(_WRAPPED.sub("", text))[0].split())
+    words = " ".join(_EXCERPT.split(_WRAPPED.sub("", text))[0].split()).replace(*_ONE_OF)
     return words if len(words) <= MAX_MESSAGE else words[: MAX_MESSAGE - 3] + "..."
