@@ -87,6 +87,11 @@ def test_gbnf_is_translated(grammars: Grammars) -> None:
     assert allowed(matcher) == {ord(","), *EOS}
 
 
+@pytest.mark.parametrize("grammar", ['?start: "yes"', '!start: "yes"', 'start[lazy]: "yes"'])
+def test_a_start_rule_may_have_marks(grammars: Grammars, grammar: str) -> None:
+    assert allowed(grammars.matcher(wanted(grammar=grammar), ())) == {ord("y"), 256, 257}  # ye, yes
+
+
 def test_a_schema_may_have_options_of_the_library(grammars: Grammars) -> None:
     numbers = {"oneOf": [{"const": 1}, {"type": "integer", "minimum": 1, "maximum": 2}]}
     matcher = grammars.matcher(wanted(json={**numbers, "x-guidance": {"coerce_one_of": True}}), ())
@@ -117,6 +122,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"json": {"$ref": "#"}}, "no text"),
     ({"json": {"type": "object", "properties": {f"p{i}": {} for i in range(1000)}}}, "2000"),
     ({"grammar": "start: missing"}, "missing"),
+    ({"grammar": 'begin: "a"'}, "no start rule"),
     ({"grammar": "start: (((" + "\n" * 60000}, ""),
     ({"grammar": "root ::= missing"}, "missing"),
     ({"grammar": "root ::= " + "(" * 5000}, ""),

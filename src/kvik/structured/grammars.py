@@ -261,7 +261,7 @@ def _lark(grammar: str) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
 
     lines = "\n".join(line for line in grammar.splitlines() if line.strip())
-    if is_lark_syntax(lines):
+    if "::=" not in lines or is_lark_syntax(lines):  # which overlooks ?start
         return grammar
     num_rules = lines.count("::=")
     if len(lines) > MAX_GBNF or num_rules > MAX_GBNF_RULES:
