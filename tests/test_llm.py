@@ -126,6 +126,11 @@ def test_counts_that_do_not_match(llm: LLM) -> None:
         llm.generate(["a"], [GREEDY, GREEDY])
     with pytest.raises(RequestError, match="must be SamplingParams, or a list of them, got 5"):
         llm.generate(["a"], 5)  # type: ignore[arg-type]
+    for nothing in ({}, [{}], [0]):
+        with pytest.raises(RequestError, match="must be SamplingParams, got"):
+            llm.generate(["a"], nothing)  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match="priority must be a list of integers, one for each prompt, got 5"):
+        llm.generate(["a"], GREEDY, priority=5)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="1 priorities for 2 prompts"):
         llm.generate(["a", "b"], GREEDY, priority=[1])
     assert idle(llm)

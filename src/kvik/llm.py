@@ -142,7 +142,11 @@ class LLM:
     ) -> list[str]:
         """Queue all prompts, or none if one is refused."""
         params = _per_prompt(sampling_params, len(prompts))
-        priorities = [0] * len(prompts) if priority is None else list(priority)
+        priorities = [0] * len(prompts) if priority is None else priority
+        if not isinstance(priorities, Sequence) or isinstance(priorities, (str, bytes)):
+            raise RequestError(
+                f"priority must be a list of integers, one for each prompt, got {show(priority)}", "priority"
+            )
         if len(priorities) != len(prompts):
             raise RequestError(
                 f"{len(priorities)} priorities for {len(prompts)} prompts; give one for each", "priority"

@@ -109,7 +109,7 @@ class Frontend:
         cache_salt: str = "",
     ) -> Request:
         """The request in token ids, with everything checked that depends on the model. Raises RequestError."""
-        params = sampling_params or self.default_sampling_params
+        params = self.default_sampling_params if sampling_params is None else sampling_params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"sampling_params must be SamplingParams, got {show(params)}", "sampling_params")
         given_id = f"auto-{next(self._ids)}" if request_id is None else request_id
