@@ -262,7 +262,11 @@ class SamplingParams:
     allowed_token_ids: tuple[int, ...] | None = option(
         None, "only these token ids may be generated", parse=_ids("allowed_token_ids")
     )
-    bad_words: tuple[str, ...] = option((), "strings that must not be generated", parse=_texts("bad_words"))
+    bad_words: tuple[str, ...] = option(
+        (),
+        "words whose tokens must not follow each other; not found inside other words, or cut into other tokens",
+        parse=_texts("bad_words"),
+    )
     logprobs: int | None = option(
         None, "return log-probabilities of the token drawn and of this many top tokens", low=0, high=MAX_LOGPROBS
     )
