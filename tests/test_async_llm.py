@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -43,7 +45,7 @@ async def until_idle(llm: AsyncLLM) -> None:
     """Wait for the engine's thread to be done with everything; blocks must be back then."""
     engine = llm.llm_engine
     deadline = time.monotonic() + 10
-    while engine.has_unfinished() or llm._streams:
+    while engine.has_unfinished() or llm._loop.streams:
         assert time.monotonic() < deadline, "the engine never became idle"
         await asyncio.sleep(0.005)
     assert engine.engine.scheduler.kv.num_used == 0
@@ -176,6 +178,16 @@ def test_close_ends_what_is_running(folder: Path) -> None:
         llm.close()
 
     asyncio.run(main())
+
+
+def test_one_that_is_forgotten_frees_its_engine_and_its_thread(folder: Path) -> None:
+    made = AsyncLLM(str(folder))
+    thread, engine = made._thread, weakref.ref(made.llm_engine.engine)
+    asyncio.run(collect(made, "hello", SamplingParams(max_tokens=5)))
+    del made
+    gc.collect()
+    thread.join(10)
+    assert not thread.is_alive() and engine() is None
 
 
 def test_chat(llm: AsyncLLM) -> None:

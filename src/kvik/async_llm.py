@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import queue
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -82,12 +83,10 @@ class AsyncLLM:
 
     def __init__(self, model: str | EngineConfig, **options: Any) -> None:
         self.llm_engine = LLMEngine(model, **options)
-        self._streams: dict[str, _Stream] = {}
-        self._commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._ended: BaseException | None = None
-        self._lock = threading.Lock()  # guards _ended against a command that comes while the thread ends
-        self._thread = threading.Thread(target=self._run, name="kvik-engine", daemon=True)
+        self._loop = _EngineLoop(self.llm_engine)
+        self._thread = threading.Thread(target=self._loop.run, name="kvik-engine", daemon=True)
         self._thread.start()
+        weakref.finalize(self, self._loop.commands.put, None)
 
     async def generate(
         self,
@@ -102,11 +101,11 @@ class AsyncLLM:
 
         Raises RequestError for a request that could never run, WorkerError if the engine fails or is closed.
         """
-        engine = self.llm_engine
+        engine, loop = self.llm_engine, self._loop
         options: dict[str, Any] = {"request_id": request_id, "priority": priority, "cache_salt": cache_salt}
         request = await asyncio.to_thread(engine.make_request, prompt, sampling_params, **options)
         stream = _Stream(asyncio.get_running_loop())
-        self._send(lambda: self._start(request, prompt, stream))
+        loop.send(lambda: loop.start(request, prompt, stream))
         try:
             while True:
                 output = await stream.take()
@@ -115,7 +114,7 @@ class AsyncLLM:
                     return
         finally:
             with contextlib.suppress(WorkerError):
-                self._send(lambda: self._end(request.request_id, stream))
+                loop.send(lambda: loop.end(request.request_id, stream))
 
     async def chat(
         self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template_options: Any
@@ -128,12 +127,12 @@ class AsyncLLM:
 
     def abort(self, request_id: str) -> None:
         """End a request. Unknown and finished ids are ignored. May be called from any thread."""
-        self._send(lambda: self.llm_engine.abort(request_id))
+        engine = self.llm_engine
+        self._loop.send(lambda: engine.abort(request_id))
 
     def close(self) -> None:
         """End every request with an error, stop the thread and free the engine. May be called twice."""
-        with self._lock:
-            self._commands.put(None)
+        self._loop.commands.put(None)
         self._thread.join()
         self.llm_engine.close()
 
@@ -145,9 +144,18 @@ class AsyncLLM:
     ) -> None:
         await asyncio.to_thread(self.close)
 
-    # The engine's thread
 
-    def _run(self) -> None:
+class _EngineLoop:
+    """What the engine's thread does. It knows no AsyncLLM, so that one that is forgotten ends its thread."""
+
+    def __init__(self, llm_engine: LLMEngine) -> None:
+        self.llm_engine = llm_engine
+        self.streams: dict[str, _Stream] = {}
+        self.commands: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._ended: BaseException | None = None
+        self._lock = threading.Lock()  # guards _ended against a command that comes while the thread ends
+
+    def run(self) -> None:
         error: BaseException = WorkerError("the engine was closed")
         try:
             while self._obey():
@@ -158,22 +166,22 @@ class AsyncLLM:
             error = WorkerError(f"the engine failed: {failure!r}; start a new one")
         with self._lock:
             self._ended = error
-        while not self._commands.empty():
-            command = self._commands.get()
+        while not self.commands.empty():
+            command = self.commands.get()
             if command is not None:
                 with contextlib.suppress(Exception):
                     command()
-        for stream in self._streams.values():
+        for stream in self.streams.values():
             stream.fail(error)
 
     def _obey(self) -> bool:
         """Run the commands that came, and those that come before there is something else to do; False to stop."""
         engine = self.llm_engine.engine
         while True:
-            if self._commands.empty() and not engine.has_unfinished() and engine.get_ready():
+            if self.commands.empty() and not engine.has_unfinished() and engine.get_ready():
                 continue
             try:
-                command = self._commands.get(timeout=engine.slack() if engine.has_unfinished() else None)
+                command = self.commands.get(timeout=engine.slack() if engine.has_unfinished() else None)
             except queue.Empty:
                 return True
             if command is None:
@@ -183,31 +191,31 @@ class AsyncLLM:
     def _deliver(self, outputs: list[RequestOutput]) -> None:
         sleeping: dict[asyncio.AbstractEventLoop, list[_Stream]] = {}
         for output in outputs:
-            stream = self._streams.get(output.request_id)
+            stream = self.streams.get(output.request_id)
             if stream is not None:
                 if stream.put(output):
                     sleeping.setdefault(stream.loop, []).append(stream)
                 if output.finished:
-                    del self._streams[output.request_id]
+                    del self.streams[output.request_id]
         for loop, streams in sleeping.items():  # at once, as each call from another thread wakes the loop
             _wake(loop, streams)
 
-    def _start(self, request: Request, prompt: Prompt, stream: _Stream) -> None:
+    def start(self, request: Request, prompt: Prompt, stream: _Stream) -> None:
         try:
             self.llm_engine.submit(request, prompt)
         except Exception as error:  # noqa: BLE001  whatever it is, its caller must not wait for ever
             stream.fail(error)
         else:
-            self._streams[request.request_id] = stream
+            self.streams[request.request_id] = stream
 
-    def _end(self, request_id: str, stream: _Stream) -> None:
+    def end(self, request_id: str, stream: _Stream) -> None:
         """Abort a request whose caller has gone, unless it is finished or the id is by now another caller's."""
-        if self._streams.get(request_id) is stream:
-            del self._streams[request_id]
+        if self.streams.get(request_id) is stream:
+            del self.streams[request_id]
             self.llm_engine.abort(request_id)
 
-    def _send(self, command: Callable[[], None]) -> None:
+    def send(self, command: Callable[[], None]) -> None:
         with self._lock:
             if self._ended is not None:
                 raise self._ended
-            self._commands.put(command)
+            self.commands.put(command)
