@@ -247,6 +247,10 @@ def test_wrong_messages(tmp_path: Path, messages: Any, message: str) -> None:
     [
         ({"tools": [3]}, "tools must be a list"),
         ({"tools": "weather"}, "tools must be a list"),
+        ({"tools": 5}, "tools must be a list"),
+        ({"enable_thinking": False}, "no option 'enable_thinking'; .* in chat_template_kwargs"),
+        ({"add_generation_prompt": "no"}, "add_generation_prompt must be true or false, got 'no'"),
+        ({"continue_final_message": 1}, "continue_final_message must be true or false, got 1"),
         ({"documents": {"title": "x"}}, "documents must be a list"),
         ({"chat_template_kwargs": {"messages": []}}, "may not set 'messages'"),
         ({"chat_template_kwargs": {"chat_template": "x"}}, "may not set 'chat_template'"),

@@ -15,6 +15,7 @@ from typing import Any
 from jinja2 import Template, TemplateError
 
 from kvik.errors import ModelLoadError, RequestError
+from kvik.fields import show
 from kvik.text.messages import add_text, check_messages, check_plain, forms_of_calls, join_parts
 from kvik.text.template_env import make_environment
 from kvik.text.tokenizer import Tokenizer
@@ -63,6 +64,7 @@ class ChatTemplate:
         add_generation_prompt: bool | None = None,
         continue_final_message: bool = False,
         chat_template_kwargs: Mapping[str, Any] | None = None,
+        **unknown: Any,
     ) -> str:
         """The prompt text. Raises RequestError for wrong messages or arguments, and where the template refuses.
 
@@ -70,6 +72,9 @@ class ChatTemplate:
         last message open instead). `chat_template_kwargs` are variables of the template such as `enable_thinking`.
         The role developer becomes system where the template does not know it.
         """
+        _check_options(
+            unknown, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
+        )
         if continue_final_message and add_generation_prompt:
             raise RequestError(
                 "continue_final_message and add_generation_prompt exclude each other; give one",
@@ -179,6 +184,14 @@ def _run_chat(template: Template, variables: Mapping[str, Any], chat: list[dict[
     raise failure
 
 
+def _check_options(unknown: Mapping[str, Any], **switches: object) -> None:
+    for name in unknown:
+        raise RequestError(f"chat has no option {name!r}; variables of the template go in chat_template_kwargs", name)
+    for name, value in switches.items():
+        if not isinstance(value, bool | None):
+            raise RequestError(f"{name} must be true or false, got {show(value)}", name)
+
+
 def _check_kwargs(kwargs: Mapping[str, Any] | None) -> dict[str, Any]:
     if kwargs is None:
         return {}
@@ -199,7 +212,7 @@ def _check_dicts(items: Sequence[Mapping[str, Any]] | None, name: str) -> list[d
     """A plain copy of a list of objects; None for an empty one."""
     if not items:
         return None
-    if isinstance(items, (str, bytes, Mapping)) or not all(isinstance(item, Mapping) for item in items):
+    if not isinstance(items, (list, tuple)) or not all(isinstance(item, Mapping) for item in items):
         raise RequestError(f"{name} must be a list of JSON objects (a tool is given by its JSON schema)", name)
     return [check_plain(item, f"{name}[{i}]") for i, item in enumerate(items)]
 
