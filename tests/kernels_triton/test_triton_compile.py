@@ -41,10 +41,11 @@ def test_kernels_compile_for_hopper_without_spills(group: str) -> None:
         assert found[f"decode {name}"]["matrix"] == found[f"prefill {name}"]["matrix"] != ""
 
 
-def test_gpus_with_less_shared_memory_launch_what_it_holds() -> None:
+@pytest.mark.parametrize("capability", [("8", "0"), ("8", "9")], ids=".".join)
+def test_gpus_with_less_shared_memory_launch_what_it_holds(capability: tuple[str, str]) -> None:
     program = Path(__file__).parent / "small_shared_memory.py"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run = subprocess.run([sys.executable, str(program)], capture_output=True, text=True, env=environment)
+    run = subprocess.run([sys.executable, str(program), *capability], capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
 
 
