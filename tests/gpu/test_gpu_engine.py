@@ -171,7 +171,7 @@ def test_a_closed_engine_leaves_its_memory_to_others(folder: Path) -> None:
         with LLM(str(folder), device="cuda", num_kvcache_blocks=40_000) as llm:
             tokens.append(llm.generate([[5, 6, 7]], SamplingParams(max_tokens=9, temperature=0))[0].token_ids)
             assert torch.cuda.memory_reserved() > before + llm.llm_engine.resolved.memory.kv_cache
-        assert torch.cuda.memory_reserved() < before + (64 << 20)  # the library's workspaces stay
+        assert torch.cuda.memory_reserved() < before + (256 << 20)  # workspaces of the library stay
     assert tokens[0] == tokens[1]
 
 
