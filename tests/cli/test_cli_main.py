@@ -144,3 +144,24 @@ def test_print_config_shows_origins(kvik: Kvik, model: str, monkeypatch: pytest.
         assert rows["max_num_seqs"] == ["3", "KVIK_MAX_NUM_SEQS"]
         assert rows["dtype"] == ["auto", "default"]
         assert ("temperature" in rows) == (argv[0] in ("generate", "chat", "batch"))
+
+
+@pytest.mark.parametrize(
+    "argv", [["info"], ["generate", "demo", "hi"], ["quantize", "demo", "out"]], ids=lambda a: a[0]
+)
+def test_ctrl_c_while_torch_is_imported(argv: list[str], tmp_path: Path) -> None:
+    code = f"""
+import os, signal, sys
+from kvik.cli.main import main
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy._core.shape_base":  # torch imports it from C++, forgets what is raised, and goes on
+            sys.meta_path.remove(self)
+            os.kill(os.getpid(), signal.SIGINT)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+sys.meta_path.insert(0, Interrupting())
+sys.exit(main({[*argv, *(["--quantization", "int8"] if argv[0] == "quantize" else [])]}))
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (run.returncode, run.stdout, run.stderr) == (130, "", "\n")
+    assert list(tmp_path.iterdir()) == []

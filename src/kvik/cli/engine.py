@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from kvik.llm_engine import LLMEngine
     from kvik.outputs import RequestOutput
 
-__all__ = ["Speeds", "check_sampling", "drive", "new_tracer", "open_engine", "read_text", "render_config"]
+__all__ = ["Speeds", "check_sampling", "drive", "load_torch", "new_tracer", "open_engine", "read_text", "render_config"]
 
 
 def open_engine(options: EngineOptions, log_level: str, tracer: NoTrace = NO_TRACE) -> LLMEngine:
@@ -28,13 +28,23 @@ def open_engine(options: EngineOptions, log_level: str, tracer: NoTrace = NO_TRA
     configure(log_level)
     config = options.engine.make()
     check_sampling(options)
+    load_torch()
     from kvik.llm_engine import LLMEngine
 
     return LLMEngine(config, tracer=tracer)
 
 
+def load_torch() -> None:
+    """Import torch, with Ctrl-C put off until it is there: what it imports from C++ would swallow it, or die of it."""
+    with Interrupt() as interrupt:
+        import torch  # noqa: F401
+    if interrupt.requested:
+        raise KeyboardInterrupt
+
+
 def new_tracer() -> Tracer:
     """A tracer whose ranges are NVTX ranges as well where there is an NVIDIA GPU."""
+    load_torch()
     import torch
 
     return Tracer(torch.cuda.nvtx.range if torch.cuda.is_available() else None)

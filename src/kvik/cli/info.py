@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.engine import render_config
+from kvik.cli.engine import load_torch, render_config
 from kvik.cli.environment import commit, machine, model_places, versions
 from kvik.cli.options import Parser, add_engine_flags, read_engine_options
 from kvik.config import EngineConfig
@@ -42,6 +42,7 @@ def run(argv: Sequence[str]) -> int:
         print(render_config(options, sampling=False))
         return 0
     configure(args.log_level)
+    load_torch()
     report: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
     if "model" in options.engine.given:
         report["model"] = _model(options.engine.make())

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvik.cli.engine import read_text
+from kvik.cli.engine import load_torch, read_text
 from kvik.cli.environment import machine
 from kvik.cli.options import Parser
 from kvik.config import EngineConfig
@@ -46,6 +46,7 @@ def run(argv: Sequence[str]) -> int:
     """Run the command and return its exit code."""
     args = _read(argv)
     configure(args.log_level)
+    load_torch()
     from kvik.models.hub import resolve_model
     from kvik.quantization.writer import check_out
 

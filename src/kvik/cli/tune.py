@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvik.cli.bench import append
+from kvik.cli.engine import load_torch
 from kvik.cli.environment import commit, machine, versions
 from kvik.cli.options import Parser, add_flags, read_engine_options, results_file
 from kvik.errors import ConfigError
@@ -93,6 +94,7 @@ def _parser() -> Parser:
 
 def _inspect(config: EngineConfig) -> ModelInfo:
     """The model as an engine would run it. Raises ConfigError where it would not run on a GPU."""
+    load_torch()
     from kvik.runtime.platform import select_platform
     from kvik.startup import inspect_model
 
