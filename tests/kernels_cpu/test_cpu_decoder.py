@@ -302,6 +302,22 @@ def test_many_pools_come_and_go() -> None:
         NativePool(-1)
 
 
+def test_a_forked_process_does_not_wait_for_threads_that_it_has_not() -> None:
+    code = """
+import os, torch
+from kvik.kernels.cpu.native import NativePool
+from kvik.kernels.cpu.ops import NativeOps
+pool = NativePool(2)
+pid = os.fork()
+print(NativeOps(pool).rms_norm(torch.ones(64, 64), torch.ones(64), 0.0).sum().item(), flush=True)
+pool.close()
+if pid:
+    assert os.waitpid(pid, 0)[1] == 0
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert run.stdout == "4096.0\n" * 2, run.stderr
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_threads_that_the_system_does_not_give_are_an_error() -> None:
     code = """

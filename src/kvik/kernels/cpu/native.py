@@ -184,6 +184,7 @@ class NativePool:
             raise ConfigError(f"threads must be at least 1, got {threads}")
         self.pinned = pin and self.threads <= len(cores)
         self.isa = isa or self.library.isa
+        self._process = os.getpid()
         self._pool: int | None = self.library.create_pool(
             self.threads, self.isa, cores[: self.threads] if self.pinned else None, _SPIN_NS
         )
@@ -203,10 +204,10 @@ class NativePool:
         return self.library.profile(self._pool)
 
     def close(self) -> None:
-        """End the threads. Idempotent."""
-        if self._pool is not None:
+        """End the threads, unless this process was forked by theirs and has none of them. Idempotent."""
+        if self._pool is not None and self._process == os.getpid():
             self.library.destroy_pool(self._pool)
-            self._pool = None
+        self._pool = None
 
     def __del__(self) -> None:
         if getattr(self, "_pool", None) is not None:
