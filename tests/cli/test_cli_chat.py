@@ -90,9 +90,12 @@ def test_wrong_commands_are_explained_and_harm_nothing(chat: Chat) -> None:
         "/save /absent/x",
         "/save ~nobody-here/x",
         "/retry",
+        "/undo 2",
+        "/exit now",
         "hello",
     )
     for text in (
+        "/undo takes nothing after it, got '2'", "/exit takes nothing after it, got 'now'",
         "no command /rest (did you mean 'reset'?)", "/set needs a name", "did you mean 'temperature'?", "got 9.0",
         "n must be 1", "cannot write /absent/x", "no message to answer", "4 tokens",
     ):  # fmt: skip

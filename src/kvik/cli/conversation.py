@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "params": "/params               show the sampling options",
     "exit": "/exit                 leave (Ctrl-D does too)",
 }
+_WITH_ARGUMENT = ("system", "save", "set")
 _NOTES = (
     'Ctrl-C stops an answer. Text between lines of """ may have several lines, as may a line that ends in \\.\n'
     "A line that begins with a space is never a command."
@@ -87,6 +88,8 @@ def obey(conversation: Conversation, line: str) -> tuple[str, str | None]:
     Raises Leave for /exit, and KvikError for a command that is unknown or wrong.
     """
     name, _, argument = line[1:].partition(" ")
+    if argument.strip() and name in COMMANDS and name not in _WITH_ARGUMENT:
+        raise RequestError(f"/{name} takes nothing after it, got {argument.strip()!r}")
     if name == "exit":
         raise Leave
     if name == "retry":
