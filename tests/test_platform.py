@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import psutil
@@ -40,6 +41,15 @@ def test_limits_of_containers(tmp_path: Path, version: int) -> None:
     own.write_text(f"0:{controller}:/docker/not-shown\n")
     assert list(memory_limits(tmp_path / "groups", own)) == [(5000, 0)]
     assert list(memory_limits(tmp_path / "groups", tmp_path / "nothing")) == []
+
+
+def test_a_limit_of_address_space_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    used = psutil.Process().memory_info().vms
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 50, 1 << 51))
+    ((limit, left),) = memory_limits(tmp_path, tmp_path / "nothing")
+    assert limit == 1 << 50 and 0 < left <= limit - used // 2
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (1 << 20, 1 << 20))
+    assert list(memory_limits(tmp_path, tmp_path / "nothing")) == [(1 << 20, 0)]
 
 
 def test_a_plan_is_for_the_container(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,13 @@ _started_in: int | None = None  # the process in which a CPU was prepared
 def memory_limits(
     groups: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")
 ) -> Iterator[tuple[int, int]]:
-    """(limit, bytes left of it) of each of Linux's control groups, such as containers are, that this process is in."""
+    """(limit, bytes left of it) of this process's address space (ulimit -v), where there is one, and of each of Linux's
+    control groups, such as containers are, that it is in."""
+    with contextlib.suppress(ImportError):  # Windows has no such limits
+        import resource
+
+        if (space := resource.getrlimit(resource.RLIMIT_AS)[0]) != resource.RLIM_INFINITY:
+            yield space, max(0, space - psutil.Process().memory_info().vms)
     lines = own.read_text().splitlines() if own.exists() else []
     for _, controller, path in (line.split(":", 2) for line in lines):
         if controller not in _GROUP_FILES:
