@@ -191,6 +191,8 @@ def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
         connection.get("/health")
         served.process.send_signal(signal.SIGTERM)
         wait_until(lambda: connection.get("/ready").status_code == 503, 5)
+        time.sleep(0.7)
+        assert served.metric("vllm:num_requests_running") == 3  # and not what it was before
         refused = connection.post("/v1/completions", json={"prompt": "x"})
         assert refused.status_code == 503 and refused.headers["retry-after"]
         assert served.process.wait(40) == 0

@@ -45,8 +45,7 @@ async def version() -> Response:
 async def metrics(request: Request) -> Response:
     """Numbers for Prometheus."""
     service = _service(request)
-    status = None if service.not_ready() else service.client.status
-    return Response(service.metrics.render(status), media_type=CONTENT_TYPE)
+    return Response(service.metrics.render(service.status), media_type=CONTENT_TYPE)
 
 
 @router.get("/v1/models", response_model=None)

@@ -22,7 +22,7 @@ from kvik.outputs import RequestOutput
 from kvik.sampling_params import SamplingParams
 from kvik.server.engine_client import EngineClient, Generation
 from kvik.server.errors import ApiError, failure_of, not_found, unavailable
-from kvik.server.messages import Ready
+from kvik.server.messages import Ready, Status
 from kvik.server.metrics import Metrics
 from kvik.server.process import ChildSettings
 from kvik.server.reply_syntax import ModelSyntax
@@ -91,6 +91,11 @@ class Service:
         if ready is None:
             raise unavailable("the model is loading; try again soon", "loading")
         return ready
+
+    @property
+    def status(self) -> Status | None:
+        """The engine's last sign of life, if there was one."""
+        return None if self._client is None else self._client.status
 
     @property
     def defaults(self) -> SamplingParams:
