@@ -202,6 +202,26 @@ def test_drain_lets_requests_finish(big_model: str, tmp_path: Path) -> None:
         wait_until(lambda: gone([*children["engine"], *children["http"]]), 5)
 
 
+def test_drain_lets_clients_read_their_answers(tmp_path: Path) -> None:
+    """Of a stream that the engine has finished long ago, megabytes may wait for a slow reader."""
+    body = {**LONG, "prompt": "Once", "n": 16, "logprobs": 20, "max_tokens": 800}
+    with serve("demo", tmp_path / "log") as served, socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 32768)
+        connection.settimeout(20)
+        connection.connect(("127.0.0.1", int(served.url.rpartition(":")[2])))
+        data = json.dumps(body).encode()
+        head = f"POST /v1/completions HTTP/1.0\r\ncontent-type: application/json\r\ncontent-length: {len(data)}\r\n\r\n"
+        connection.sendall(head.encode() + data)
+        answer = connection.recv(1000)
+        wait_until(lambda: served.metric("vllm:request_success_total") == 1, 60)
+        served.process.send_signal(signal.SIGTERM)
+        time.sleep(4)
+        while data := connection.recv(1 << 16):
+            answer += data
+        assert b"data: [DONE]" in answer[-100:]
+        assert served.process.wait(20) == 0
+
+
 @pytest.mark.parametrize("timeout, signals", [("0", 1), ("600", 2)], ids=["time is up", "a second signal"])
 def test_drain_has_an_end(timeout: str, signals: int, big_model: str, tmp_path: Path) -> None:
     with serve(big_model, tmp_path / "log", *slow_flags(big_model), "--drain-timeout", timeout) as served:

@@ -104,10 +104,16 @@ class HttpProcess:
         if self._ending is None:
             self._ending = asyncio.ensure_future(self._drain())
 
+    @property
+    def _is_busy(self) -> bool:
+        """Whether a request is open, or a client has not read all of its answer."""
+        connections = self._server.server_state.connections
+        return bool(self.service.num_open) or any(open.transport.get_write_buffer_size() for open in connections)
+
     async def _drain(self) -> None:
         loop = asyncio.get_running_loop()
         begin = loop.time()
-        while self.service.num_open and loop.time() < begin + self._patience:
+        while self._is_busy and loop.time() < begin + self._patience:
             await asyncio.sleep(0.05)
         self.service.shut_down()
         self._server.should_exit = True
