@@ -123,6 +123,15 @@ def answers(url: str) -> bool:
         return False
 
 
+def test_a_long_path_of_temporary_files(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The path of an ipc socket is short."""
+    folder = tmp_path / ("x" * 100)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    with serve(model, tmp_path / "log") as served:
+        assert answers(f"{served.url}/ready")
+
+
 def test_engine_hangs(big_model: str, tmp_path: Path) -> None:
     flags = (*slow_flags(big_model), "--stall-timeout", "1", "--engine-timeout", "3")
     with serve(big_model, tmp_path / "log", *flags) as served:

@@ -39,6 +39,9 @@ POLL = 0.05
 GRACE = 10.0
 """Seconds that a child gets to end after it was told to, beyond the time that draining may take."""
 
+MAX_PARENT = 80
+"""Bytes of the path of the folder for temporary files; one that is longer is not used."""
+
 
 def bind(config: ServerConfig) -> list[socket.socket]:
     """One listening socket for each HTTP process, all on the same address. Raises ConfigError where it is taken.
@@ -235,8 +238,9 @@ class Supervisor:
 
 @contextlib.contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder of this user alone, for the ipc socket."""
-    folder = Path(tempfile.mkdtemp(prefix="kvik-"))
+    """A folder of this user alone, for the ipc socket, whose path the system allows about 100 characters."""
+    parent = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="kvik-", dir=parent if len(os.fsencode(parent)) < MAX_PARENT else "/tmp"))
     try:
         yield folder
     finally:
