@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import re
 import shutil
 import socket
@@ -254,6 +255,9 @@ def test_a_body_says_what_it_is(served: Served) -> None:
     for headers in ({}, {"content-type": "text/plain"}):
         answer = httpx.post(f"{served.url}/v1/completions", content=b'{"prompt": "x"}', headers=headers)
         assert answer.status_code == 415 and "application/json" in answer.json()["error"]["message"]
+    headers = {"content-type": "application/json", "content-encoding": "gzip"}
+    packed = httpx.post(f"{served.url}/v1/completions", content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
+    assert packed.status_code == 415 and "'gzip'" in packed.json()["error"]["message"]
 
 
 def test_keys_are_compared_as_bytes_without_white_space() -> None:

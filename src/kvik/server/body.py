@@ -32,6 +32,9 @@ async def read_json(request: Request) -> dict[str, Any]:
     if kind != "application/json" and not kind.endswith("+json"):  # which no page of another site may say unasked
         given = show(kind) if kind else "without a content-type"
         raise ApiError(415, f"send the body as application/json, not {given}", code="unsupported_media_type")
+    coding = request.headers.get("content-encoding", "identity")
+    if coding.lower() != "identity":
+        raise ApiError(415, f"send the body as it is, not as {show(coding)}", code="unsupported_content_encoding")
     patience = request.app.state.service.config.slow_client_timeout
     try:
         data = await asyncio.wait_for(request.body(), patience)
