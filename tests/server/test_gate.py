@@ -25,6 +25,7 @@ from scripted_server import scripted_server
 from server_harness import KEY, Served, serve, wait_until
 from starlette.datastructures import Headers
 
+from kvik.cli.serve import _api_keys
 from kvik.config import EngineConfig
 from kvik.errors import ConfigError
 from kvik.server.app import make_routes
@@ -258,6 +259,12 @@ def test_a_body_says_what_it_is(served: Served) -> None:
     headers = {"content-type": "application/json", "content-encoding": "gzip"}
     packed = httpx.post(f"{served.url}/v1/completions", content=gzip.compress(b'{"prompt": "x"}'), headers=headers)
     assert packed.status_code == 415 and "'gzip'" in packed.json()["error"]["message"]
+
+
+def test_a_key_file_may_begin_with_a_byte_order_mark(tmp_path: Path) -> None:
+    """As some editors write it."""
+    (tmp_path / "keys").write_bytes(b"\xef\xbb\xbffirst\n# a comment\nsecond\n")
+    assert _api_keys(ServerConfig(api_key_file=str(tmp_path / "keys"))) == ("first", "second")
 
 
 def test_keys_are_compared_as_bytes_without_white_space() -> None:

@@ -93,7 +93,7 @@ def _api_keys(config: ServerConfig) -> tuple[str, ...]:
     if config.api_key_file is None:
         return config.api_key
     try:
-        lines = Path(config.api_key_file).read_text(encoding="utf-8").splitlines()
+        lines = Path(config.api_key_file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read api_key_file {config.api_key_file}: {error}") from error
     keys = tuple(line.strip() for line in lines if line.strip() and not line.startswith("#"))
