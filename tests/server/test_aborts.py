@@ -9,9 +9,10 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import zmq
 from server_harness import EngineThread, engine_thread, wait_until
 
 from kvik.core.plan import StepPlan, StepResult
@@ -90,6 +91,37 @@ def test_abort_storm(model: str, tmp_path: Path, run_ahead: int) -> None:
         await asyncio.gather(*(one(client, number) for number in range(1500)))
 
     run(model, tmp_path, body, run_ahead=run_ahead)
+
+
+def test_a_process_that_was_given_up_is_told_when_it_comes_back(model: str, tmp_path: Path) -> None:
+    async def body(client: EngineClient, engine: EngineThread) -> None:
+        generation, records = client.open([request("a", max_tokens=480)], [None], stream=True), client.watch()
+        await generation.changes(10)
+        socket = engine.server._socket
+        engine.server._socket = cast(Any, FullSocket(socket))
+        await asyncio.to_thread(wait_until, lambda: not engine.server._open)
+        engine.server._socket = socket
+        with pytest.raises(ApiError, match="fell so far behind"):
+            await finish(generation)
+        while await asyncio.wait_for(records.get(), 10):
+            pass
+        client.unwatch(records)
+        assert await finish(client.open([request("b")], [None], stream=True))
+
+    run(model, tmp_path, body)
+
+
+class FullSocket:
+    """A socket whose peers read nothing."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def send_multipart(self, *args: Any) -> None:
+        raise zmq.Again
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
 
 
 def test_unread_outputs_are_merged(model: str, tmp_path: Path) -> None:

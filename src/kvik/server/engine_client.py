@@ -327,6 +327,9 @@ class EngineClient:
         elif isinstance(message, wire.Rejected):
             self._reject(message)
         else:
+            if self.ready is not None:
+                text = "the server fell so far behind the engine that the request was ended; try again"
+                self._end_all(unavailable(text, "fell_behind"), FinishReason.ERROR)
             self.ready = message
             self._is_ready.set()
 

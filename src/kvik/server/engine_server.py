@@ -74,6 +74,7 @@ class EngineServer:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.bind(endpoint)
         self._peers: set[bytes] = set()
+        self._lost: set[bytes] = set()  # given up, and not known to be gone
         self._watchers: set[bytes] = set()
         self._open: dict[str, _Open] = {}
         self._feed = EventFeed(engine, self._open_requests)
@@ -137,8 +138,13 @@ class EngineServer:
         elif isinstance(message, wire.Watch):
             self._watch(peer, message.on)
         else:
-            self._peers.add(peer)
-            self._send(peer, self._ready)
+            self._greet(peer)
+
+    def _greet(self, peer: bytes) -> None:
+        """Begin anew with a peer. One that had been given up is told by this that its requests have ended."""
+        self._lost.discard(peer)
+        self._peers.add(peer)
+        self._send(peer, self._ready)
 
     def _add(self, peer: bytes, message: wire.Add) -> None:
         try:
@@ -210,6 +216,8 @@ class EngineServer:
         now = time.monotonic()
         if now - self._status_at >= STATUS_INTERVAL:
             self._status_at = now
+            for peer in tuple(self._lost):
+                self._greet(peer)
             self._broadcast(self._peers, self._status())
         if self._feed.on and (now - self._events_at >= EVENTS_INTERVAL or not self._engine.has_unfinished()):
             self._events_at = now
@@ -246,6 +254,8 @@ class EngineServer:
         except zmq.ZMQError as error:  # gone, or so far behind that it must be stuck
             logger.info("an HTTP process cannot be reached (%s)", error)
             self._forget(peer)
+            if error.errno == zmq.EAGAIN:
+                self._lost.add(peer)
 
     def _forget(self, peer: bytes) -> None:
         """End the requests of a peer."""

@@ -64,7 +64,10 @@ class Watch(msgspec.Struct, tag="watch", frozen=True):
 
 
 class Ready(msgspec.Struct, tag="ready", frozen=True, kw_only=True):
-    """The engine can be used: what HTTP processes must know of it, and what they only tell."""
+    """The engine can be used: what HTTP processes must know of it, and what they only tell.
+
+    A second one says that the engine had given the process up, and has ended its requests.
+    """
 
     scheduler: SchedulerConfig
     vocab_size: int
