@@ -393,3 +393,17 @@ def test_old_snapshots_do_not_change() -> None:
     assert f"text={live.text!r}" in repr(live)
     with pytest.raises(AttributeError):
         getattr(live, "non" + "sense")
+
+
+def test_metrics_of_several_completions() -> None:
+    """The first to begin counts, preemptions of all are added up, and the request ends with the last."""
+    processor = OutputProcessor(TOKENIZER)
+    processor.add(request_for(n=2), "Say hello:")
+    early = RequestMetrics(queue_time=0.1, time_to_first_token=0.2, total_time=1.0, num_preemptions=1)
+    late = RequestMetrics(queue_time=1.1, time_to_first_token=1.2, total_time=2.0, num_preemptions=2)
+    for index, metrics in enumerate((early, late)):
+        processor.process([sequence(ids_of("a"), index=index, metrics=metrics)])
+        outputs = processor.process([sequence((), index=index, metrics=metrics, finish_reason=FinishReason.LENGTH)])
+    assert outputs.outputs[0].metrics == RequestMetrics(
+        queue_time=0.1, time_to_first_token=0.2, total_time=2.0, num_preemptions=3
+    )

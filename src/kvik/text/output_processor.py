@@ -119,6 +119,7 @@ class OpenRequest:
         self._prompt_logprobs: list[TokenLogprobs] = []
         self._num_cached_tokens = 0
         self._metrics: RequestMetrics | None = None
+        self._num_preemptions = 0
         self.embedding: tuple[float, ...] = ()
         self._first_token_time: float | None = None
         echo = ""
@@ -178,7 +179,7 @@ class OpenRequest:
         if self._first_token_time is None and output.new_token_ids:
             self._first_token_time = self._clock()
         if output.metrics is not None:
-            self._metrics = output.metrics
+            self._metrics = self._joined_metrics(output, output.metrics)
         completion.take(output)
         if completion.finish_reason is None:
             return False
@@ -203,6 +204,21 @@ class OpenRequest:
             prompt_logprobs=self.prompt_logprobs,
             embedding=self.embedding,
             metrics=self.metrics,
+        )
+
+    def _joined_metrics(self, output: SequenceOutput, new: RequestMetrics) -> RequestMetrics:
+        """What is known of the request: where there are several completions, the first of them to begin counts."""
+        if len(self.completions) == 1:
+            return new
+        if output.finish_reason is not None:
+            self._num_preemptions += new.num_preemptions
+        queued = [time for time in (self.metrics.queue_time, new.queue_time) if time is not None]
+        first = [time for time in (self.metrics.time_to_first_token, new.time_to_first_token) if time is not None]
+        return replace(
+            new,
+            queue_time=min(queued, default=None),
+            time_to_first_token=min(first, default=None),
+            num_preemptions=self._num_preemptions,
         )
 
     def _own_metrics(self) -> RequestMetrics:
