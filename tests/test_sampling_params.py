@@ -309,7 +309,7 @@ def test_an_unknown_option_like_nothing_else_is_refused_without_a_guess() -> Non
     assert "zzzzzz" in str(caught.value) and "did you mean" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["do_sample", "max_length", "num_beams", "best_of", "typical_p"])
+@pytest.mark.parametrize("name", ["do_sample", "max_length", "num_beams", "best_of", "typical_p", "guided_json"])
 def test_options_of_other_engines_are_refused_with_what_to_use_instead(name: str) -> None:
     with pytest.raises(RequestError, match="use ") as caught:
         SamplingParams(**{name: 1})

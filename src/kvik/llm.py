@@ -243,16 +243,18 @@ class _Progress:
     def __init__(self, stats: EngineStats, total: int, enabled: bool) -> None:
         self._stats = stats
         self._before = (stats.num_prefill_tokens, stats.num_decode_tokens, stats.prefill_time, stats.decode_time)
-        self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True, disable=not enabled)
+        # One that is disabled would start a thread as well.
+        self._bar = tqdm(total=total, desc="Generating", unit="req", dynamic_ncols=True) if enabled else None
 
     def __enter__(self) -> _Progress:
         return self
 
     def __exit__(self, kind: object, error: object, trace: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, num_finished: int) -> None:
-        if self._bar.disable:
+        if self._bar is None:
             return
         prefill, decode, prefill_time, decode_time = (
             now - before

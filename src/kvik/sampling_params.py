@@ -221,7 +221,14 @@ _HINTS = {
     "do_sample": "use temperature=0 for greedy decoding, temperature > 0 to sample",
     "max_length": "use max_tokens, which counts generated tokens only",
     "num_beams": "beam search is not supported; use n for several samples",
+    "use_beam_search": "beam search is not supported; use n for several samples",
     "best_of": "best_of is not supported; use n and choose yourself",
+    "guided_json": 'use structured_outputs={"json": ...}',
+    "guided_regex": 'use structured_outputs={"regex": ...}',
+    "guided_choice": 'use structured_outputs={"choice": ...}',
+    "guided_grammar": 'use structured_outputs={"grammar": ...}',
+    "lora_request": "LoRA is not supported; merge the adapter into the model",
+    "truncate_prompt_tokens": "prompts are never cut; shorten them before",
     "typical_p": "typical_p is not supported; use min_p or top_p",
 }
 

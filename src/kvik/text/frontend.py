@@ -168,6 +168,13 @@ class Frontend:
             raise RequestError(f"{param}: token id {bad} is outside the vocabulary 0..{vocab_size - 1}", param)
 
 
+_NOT_FOLLOWED = (
+    "bad_words_ids", "begin_suppress_tokens", "epsilon_cutoff", "eta_cutoff", "forced_eos_token_id", "max_new_tokens",
+    "no_repeat_ngram_size", "num_beams", "sequence_bias", "stop_strings", "suppress_tokens", "typical_p",
+)  # fmt: skip
+"""What in a generation_config.json changes texts, and is left to requests here."""
+
+
 def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingParams:
     """What a model's authors recommend in generation_config.json; Kvik's own defaults where they say nothing.
 
@@ -188,4 +195,6 @@ def default_sampling_params(generation_config: Mapping[str, Any]) -> SamplingPar
             given[name] = value
     if generation_config.get("do_sample") is False:
         given["temperature"] = 0.0
+    if left := [name for name in _NOT_FOLLOWED if generation_config.get(name) not in (None, 0, 1, [], {})]:
+        logger.warning("generation_config.json is not followed where it sets %s", ", ".join(left))
     return SamplingParams(**given)
