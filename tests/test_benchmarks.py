@@ -32,6 +32,16 @@ def test_the_cost_of_the_inspector_can_be_measured(tmp_path: Path) -> None:
     assert [record["batch"] for record in json.loads(out.read_text())["records"]] == [2]
 
 
+def test_the_ways_to_call_from_python_can_be_measured(tmp_path: Path) -> None:
+    out = tmp_path / "api.jsonl"
+    options = ["demo", "--requests", "3", "--tokens", "8", "--runs", "2", "--json", str(out)]
+    command = [sys.executable, str(BENCHMARKS / "python_api.py"), *options]
+    subprocess.run(command, check=True, capture_output=True, timeout=200)
+    speeds = json.loads(out.read_text())["output_tok_s"]
+    assert list(speeds) == ["LLM.generate", "LLM.stream", "AsyncLLM"]
+    assert all(len(found) == 2 and min(found) > 0 for found in speeds.values())
+
+
 def test_pairs_of_watched_rows_are_not_fewer_than_none() -> None:
     command = [sys.executable, str(BENCHMARKS / "served.py"), "--watch", "-1"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=200)
