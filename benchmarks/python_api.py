@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,19 @@ from kvik import LLM, AsyncLLM, SamplingParams
 PROMPT = 128
 
 
-def whole(prompts: Sequence[list[int]], params: SamplingParams, options: dict[str, Any], runs: int) -> list[float]:
-    """Seconds of each run of `LLM.generate`, the first one included."""
+def offline(call: Callable[[LLM], object], options: dict[str, Any], runs: int) -> list[float]:
+    """Seconds of each run of `call`, the first one included."""
+    times = []
     with LLM(**options) as llm:
-        return [seconds(lambda: llm.generate(prompts, params)) for _ in range(runs + 1)]
-
-
-def streamed(prompts: Sequence[list[int]], params: SamplingParams, options: dict[str, Any], runs: int) -> list[float]:
-    """Those of `LLM.stream`."""
-    with LLM(**options) as llm:
-        return [seconds(lambda: sum(1 for _ in llm.stream(prompts, params))) for _ in range(runs + 1)]
+        for _ in range(runs + 1):
+            begin = time.perf_counter()
+            call(llm)
+            times.append(time.perf_counter() - begin)
+    return times
 
 
 def concurrent(prompts: Sequence[list[int]], params: SamplingParams, options: dict[str, Any], runs: int) -> list[float]:
-    """Those of a task for each prompt on an `AsyncLLM`."""
+    """Seconds of each run of a task for each prompt on an `AsyncLLM`."""
 
     async def main() -> list[float]:
         async with AsyncLLM(**options) as llm:
@@ -53,12 +52,6 @@ def concurrent(prompts: Sequence[list[int]], params: SamplingParams, options: di
             return times
 
     return asyncio.run(main())
-
-
-def seconds(call: Any) -> float:
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 def main() -> None:
@@ -78,9 +71,12 @@ def main() -> None:
     prompts = [[3 + i % 200] * PROMPT for i in range(args.requests)]
     params = SamplingParams(max_tokens=args.tokens, ignore_eos=True)
     speeds: dict[str, list[float]] = {}
-    for name, way in (("LLM.generate", whole), ("LLM.stream", streamed), ("AsyncLLM", concurrent)):
-        times = way(prompts, params, options, args.runs)[1:]
-        speeds[name] = [args.requests * args.tokens / found for found in times]
+    for name, measure in (
+        ("LLM.generate", lambda: offline(lambda llm: llm.generate(prompts, params), options, args.runs)),
+        ("LLM.stream", lambda: offline(lambda llm: sum(1 for _ in llm.stream(prompts, params)), options, args.runs)),
+        ("AsyncLLM", lambda: concurrent(prompts, params, options, args.runs)),
+    ):
+        speeds[name] = [args.requests * args.tokens / seconds for seconds in measure()[1:]]
         ratio = max(speeds[name]) / max(speeds["LLM.generate"])
         print(f"{name:<14}{max(speeds[name]):>10,.0f} tok/s  {ratio:.2f} of LLM.generate", flush=True)
     sizes = {"requests": args.requests, "tokens": args.tokens, "prompt": PROMPT}
